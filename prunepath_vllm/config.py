@@ -1,0 +1,159 @@
+"""The ``prunepath_config`` block of a checkpoint's config.json: one schema for conversion, transformers and engine."""
+
+import itertools
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+
+from prunepath_vllm.errors import ConfigError
+from prunepath_vllm.tau import MAX_TAU, tau_for_sparsity
+
+FORMAT_VERSION = 1
+SPARSE_TAU = 0.5
+"""Any tau below 1; under threshold selection all of them mean "the experts above the threshold"."""
+
+
+class Split(BaseModel):
+    """How the neurons were grouped into experts."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    method: Literal["kmeans", "coactivation", "random"]
+    seed: int
+    source: str | None = None
+    """What the grouping was computed from: ``"weights"``, or the calibration text's name."""
+
+
+class PrunePathConfig(BaseModel):
+    """Everything a PrunePath checkpoint says beyond its dense model's configuration."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format_version: Literal[1]
+    num_experts: int = Field(gt=0)
+    """E, experts per feed-forward layer."""
+    expert_size: int = Field(gt=0)
+    """d_e, neurons per expert; num_experts * expert_size is the dense intermediate size."""
+    selection: Literal["cumulative_mass", "threshold"] = "cumulative_mass"
+    """Eq. 8-9, or LTE's rule: expert e is active when sigmoid(g_e) > threshold."""
+    threshold: float | None = None
+    """LTE's delta in (0, 1); null under cumulative_mass."""
+    gate: Literal["sigmoid", "none"]
+    """Whether an expert's output is multiplied by sigmoid(g_e) (eq. 10)."""
+    dense_positions: int = Field(default=0, ge=0)
+    """Tokens at sequence positions below it use every expert."""
+    default_tau: float = Field(default=1.0, gt=0, le=MAX_TAU)
+    """The tau of requests that name none."""
+    tau_curve: list[tuple[float, float]] | None = None
+    """Measured (tau, FFN sparsity) pairs, ascending tau."""
+    split: Split
+    base_model: str | None = None
+    """Name of the dense checkpoint this one was converted from."""
+
+    @field_validator("tau_curve", mode="before")
+    @classmethod
+    def _pairs_from_json(cls, value: Any) -> Any:
+        if isinstance(value, list):
+            return [tuple(point) if isinstance(point, list) else point for point in value]
+        return value
+
+    @field_validator("tau_curve")
+    @classmethod
+    def _monotone(cls, curve: list[tuple[float, float]] | None) -> list[tuple[float, float]] | None:
+        if curve is None:
+            return None
+        if not curve:
+            raise ValueError("is empty; expected [tau, sparsity] pairs or null")
+        for tau, sparsity in curve:
+            if not (0 < tau <= MAX_TAU and 0 <= sparsity < 1):  # NaN fails both
+                raise ValueError(f"[{tau}, {sparsity}]: expected tau in (0, {MAX_TAU}] and sparsity in [0, 1)")
+        for (tau0, s0), (tau1, s1) in itertools.pairwise(curve):
+            if tau1 <= tau0 or s1 > s0:
+                raise ValueError(
+                    f"[{tau0}, {s0}] then [{tau1}, {s1}]: expected ascending tau and non-increasing sparsity"
+                )
+        return curve
+
+    @model_validator(mode="after")
+    def _threshold_goes_with_selection(self) -> "PrunePathConfig":
+        if self.selection == "threshold":
+            if self.threshold is None or not 0 < self.threshold < 1:
+                raise ValueError(
+                    f"threshold is {self.threshold}; expected a number in (0, 1) with selection 'threshold'"
+                )
+        elif self.threshold is not None:
+            raise ValueError(f"threshold is {self.threshold}; expected null with selection 'cumulative_mass'")
+        return self
+
+    @property
+    def intermediate_size(self) -> int:
+        """d_ff, neurons per feed-forward layer."""
+        return self.num_experts * self.expert_size
+
+    @property
+    def unset_tau(self) -> float:
+        """The tau of a token whose request named none.
+
+        Threshold selection has no cumulative mass to cut: there tau only tells every expert (>= 1) from the selected
+        ones (< 1), and a request that names none gets the selection, whatever default_tau says.
+        """
+        return min(self.default_tau, SPARSE_TAU) if self.selection == "threshold" else self.default_tau
+
+    def tau_for_sparsity(self, sparsity: float) -> float | None:
+        """The tau measured to give FFN `sparsity`, or None where the checkpoint carries no curve."""
+        return tau_for_sparsity(self.tau_curve, sparsity) if self.tau_curve else None
+
+    def check_intermediate_size(self, intermediate_size: int) -> None:
+        """Refuse a model whose feed-forward size is not num_experts * expert_size.
+
+        Raises:
+            ConfigError: names both products.
+        """
+        if self.intermediate_size != intermediate_size:
+            raise ConfigError(
+                f"prunepath_config: num_experts {self.num_experts} * expert_size {self.expert_size} = "
+                f"{self.intermediate_size}; expected the model's feed-forward size {intermediate_size}"
+            )
+
+    @classmethod
+    def parse(cls, data: Any, *, where: str = "prunepath_config") -> "PrunePathConfig":
+        """Validate a ``prunepath_config`` block read from JSON.
+
+        Raises:
+            ConfigError: names the first offending field, its value and what was expected.
+        """
+        if isinstance(data, cls):
+            return data
+        if not isinstance(data, Mapping):
+            raise ConfigError(f"{where}: expected an object, got {type(data).__name__}")
+        version = data.get("format_version")
+        if version != FORMAT_VERSION or isinstance(version, bool):
+            raise ConfigError(
+                f"{where}.format_version: {version!r} is not a format this version reads; expected {FORMAT_VERSION}"
+            )
+        try:
+            return cls.model_validate(dict(data))
+        except ValidationError as error:
+            first = error.errors(include_url=False)[0]
+            field = ".".join(str(part) for part in first["loc"])
+            got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+            name = f"{where}.{field}" if field else where
+            raise ConfigError(f"{name}: {first['msg'].removeprefix('Value error, ')}{got}") from None
+
+    def to_json(self) -> dict[str, Any]:
+        """The block as plain JSON values."""
+        return self.model_dump(mode="json")
+
+
+def check_dense_shape(intermediate_size: int, expert_size: int) -> int:
+    """Return the number of experts, or refuse a size that does not divide.
+
+    Raises:
+        ConfigError: expert_size does not divide intermediate_size.
+    """
+    if expert_size <= 0 or intermediate_size % expert_size:
+        sizes = [size for size in (8, 16, 32, 64) if intermediate_size % size == 0]
+        hint = f"; of 8, 16, 32 and 64, {sizes} do" if sizes else ""
+        raise ConfigError(f"expert_size {expert_size} does not divide the feed-forward size {intermediate_size}{hint}")
+    return intermediate_size // expert_size

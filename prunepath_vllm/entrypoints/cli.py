@@ -1,0 +1,61 @@
+"""The ``prunepath`` command: parses arguments, runs one subcommand, turns errors into one line and an exit code."""
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+
+from prunepath_vllm import __version__
+from prunepath_vllm.errors import PrunePathError, TauError, UsageError
+
+COMMANDS = ("convert", "calibrate", "inspect", "generate", "serve", "check")
+
+EXIT_FAILURE = 1
+EXIT_USAGE = 2
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole command line. Command modules import heavy packages only when they run."""
+    parser = argparse.ArgumentParser(
+        prog="prunepath",
+        description="Convert dense transformers into PrunePath checkpoints and serve them with a tau per request.",
+    )
+    parser.add_argument("--version", action="version", version=f"prunepath-vllm {__version__}")
+    common = argparse.ArgumentParser(add_help=False)
+    common.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
+    for name in COMMANDS:
+        module = importlib.import_module(f"prunepath_vllm.entrypoints.commands.{name}")
+        module.add_parser(subparsers, parents=[common]).set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code: 0, 1 (it failed) or 2 (it was used wrongly)."""
+    args = build_parser().parse_args(argv)
+    try:
+        return args.run(args)
+    except KeyboardInterrupt:
+        print("prunepath: interrupted", file=sys.stderr)
+        return 130
+    except (PrunePathError, OSError) as error:
+        if args.debug:
+            raise
+        print(f"prunepath {args.command}: {_one_line(error)}", file=sys.stderr)
+        return EXIT_USAGE if isinstance(error, UsageError | TauError) else EXIT_FAILURE
+    except Exception as error:
+        if args.debug:
+            raise
+        print(
+            f"prunepath {args.command}: {type(error).__name__}: {_one_line(error)} (--debug shows where)",
+            file=sys.stderr,
+        )
+        return EXIT_FAILURE
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

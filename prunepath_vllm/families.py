@@ -1,0 +1,171 @@
+"""The model families: one row each. Conversion, validation, transformers and vLLM registration all read this table.
+
+Adding a family: docs/adding_a_model.md.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from prunepath_vllm.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Family:
+    """Where one dense architecture keeps its feed-forward layers, and which classes stand in for it.
+
+    Tensor names are templates over the layer index, without ``.weight`` / ``.bias``.
+    """
+
+    name: str
+    dense_model_type: str
+    dense_architecture: str
+    """The dense class whose checkpoints convert, as config.json's ``architectures`` names it."""
+    auto_class: str
+    """The transformers Auto class that loads a checkpoint."""
+    ffn: str
+    """The module that owns the router: ``<ffn>.router.weight``."""
+    up: str
+    """First linear: rows (Conv1D: columns) are neurons."""
+    down: str
+    """Second linear: columns (Conv1D: rows) are neurons."""
+    gate: str | None = None
+    """GLU families: the linear under the activation, whose rows the split clusters."""
+    conv1d: bool = False
+    """Weights stored [in, out] (GPT-2's Conv1D) instead of [out, in]."""
+    base_prefix: str = ""
+    """Prefix of the backbone; checkpoints saved from the bare backbone lack it and are renamed on conversion."""
+    hidden_size_field: str = "hidden_size"
+    intermediate_size_field: str = "intermediate_size"
+    num_layers_field: str = "num_hidden_layers"
+    activation_field: str = "hidden_act"
+
+    @property
+    def model_type(self) -> str:
+        """``model_type`` of a converted checkpoint; foreign to an engine without the plugin."""
+        return f"prunepath_{self.name}"
+
+    @property
+    def architecture(self) -> str:
+        """``architectures`` entry of a converted checkpoint, and the name in vLLM's model registry."""
+        return f"PrunePath{self.dense_architecture}"
+
+    @property
+    def config_class(self) -> str:
+        """transformers configuration class, as ``module:name``."""
+        stem = self.dense_architecture.split("For")[0].removesuffix("LMHeadModel")
+        return f"prunepath_vllm.modeling.configuration_{self.name}:PrunePath{stem}Config"
+
+    @property
+    def model_class(self) -> str:
+        """transformers model class, as ``module:name``."""
+        return f"prunepath_vllm.modeling.modeling_{self.name}:{self.architecture}"
+
+    @property
+    def engine_class(self) -> str:
+        """vLLM model class, as ``module:name``."""
+        return f"prunepath_vllm.model_executor.models.{self.name}:{self.architecture}"
+
+    def hidden_size(self, config: Mapping[str, Any]) -> int:
+        """Model width from a config.json mapping."""
+        return _positive_int(config, self.hidden_size_field)
+
+    def num_layers(self, config: Mapping[str, Any]) -> int:
+        """Number of layers from a config.json mapping."""
+        return _positive_int(config, self.num_layers_field)
+
+    def intermediate_size(self, config: Mapping[str, Any]) -> int:
+        """d_ff from a config.json mapping (GPT-2 may leave it to 4 * hidden_size)."""
+        if self.conv1d and config.get(self.intermediate_size_field) is None:
+            return 4 * self.hidden_size(config)
+        return _positive_int(config, self.intermediate_size_field)
+
+    def activation(self, config: Mapping[str, Any]) -> str:
+        """Name of the activation function, in transformers' ACT2FN terms."""
+        return str(config.get(self.activation_field, {"gpt2": "gelu_new", "roberta": "gelu"}.get(self.name, "silu")))
+
+    def router(self, layer: int) -> str:
+        """Name of a layer's router, without ``.weight`` / ``.bias``."""
+        return f"{self.ffn.format(layer)}.router"
+
+    def inputs(self, layer: int) -> list[str]:
+        """Linears whose outputs are neurons: gate (GLU families) and up."""
+        return [name.format(layer) for name in (self.gate, self.up) if name is not None]
+
+    def output(self, layer: int) -> str:
+        """The linear whose inputs are neurons."""
+        return self.down.format(layer)
+
+
+_GLU: dict[str, Any] = dict(
+    auto_class="AutoModelForCausalLM",
+    ffn="model.layers.{}.mlp",
+    gate="model.layers.{}.mlp.gate_proj",
+    up="model.layers.{}.mlp.up_proj",
+    down="model.layers.{}.mlp.down_proj",
+    base_prefix="model.",
+)
+
+FAMILIES: tuple[Family, ...] = (
+    Family(name="llama", dense_model_type="llama", dense_architecture="LlamaForCausalLM", **_GLU),
+    Family(name="qwen2", dense_model_type="qwen2", dense_architecture="Qwen2ForCausalLM", **_GLU),
+    Family(
+        name="gpt2",
+        dense_model_type="gpt2",
+        dense_architecture="GPT2LMHeadModel",
+        auto_class="AutoModelForCausalLM",
+        ffn="transformer.h.{}.mlp",
+        up="transformer.h.{}.mlp.c_fc",
+        down="transformer.h.{}.mlp.c_proj",
+        conv1d=True,
+        base_prefix="transformer.",
+        hidden_size_field="n_embd",
+        intermediate_size_field="n_inner",
+        num_layers_field="n_layer",
+        activation_field="activation_function",
+    ),
+    Family(
+        name="roberta",
+        dense_model_type="roberta",
+        dense_architecture="RobertaForSequenceClassification",
+        auto_class="AutoModelForSequenceClassification",
+        ffn="roberta.encoder.layer.{}.intermediate",
+        up="roberta.encoder.layer.{}.intermediate.dense",
+        down="roberta.encoder.layer.{}.output.dense",
+        base_prefix="roberta.",
+    ),
+)
+
+
+def family_of(config: Mapping[str, Any], *, converted: bool) -> Family:
+    """The family of a config.json mapping.
+
+    Args:
+        config: parsed config.json.
+        converted: look for a PrunePath checkpoint (True) or a dense one (False).
+
+    Raises:
+        ConfigError: no row matches both ``model_type`` and ``architectures``.
+    """
+    model_type = config.get("model_type")
+    architectures = config.get("architectures") or []
+    kind = "PrunePath" if converted else "dense"
+    for family in FAMILIES:
+        expected_type = family.model_type if converted else family.dense_model_type
+        expected = family.architecture if converted else family.dense_architecture
+        if model_type != expected_type:
+            continue
+        if not isinstance(architectures, list) or architectures[:1] != [expected]:
+            raise ConfigError(
+                f"architectures: got {architectures!r}; expected [{expected!r}] with model_type {model_type!r}"
+            )
+        return family
+    known = ", ".join(family.model_type if converted else family.dense_model_type for family in FAMILIES)
+    raise ConfigError(f"model_type: {model_type!r} is not a {kind} family; expected one of {known}")
+
+
+def _positive_int(config: Mapping[str, Any], field: str) -> int:
+    value = config.get(field)
+    if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
+        raise ConfigError(f"{field}: expected a positive integer, got {value!r}")
+    return value

@@ -1,0 +1,118 @@
+"""The knob: what ``tau`` and ``sparsity`` mean, which values are valid, and how one becomes the other.
+
+Pure Python, so that the server front end, the workers and the transformers side agree on every value.
+"""
+
+import math
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from prunepath_vllm.errors import TauError
+
+MAX_TAU = 1.05
+"""Upper end of the accepted range; the paper's warm-up writes 1.05 for "every expert"."""
+
+DENSE_TAU = 1.0
+"""From here on a token uses every expert, by definition (not by comparing a cumulative sum)."""
+
+PARAMETERS = ("tau", "sparsity")
+"""The names a request may use, as ``extra_args`` / ``extra_kwargs`` keys and as top-level HTTP body fields."""
+
+
+def parse_tau(value: Any, parameter: str = "tau") -> float:
+    """Return `value` as a float in (0, 1.05].
+
+    Raises:
+        TauError: `value` is not a plain number in range (bool, string, NaN and infinity are not).
+    """
+    number = _parse_number(value)
+    if number is None or not 0 < number <= MAX_TAU:
+        raise _out_of_range(parameter, value, f"a number in (0, {MAX_TAU}]")
+    return number
+
+
+def parse_sparsity(value: Any, parameter: str = "sparsity") -> float:
+    """Return `value` as a float in [0, 1), the share of experts to leave out.
+
+    Raises:
+        TauError: `value` is not a plain number in range.
+    """
+    number = _parse_number(value)
+    if number is None or not 0 <= number < 1:
+        raise _out_of_range(parameter, value, "a number in [0, 1)")
+    return number
+
+
+def tau_for_sparsity(tau_curve: Sequence[tuple[float, float]], sparsity: float) -> float:
+    """Look up the tau whose measured FFN sparsity is `sparsity` by monotone linear interpolation.
+
+    Args:
+        tau_curve: (tau, FFN sparsity) pairs, ascending in tau, hence non-increasing in sparsity.
+        sparsity: target in [0, 1). Targets outside the measured range give the curve's end.
+    """
+    # Ascending in sparsity. A sparsity measured at several taus keeps the largest tau: same cost, closest to dense.
+    points: list[tuple[float, float]] = []
+    for tau, measured in sorted(tau_curve, reverse=True):
+        if not points or measured > points[-1][0]:
+            points.append((measured, tau))
+    upper = bisect_left(points, (sparsity, 0.0))
+    if upper == 0:
+        return points[0][1]
+    if upper == len(points):
+        return points[-1][1]
+    (s0, tau0), (s1, tau1) = points[upper - 1], points[upper]
+    return tau0 + (tau1 - tau0) * (sparsity - s0) / (s1 - s0)
+
+
+def resolve_tau(
+    requested: Mapping[str, Any] | None,
+    *,
+    default_tau: float,
+    tau_curve: Sequence[tuple[float, float]] | None,
+) -> float:
+    """Turn a request's extra arguments into the tau it runs at.
+
+    Args:
+        requested: the request's extra arguments; keys other than ``tau`` and ``sparsity`` are not looked at.
+        default_tau: used where neither is present (or is ``None``).
+        tau_curve: the checkpoint's measured curve, needed for ``sparsity``.
+
+    Raises:
+        TauError: an invalid value, both at once, or ``sparsity`` without a curve.
+    """
+    tau, sparsity = ((requested or {}).get(name) for name in PARAMETERS)
+    if sparsity is None:
+        return default_tau if tau is None else parse_tau(tau)
+    if tau is not None:
+        raise TauError(
+            f"tau ({tau!r}) and sparsity ({sparsity!r}) were both given; expected one of them",
+            parameter="sparsity",
+            value=sparsity,
+        )
+    target = parse_sparsity(sparsity)
+    if not tau_curve:
+        raise TauError(
+            f"sparsity ({sparsity!r}) needs a checkpoint with a measured tau_curve, and this one has none; "
+            f"expected tau in (0, {MAX_TAU}], or run `prunepath calibrate` on the checkpoint",
+            parameter="sparsity",
+            value=sparsity,
+        )
+    return tau_for_sparsity(tau_curve, target)
+
+
+def _parse_number(value: Any) -> float | None:
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        return None
+    try:
+        number = float(value)
+    except OverflowError:
+        return None
+    return number if math.isfinite(number) else None
+
+
+def _out_of_range(parameter: str, value: Any, expected: str) -> TauError:
+    shown = repr(value)
+    if len(shown) > 80:
+        shown = shown[:77] + "..."
+    return TauError(f"{parameter} must be {expected}, got {shown}", parameter=parameter, value=value)
