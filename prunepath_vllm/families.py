@@ -29,6 +29,8 @@ class Family:
     """First linear: rows (Conv1D: columns) are neurons."""
     down: str
     """Second linear: columns (Conv1D: rows) are neurons."""
+    embedding: str
+    """Word embedding, full tensor name; [vocab_size, hidden]."""
     gate: str | None = None
     """GLU families: the linear under the activation, whose rows the split clusters."""
     conv1d: bool = False
@@ -103,6 +105,7 @@ _GLU: dict[str, Any] = dict(
     gate="model.layers.{}.mlp.gate_proj",
     up="model.layers.{}.mlp.up_proj",
     down="model.layers.{}.mlp.down_proj",
+    embedding="model.embed_tokens.weight",
     base_prefix="model.",
 )
 
@@ -117,6 +120,7 @@ FAMILIES: tuple[Family, ...] = (
         ffn="transformer.h.{}.mlp",
         up="transformer.h.{}.mlp.c_fc",
         down="transformer.h.{}.mlp.c_proj",
+        embedding="transformer.wte.weight",
         conv1d=True,
         base_prefix="transformer.",
         hidden_size_field="n_embd",
@@ -132,6 +136,7 @@ FAMILIES: tuple[Family, ...] = (
         ffn="roberta.encoder.layer.{}.intermediate",
         up="roberta.encoder.layer.{}.intermediate.dense",
         down="roberta.encoder.layer.{}.output.dense",
+        embedding="roberta.embeddings.word_embeddings.weight",
         base_prefix="roberta.",
     ),
 )

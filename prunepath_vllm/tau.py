@@ -62,7 +62,7 @@ def tau_for_sparsity(tau_curve: Sequence[tuple[float, float]], sparsity: float) 
     if upper == len(points):
         return points[-1][1]
     (s0, tau0), (s1, tau1) = points[upper - 1], points[upper]
-    return tau0 + (tau1 - tau0) * (sparsity - s0) / (s1 - s0)
+    return tau0 + (tau1 - tau0) * ((sparsity - s0) / (s1 - s0))
 
 
 def resolve_tau(

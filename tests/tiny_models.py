@@ -1,8 +1,10 @@
-"""Tiny random dense checkpoints of every family, with a byte-level tokenizer, for tests of structure, not quality."""
+"""Tiny random checkpoints of every family, dense and PrunePath, for tests of structure, not quality."""
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     GPT2Config,
@@ -16,6 +18,8 @@ from transformers import (
     RobertaConfig,
     RobertaForSequenceClassification,
 )
+
+from prunepath_vllm.families import FAMILIES
 
 FAMILY_NAMES = ("llama", "qwen2", "gpt2", "roberta")
 CAUSAL_FAMILY_NAMES = ("llama", "qwen2", "gpt2")
@@ -92,5 +96,81 @@ def save_dense(family: str, path: Path, **kwargs) -> Path:
     """Save a dense checkpoint directory with its tokenizer and return its path."""
     model = build_dense(family, **kwargs)
     model.save_pretrained(path)
+    build_tokenizer().save_pretrained(path)
+    return path
+
+
+def save_prunepath(
+    family: str,
+    path: Path,
+    *,
+    expert_size: int = 32,
+    gate: str = "none",
+    selection: str = "cumulative_mass",
+    threshold: float | None = None,
+    dense_positions: int = 0,
+    default_tau: float = 1.0,
+    tau_curve: list[list[float]] | None = None,
+    router_bias: bool = False,
+    router_scale: float = 0.15,
+    dtype: torch.dtype = torch.float32,
+    seed: int = 0,
+    **overrides,
+) -> Path:
+    """Save ``build_dense(family, dtype=dtype, seed=seed, **overrides)`` as a PrunePath checkpoint and return its path.
+
+    Written by hand from the dense state dict, independent of the package's conversion and models: neurons randomly
+    permuted, random routers (logits of standard deviation about 8 * `router_scale`, so that a tau sweep selects from
+    one expert to all), the second linear doubled under the sigmoid gate. At tau >= 1 it is the dense model where
+    gate is "none", or "sigmoid" with ``router_scale=0``.
+    """
+    row = next(row for row in FAMILIES if row.name == family)
+    dense = build_dense(family, dtype=dtype, seed=seed, **overrides)
+    config = json.loads(dense.config.to_json_string(use_diff=False))
+    tensors = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    if config["tie_word_embeddings"]:
+        tensors.pop("lm_head.weight", None)
+
+    hidden, intermediate = row.hidden_size(config), row.intermediate_size(config)
+    num_experts = intermediate // expert_size
+    generator = torch.Generator().manual_seed(seed + 1)
+    for layer in range(row.num_layers(config)):
+        order = torch.randperm(intermediate, generator=generator)
+        for name in row.inputs(layer):
+            weight = tensors[f"{name}.weight"]
+            tensors[f"{name}.weight"] = weight[:, order] if row.conv1d else weight[order]
+            if f"{name}.bias" in tensors:
+                tensors[f"{name}.bias"] = tensors[f"{name}.bias"][order]
+        down = f"{row.output(layer)}.weight"
+        tensors[down] = tensors[down][order] if row.conv1d else tensors[down][:, order]
+        if gate == "sigmoid":
+            tensors[down] = 2 * tensors[down]
+        router = torch.randn(num_experts, hidden, generator=generator) * router_scale
+        tensors[f"{row.router(layer)}.weight"] = router.to(dtype)
+        if router_bias:
+            tensors[f"{row.router(layer)}.bias"] = torch.randn(num_experts, generator=generator).to(dtype) * 0.5
+
+    config["architectures"] = [row.architecture]
+    config["model_type"] = row.model_type
+    config["prunepath_config"] = dict(
+        format_version=1,
+        num_experts=num_experts,
+        expert_size=expert_size,
+        selection=selection,
+        threshold=threshold,
+        gate=gate,
+        dense_positions=dense_positions,
+        default_tau=default_tau,
+        tau_curve=tau_curve,
+        split=dict(method="random", seed=seed, source=None),
+        base_model=f"tiny-{family}",
+    )
+    path.mkdir(parents=True, exist_ok=True)
+    (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    save_file(
+        {name: tensor.contiguous() for name, tensor in tensors.items()}, path / "model.safetensors", {"format": "pt"}
+    )
+    if dense.can_generate():
+        dense.generation_config.save_pretrained(path)
     build_tokenizer().save_pretrained(path)
     return path

@@ -1,1 +1,1 @@
-"""Routing and routed feed-forward kernels, each beside a plain PyTorch reference. Imports torch and triton, never vllm."""
+"""Routing and routed feed-forward kernels, each beside a plain PyTorch reference. No vLLM in here."""

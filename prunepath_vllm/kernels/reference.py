@@ -37,7 +37,7 @@ def select_cumulative_mass(logits: Tensor, tau: Tensor) -> Tensor:
     Returns:
         bool [..., E], True where the expert is active.
     """
-    probabilities = logits.softmax(dim=-1)
+    probabilities = logits.detach().softmax(dim=-1)
     ranked, order = probabilities.sort(dim=-1, descending=True, stable=True)
     tau = tau.unsqueeze(-1)
     keep = ranked.cumsum(dim=-1) < tau
@@ -59,26 +59,43 @@ def select_threshold(logits: Tensor, tau: Tensor, threshold: float) -> Tensor:
     return (logits.sigmoid() > threshold) | (tau >= DENSE_TAU).unsqueeze(-1)
 
 
-def expert_weights(logits: Tensor, tau: Tensor, *, selection: str, threshold: float | None, gate: str) -> Tensor:
-    """What each expert's output is multiplied by: 0 where it is not active, else sigmoid(g_e) or 1 (eq. 10).
+def select_experts(logits: Tensor, tau: Tensor, *, selection: str, threshold: float | None) -> Tensor:
+    """The active experts A of each token, by the checkpoint's selection rule.
 
     Args:
         logits: float32 [..., E].
         tau: float32, broadcastable to [...].
         selection: "cumulative_mass" or "threshold".
         threshold: LTE's delta, with "threshold".
+
+    Returns:
+        bool [..., E].
+    """
+    if selection == "threshold":
+        assert threshold is not None
+        return select_threshold(logits, tau, threshold)
+    return select_cumulative_mass(logits, tau)
+
+
+def gate_weights(logits: Tensor, active: Tensor, *, gate: str) -> Tensor:
+    """What each expert's output is multiplied by: 0 where it is not active, else sigmoid(g_e) or 1 (eq. 10).
+
+    Args:
+        logits: float32 [..., E].
+        active: bool [..., E].
         gate: "sigmoid" or "none".
 
     Returns:
         float32 [..., E]; differentiable in `logits` through the sigmoid gate only.
     """
-    if selection == "threshold":
-        assert threshold is not None
-        active = select_threshold(logits, tau, threshold)
-    else:
-        active = select_cumulative_mass(logits, tau)
     weights = active.to(logits.dtype)
     return weights * logits.sigmoid() if gate == "sigmoid" else weights
+
+
+def expert_weights(logits: Tensor, tau: Tensor, *, selection: str, threshold: float | None, gate: str) -> Tensor:
+    """:func:`select_experts`, then :func:`gate_weights`: float32 [..., E]."""
+    active = select_experts(logits, tau, selection=selection, threshold=threshold)
+    return gate_weights(logits, active, gate=gate)
 
 
 def scale_neurons(neurons: Tensor, weights: Tensor) -> Tensor:
@@ -95,13 +112,14 @@ def scale_neurons(neurons: Tensor, weights: Tensor) -> Tensor:
     return (experts * weights.unsqueeze(-1).to(neurons.dtype)).flatten(-2)
 
 
-def ffn_sparsity(weights: Tensor) -> Tensor:
+def ffn_sparsity(active: Tensor) -> Tensor:
     """Eq. 15 for one layer: 1 - active experts / E, per token.
 
     Args:
-        weights: [..., E] from :func:`expert_weights`.
+        active: [..., E], non-zero where the expert is active: a mask, or weights without a gate so small that
+            it is 0.
 
     Returns:
         float32 [...].
     """
-    return 1 - (weights != 0).float().mean(dim=-1)
+    return 1 - (active != 0).float().mean(dim=-1)

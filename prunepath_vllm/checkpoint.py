@@ -1,0 +1,301 @@
+"""Reading and validating checkpoint directories from their JSON and safetensors headers.
+
+Shared by conversion, transformers' from_pretrained and the engine; imports neither transformers nor vLLM.
+"""
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.errors import CheckpointError, ConfigError
+from prunepath_vllm.families import Family, family_of
+
+WEIGHTS_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+FLOAT_DTYPES = ("F32", "F16", "BF16")
+"""Dtypes of feed-forward and router tensors, as safetensors headers spell them."""
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a safetensors header says about one tensor."""
+
+    file: str
+    """File name inside the checkpoint directory."""
+    dtype: str
+    """As safetensors spells it: "F32", "BF16", ..."""
+    shape: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class CheckpointSummary:
+    """A PrunePath checkpoint that passed :func:`validate_checkpoint`."""
+
+    path: Path
+    family: Family
+    prunepath: PrunePathConfig
+    config: dict[str, Any]
+    """The whole config.json."""
+    tensors: dict[str, TensorInfo]
+    router_bias: bool
+    """Whether every router has a bias; otherwise none has."""
+
+    @property
+    def num_layers(self) -> int:
+        """Number of routed feed-forward layers."""
+        return self.family.num_layers(self.config)
+
+    @property
+    def hidden_size(self) -> int:
+        """Model width."""
+        return self.family.hidden_size(self.config)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object from a file of a checkpoint.
+
+    Raises:
+        CheckpointError: no such file, or it is not a JSON object.
+    """
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise CheckpointError(f"{path}: no such file; expected a JSON object") from None
+    except ValueError as error:  # bad JSON, bad UTF-8
+        raise CheckpointError(f"{path}: expected a JSON object ({error})") from None
+    if not isinstance(data, dict):
+        raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
+    return data
+
+
+def read_config(path: str | Path) -> dict[str, Any]:
+    """Read config.json of a checkpoint directory, dense or converted.
+
+    Raises:
+        CheckpointError: no such directory or file, or it is not a JSON object.
+    """
+    path = Path(path)
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such directory; expected a checkpoint directory")
+    return read_json(path / "config.json")
+
+
+def load_prunepath_config(path: str | Path) -> tuple[Family, PrunePathConfig, dict[str, Any]]:
+    """Parse config.json of a PrunePath checkpoint: its family, its ``prunepath_config`` and the whole mapping.
+
+    Raises:
+        CheckpointError: config.json cannot be read.
+        ConfigError: it does not describe a PrunePath model.
+    """
+    config = read_config(path)
+    try:
+        family = family_of(config, converted=True)
+        prunepath = PrunePathConfig.parse(config.get("prunepath_config"))
+        prunepath.check_intermediate_size(family.intermediate_size(config))
+        family.hidden_size(config)
+        family.num_layers(config)
+    except ConfigError as error:
+        raise ConfigError(f"{Path(path) / 'config.json'}: {error}") from None
+    return family, prunepath, config
+
+
+def read_tensor_index(path: str | Path) -> dict[str, TensorInfo]:
+    """List every tensor of a checkpoint directory from the safetensors headers; no weights are read.
+
+    Returns:
+        Tensor name -> :class:`TensorInfo`, in the order of the files.
+
+    Raises:
+        CheckpointError: missing, truncated or corrupt files, an index that disagrees with them or points outside the
+            directory, or no safetensors at all.
+    """
+    path = Path(path)
+    has_index, has_single = (path / INDEX_FILE).is_file(), (path / WEIGHTS_FILE).is_file()
+    if has_index and has_single:
+        raise CheckpointError(f"{path}: both {WEIGHTS_FILE} and {INDEX_FILE} are there; expected one of them")
+    if has_index:
+        return _read_sharded(path)
+    if has_single:
+        return _read_header(path, WEIGHTS_FILE)
+    pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
+    found = f", found only {pickles[0]}, a pickle, which is never loaded" if pickles else ""
+    raise CheckpointError(f"{path}: no weights; expected {WEIGHTS_FILE} or {INDEX_FILE}{found}")
+
+
+def stream_tensors(
+    path: str | Path, tensors: Mapping[str, TensorInfo], names: Iterable[str] | None = None
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield (name, CPU tensor) file by file, one tensor at a time.
+
+    Args:
+        path: checkpoint directory.
+        tensors: its :func:`read_tensor_index`.
+        names: the tensors wanted; all where None.
+
+    Raises:
+        CheckpointError: a file has become unreadable.
+    """
+    by_file: dict[str, list[str]] = {}
+    for name in tensors if names is None else names:
+        by_file.setdefault(tensors[name].file, []).append(name)
+    for file, wanted in by_file.items():
+        try:
+            with safe_open(Path(path) / file, framework="pt") as handle:
+                for name in wanted:
+                    yield name, handle.get_tensor(name)
+        except (SafetensorError, FileNotFoundError) as error:
+            raise CheckpointError(f"{Path(path) / file}: cannot be read ({error})") from None
+
+
+def check_finite(name: str, tensor: Tensor) -> None:
+    """Refuse a tensor with NaN or infinite values.
+
+    Raises:
+        CheckpointError: names the tensor and counts the values.
+    """
+    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite")
+
+
+def ffn_tensor_shapes(family: Family, config: Mapping[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one layer's feed-forward tensors, routers excluded; the same dense and converted."""
+    hidden, intermediate = family.hidden_size(config), family.intermediate_size(config)
+    bias = family.gate is None or bool(config.get("mlp_bias"))
+    rows, columns = (hidden, intermediate) if family.conv1d else (intermediate, hidden)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for name in family.inputs(layer):
+        shapes[f"{name}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"{name}.bias"] = (intermediate,)
+    shapes[f"{family.output(layer)}.weight"] = (columns, rows)
+    if bias:
+        shapes[f"{family.output(layer)}.bias"] = (hidden,)
+    return shapes
+
+
+def check_tensors(where: object, tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Check that each expected tensor is there, has its shape and a floating dtype.
+
+    Raises:
+        CheckpointError: names the first that does not.
+    """
+    for name, shape in expected.items():
+        info = tensors.get(name)
+        if info is None:
+            raise CheckpointError(f"{where}: tensor {name} is missing; expected shape {list(shape)}")
+        if info.shape != shape:
+            raise CheckpointError(f"{where}: tensor {name} has shape {list(info.shape)}; expected {list(shape)}")
+        if info.dtype not in FLOAT_DTYPES:
+            raise CheckpointError(
+                f"{where}: tensor {name} has dtype {info.dtype}; expected one of {', '.join(FLOAT_DTYPES)}"
+            )
+
+
+def validate_checkpoint(path: str | Path, *, check_values: bool = False) -> CheckpointSummary:
+    """Check that a directory is a PrunePath checkpoint that keeps what its configuration promises.
+
+    Feed-forward and router tensors are checked for presence, shape and dtype, none may be unknown, and the embedding's
+    shape is checked; other tensors are left to the loaders. Reads headers only, unless `check_values`.
+
+    Args:
+        path: checkpoint directory.
+        check_values: also read every tensor and look for NaN and infinity, one tensor in memory at a time.
+
+    Raises:
+        ConfigError: config.json does not describe a PrunePath model.
+        CheckpointError: files or tensors are missing, unexpected, mis-shaped, corrupt or not finite.
+    """
+    path = Path(path)
+    family, prunepath, config = load_prunepath_config(path)
+    tensors = read_tensor_index(path)
+    stray = {file.name for file in path.glob("*.safetensors")} - {info.file for info in tensors.values()}
+    if stray:
+        raise CheckpointError(f"{path / min(stray)}: not part of this checkpoint's index; expected no other weights")
+
+    layers = range(family.num_layers(config))
+    with_bias = [layer for layer in layers if f"{family.router(layer)}.bias" in tensors]
+    if with_bias and len(with_bias) < len(layers):
+        lacking = next(layer for layer in layers if layer not in with_bias)
+        raise CheckpointError(
+            f"{path}: tensor {family.router(lacking)}.bias is missing, but layer {with_bias[0]} has one; "
+            "expected a router bias in every layer or in none"
+        )
+    expected: dict[str, tuple[int, ...]] = {}
+    for layer in layers:
+        expected.update(ffn_tensor_shapes(family, config, layer))
+        expected[f"{family.router(layer)}.weight"] = (prunepath.num_experts, family.hidden_size(config))
+        if with_bias:
+            expected[f"{family.router(layer)}.bias"] = (prunepath.num_experts,)
+    ffn = _ffn_pattern(family)
+    for name in tensors:
+        if ffn.match(name) and name not in expected:
+            raise CheckpointError(
+                f"{path}: tensor {name} is unexpected; expected only this family's feed-forward linears and routers "
+                f"in layers 0 to {len(layers) - 1}"
+            )
+    vocabulary = config.get("vocab_size")
+    if not isinstance(vocabulary, int):
+        raise ConfigError(f"{path / 'config.json'}: vocab_size: expected a positive integer, got {vocabulary!r}")
+    expected[family.embedding] = (vocabulary, family.hidden_size(config))
+    check_tensors(path, tensors, expected)
+
+    if check_values:
+        for name, tensor in stream_tensors(path, tensors):
+            try:
+                check_finite(name, tensor)
+            except CheckpointError as error:
+                raise CheckpointError(f"{path / tensors[name].file}: {error}") from None
+    return CheckpointSummary(path, family, prunepath, config, tensors, router_bias=bool(with_bias))
+
+
+def _ffn_pattern(family: Family) -> re.Pattern[str]:
+    """Matches the names of all tensors below a feed-forward module, whatever the layer."""
+    modules = {template for template in (family.ffn, family.gate, family.up, family.down) if template}
+    escaped = (re.escape(module).replace(re.escape("{}"), r"\d+") for module in sorted(modules))
+    return re.compile(rf"(?:{'|'.join(escaped)})\.")
+
+
+def _read_sharded(path: Path) -> dict[str, TensorInfo]:
+    index = path / INDEX_FILE
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index}: weight_map: expected an object of tensor names to file names")
+    for name, file in weight_map.items():
+        # A plain name: "../x", "/x" and "a/x" would read files that are not part of the checkpoint.
+        if not isinstance(file, str) or not re.fullmatch(r"[^/\\\0]+\.safetensors", file):
+            raise CheckpointError(
+                f"{index}: tensor {name} is in {file!r}; expected the name of a .safetensors file in the same directory"
+            )
+    tensors: dict[str, TensorInfo] = {}
+    for file in sorted(set(weight_map.values())):
+        for name, info in _read_header(path, file).items():
+            if weight_map.get(name) != file:
+                raise CheckpointError(
+                    f"{path / file}: tensor {name} is there, but {INDEX_FILE} has it in {weight_map.get(name)!r}; "
+                    "expected them to agree"
+                )
+            tensors[name] = info
+    for name, file in weight_map.items():
+        if name not in tensors:
+            raise CheckpointError(f"{path / file}: tensor {name} is missing; {INDEX_FILE} expects it there")
+    return tensors
+
+
+def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
+    try:
+        with safe_open(path / file, framework="pt") as handle:
+            slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+            return {name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape())) for name, part in slices.items()}
+    except FileNotFoundError:
+        raise CheckpointError(f"{path / file}: no such file; {INDEX_FILE} expects it") from None
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(f"{path / file}: truncated or not a safetensors file ({error})") from None

@@ -1,0 +1,1 @@
+"""Dense checkpoints become PrunePath checkpoints: neuron grouping, conversion, router calibration, model card."""

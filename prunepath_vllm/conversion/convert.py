@@ -1,0 +1,336 @@
+"""Dense checkpoint in, PrunePath checkpoint out: neurons permuted into experts, routers added, the function kept."""
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+
+from prunepath_vllm.checkpoint import (
+    INDEX_FILE,
+    WEIGHTS_FILE,
+    TensorInfo,
+    check_finite,
+    check_tensors,
+    ffn_tensor_shapes,
+    read_config,
+    read_tensor_index,
+    stream_tensors,
+    validate_checkpoint,
+)
+from prunepath_vllm.config import FORMAT_VERSION, PrunePathConfig, check_dense_shape
+from prunepath_vllm.conversion.model_card import write_model_card
+from prunepath_vllm.conversion.splits import METHODS, neuron_orders
+from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
+from prunepath_vllm.families import Family, family_of
+
+ROUTERS = ("zero", "calibrated")
+GATES = ("none", "sigmoid")
+ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
+"""What the kernels compute."""
+
+MAX_SHARD_BYTES = 2 * 10**9
+
+_COPIED_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+"""Tokenizer, chat template, generation settings; never pickles or code."""
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+_LEFT_OUT = re.compile(
+    r".*(\.attn\.(masked_)?bias|\.embeddings\.position_ids|\.rotary_emb\.inv_freq)$"  # buffers older versions saved
+    r"|roberta\.pooler\."  # a pretraining part the classifier has no use for
+)
+_HEADS = ("lm_head.", "classifier.")
+
+
+def convert(
+    src: str | Path,
+    dst: str | Path,
+    *,
+    expert_size: int = 32,
+    split: str = "kmeans",
+    router: str = "zero",
+    gate: str = "none",
+    calibration_text: str | Path | None = None,
+    seed: int = 0,
+    device: str = "cpu",
+) -> Path:
+    """Convert a dense checkpoint. At tau >= 1 the result computes the dense model's function.
+
+    Weights are streamed: besides one layer's clustering, memory holds the output shard being written
+    (:data:`MAX_SHARD_BYTES`). `dst` appears complete or not at all. The co-activation split and calibrated routers also
+    load the model.
+
+    Args:
+        src: directory of a dense model, or its Hugging Face name.
+        dst: directory to create; may exist if empty.
+        expert_size: d_e, neurons per expert.
+        split: "kmeans" (input weights), "coactivation" (on `calibration_text`) or "random".
+        router: "zero", or "calibrated" on `calibration_text`.
+        gate: "none", or "sigmoid": eq. 10's gate, under a zero router made up for by doubling the second linear.
+        calibration_text: UTF-8 text file.
+        seed: of the split and the calibration.
+        device: "cpu" or "cuda", for clustering and calibration.
+
+    Returns:
+        `dst`.
+
+    Raises:
+        UsageError: arguments that make no sense together, `dst` not empty.
+        ConfigError: `src` is not of a supported family, activation or size, or is quantised.
+        CheckpointError: `src` cannot be had or read, or its weights are not what its configuration promises.
+    """
+    dst = Path(dst)
+    text = None if calibration_text is None else Path(calibration_text)
+    _check_arguments(dst, expert_size=expert_size, split=split, router=router, gate=gate, text=text, device=device)
+    source, base_model = _resolve_source(src)
+    config = read_config(source)
+    family = _dense_family(source, config)
+    try:
+        num_experts = check_dense_shape(family.intermediate_size(config), expert_size)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+
+    tensors = read_tensor_index(source)
+    new_names = _new_names(family, tensors)
+    old_names = {new: old for old, new in new_names.items()}
+    expected: dict[str, tuple[int, ...]] = {}
+    for layer in range(family.num_layers(config)):
+        expected.update(ffn_tensor_shapes(family, config, layer))
+    check_tensors(source, {new: tensors[old] for new, old in old_names.items()}, expected)
+
+    def read(name: str) -> Tensor:
+        ((_, tensor),) = stream_tensors(source, tensors, [old_names[name]])
+        return tensor
+
+    orders = neuron_orders(split, source, family, config, num_experts, read=read, text=text, seed=seed, device=device)
+    prunepath = PrunePathConfig.parse(
+        dict(
+            format_version=FORMAT_VERSION,
+            num_experts=num_experts,
+            expert_size=expert_size,
+            gate=gate,
+            split=dict(method=split, seed=seed, source=_split_source(split, text)),
+            base_model=base_model,
+        )
+    )
+
+    dst.parent.mkdir(parents=True, exist_ok=True)
+    staging = dst.parent / f".{dst.name}.partial-{os.getpid()}"
+    staging.mkdir()
+    try:
+        _copy_files(source, staging)
+        (staging / "config.json").write_text(json.dumps(_new_config(config, family, prunepath), indent=2) + "\n")
+        # Calibrated routers saturate the sigmoid gates, so only a zero router's gates of 1/2 need making up for.
+        _write_weights(
+            source,
+            staging,
+            family,
+            config,
+            tensors,
+            new_names,
+            orders,
+            num_experts,
+            double=gate == "sigmoid" and router == "zero",
+        )
+        validate_checkpoint(staging)
+        write_model_card(staging)
+        if router == "calibrated":
+            from prunepath_vllm.conversion.calibrate import calibrate
+
+            calibrate(staging, text, device=device, seed=seed)
+        os.replace(staging, dst)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return dst
+
+
+def _check_arguments(
+    dst: Path, *, expert_size: int, split: str, router: str, gate: str, text: Path | None, device: str
+) -> None:
+    for name, value, known in (("split", split, METHODS), ("router", router, ROUTERS), ("gate", gate, GATES)):
+        if value not in known:
+            raise UsageError(f"{name}: {value!r}; expected one of {', '.join(known)}")
+    if expert_size <= 0:
+        raise UsageError(f"expert size: {expert_size}; expected a positive integer")
+    needs_text = [f"{what}" for what in (split, router) if what in ("coactivation", "calibrated")]
+    if needs_text and text is None:
+        raise UsageError(f"{needs_text[0]} needs a calibration text; expected a UTF-8 text file, got none")
+    if text is not None and not needs_text:
+        raise UsageError(f"calibration text {text}: split {split!r} with router {router!r} uses none; expected no text")
+    if text is not None and not text.is_file():
+        raise UsageError(f"calibration text {text}: no such file")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device: {device!r}, but no CUDA GPU is visible; expected 'cpu'")
+    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
+        raise UsageError(f"{dst}: already there and not an empty directory; expected a new one")
+
+
+def _resolve_source(src: str | Path) -> tuple[Path, str]:
+    """The directory of the dense model, downloaded if need be, and the name to remember it by."""
+    path = Path(src)
+    if path.is_dir():
+        return path, path.resolve().name
+    name = str(src)
+    if not _HUB_NAME.fullmatch(name):
+        raise UsageError(f"{name}: no such directory, nor a Hugging Face model name (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["model*.safetensors", *_COPIED_FILES])), name
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{name}: no such directory, and not to be had from Hugging Face ({reason})") from None
+
+
+def _dense_family(source: Path, config: Mapping[str, Any]) -> Family:
+    """The family of a dense config.json that can be converted.
+
+    Raises:
+        ConfigError: already converted, another family or activation, quantised.
+    """
+    if "prunepath_config" in config:
+        raise ConfigError(f"{source}: already a PrunePath checkpoint; expected a dense one")
+    if config.get("quantization_config"):
+        method = config["quantization_config"].get("quant_method")
+        raise ConfigError(f"{source}: quantization_config: the weights are quantised ({method!r}); expected plain ones")
+    try:
+        family = family_of(config, converted=False)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
+    activation = family.activation(config)
+    if activation not in ACTIVATIONS:
+        raise ConfigError(
+            f"{source}: {family.activation_field}: {activation!r}; expected one of {', '.join(ACTIVATIONS)}"
+        )
+    return family
+
+
+def _new_names(family: Family, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+    """Name in the source -> name in the converted checkpoint, in the source's order, without what is left out.
+
+    A checkpoint saved from the bare backbone (GPT-2's official one) lacks the backbone's prefix.
+    """
+    bare = not any(name.startswith(family.base_prefix) for name in tensors)
+    named = {name: family.base_prefix + name if bare and not name.startswith(_HEADS) else name for name in tensors}
+    return {old: new for old, new in named.items() if not _LEFT_OUT.match(new)}
+
+
+def _split_source(split: str, text: Path | None) -> str | None:
+    if split == "coactivation":
+        assert text is not None
+        return text.name
+    return "weights" if split == "kmeans" else None
+
+
+def _new_config(config: Mapping[str, Any], family: Family, prunepath: PrunePathConfig) -> dict[str, Any]:
+    # _name_or_path is where the dense model once lay, often a path on somebody's machine; base_model replaces it.
+    kept = {
+        key: value for key, value in config.items() if key not in ("auto_map", "quantization_config", "_name_or_path")
+    }
+    return kept | {
+        "architectures": [family.architecture],
+        "model_type": family.model_type,
+        "prunepath_config": prunepath.to_json(),
+    }
+
+
+def _copy_files(source: Path, staging: Path) -> None:
+    for pattern in _COPIED_FILES:
+        for file in source.glob(pattern):
+            if file.is_file() and file.name != "config.json" and not file.name.endswith(".index.json"):
+                shutil.copyfile(file, staging / file.name)
+
+
+def _write_weights(
+    source: Path,
+    staging: Path,
+    family: Family,
+    config: Mapping[str, Any],
+    tensors: Mapping[str, TensorInfo],
+    new_names: Mapping[str, str],
+    orders: list[Tensor],
+    num_experts: int,
+    *,
+    double: bool,
+) -> None:
+    """Stream every tensor from `source` to `staging`, permuted where it belongs to neurons; add zero routers.
+
+    Raises:
+        CheckpointError: a tensor is not finite.
+    """
+    permuted: dict[str, tuple[int, int]] = {}  # tensor -> its layer, the dimension its neurons lie along
+    outputs: dict[str, int] = {}  # second linear's weight -> its layer
+    for layer in range(len(orders)):
+        for name in family.inputs(layer):
+            permuted[f"{name}.weight"] = (layer, 1 if family.conv1d else 0)
+            permuted[f"{name}.bias"] = (layer, 0)
+        output = f"{family.output(layer)}.weight"
+        permuted[output] = (layer, 0 if family.conv1d else 1)
+        outputs[output] = layer
+
+    writer = _ShardWriter(staging)
+    stream = stream_tensors(source, tensors, new_names)
+    for old, tensor in tqdm(stream, total=len(new_names), desc="writing", unit="tensor"):
+        name = new_names[old]
+        check_finite(old, tensor)
+        if name in permuted:
+            layer, dim = permuted[name]
+            tensor = tensor.index_select(dim, orders[layer])
+        if name in outputs:
+            if double:
+                tensor = tensor * 2
+            router = torch.zeros(num_experts, family.hidden_size(config), dtype=tensor.dtype)
+            writer.add(f"{family.router(outputs[name])}.weight", router)
+        writer.add(name, tensor)
+    writer.finish()
+
+
+class _ShardWriter:
+    """Collects tensors and writes them in files of at most MAX_SHARD_BYTES (or one tensor)."""
+
+    def __init__(self, directory: Path) -> None:
+        self.directory = directory
+        self.shard: dict[str, Tensor] = {}
+        self.shard_bytes = self.total_bytes = 0
+        self.files: list[list[str]] = []
+        """Tensor names of each shard written."""
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        if self.shard and self.shard_bytes + tensor.nbytes > MAX_SHARD_BYTES:
+            self._flush()
+        self.shard[name] = tensor.contiguous()
+        self.shard_bytes += tensor.nbytes
+        self.total_bytes += tensor.nbytes
+
+    def finish(self) -> None:
+        self._flush()
+        if len(self.files) == 1:
+            self._temporary(0).rename(self.directory / WEIGHTS_FILE)
+            return
+        weight_map: dict[str, str] = {}
+        for number, names in enumerate(self.files):
+            file = f"model-{number + 1:05d}-of-{len(self.files):05d}.safetensors"
+            self._temporary(number).rename(self.directory / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
+        (self.directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _flush(self) -> None:
+        path = self._temporary(len(self.files))
+        save_file(self.shard, path, metadata={"format": "pt"})
+        # save_file makes it private to this user; a server may run as another.
+        path.chmod((self.directory / "config.json").stat().st_mode)
+        self.files.append(list(self.shard))
+        self.shard, self.shard_bytes = {}, 0
+
+    def _temporary(self, number: int) -> Path:
+        """Where a shard waits for its name, which needs the number of shards."""
+        return self.directory / f"shard-{number}"

@@ -1,0 +1,119 @@
+"""README.md of a PrunePath checkpoint, written from its config.json."""
+
+import json
+from pathlib import Path
+
+from prunepath_vllm.checkpoint import load_prunepath_config
+from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.tau import MAX_TAU
+
+CARD_FILE = "README.md"
+
+
+def write_model_card(path: str | Path) -> Path:
+    """Write (or rewrite) the model card of a PrunePath checkpoint directory and return its path.
+
+    Raises:
+        CheckpointError: config.json cannot be read.
+        ConfigError: it does not describe a PrunePath model.
+    """
+    path = Path(path)
+    family, prunepath, config = load_prunepath_config(path)
+    base = prunepath.base_model or f"a {family.dense_architecture} model"
+    causal = family.auto_class == "AutoModelForCausalLM"
+    card = "\n\n".join(
+        [
+            _front_matter(prunepath, causal),
+            f"# PrunePath: {base}",
+            f"{base}, its feed-forward layers cut into experts that are routed per token. A request chooses how many "
+            "run with `tau`: 1 is the dense model's function, less is sparser. The method is "
+            "[PrunePath](https://arxiv.org/abs/2605.28283).",
+            _facts(prunepath, family.num_layers(config), family.model_type),
+            "## Quality and sparsity\n\n" + _curve(prunepath),
+            "## Use\n\n" + _usage(prunepath, causal),
+            "## Limits\n\n" + _limits(prunepath),
+        ]
+    )
+    (path / CARD_FILE).write_text(card + "\n", encoding="utf-8")
+    return path / CARD_FILE
+
+
+def _front_matter(prunepath: PrunePathConfig, causal: bool) -> str:
+    lines = ["---", "library_name: prunepath-vllm"]
+    if prunepath.base_model:
+        lines.append(f"base_model: {json.dumps(prunepath.base_model)}")  # a JSON string is a YAML string
+    lines.append(f"pipeline_tag: {'text-generation' if causal else 'text-classification'}")
+    return "\n".join([*lines, "tags:", "- prunepath", "- sparsity", "- vllm", "---"])
+
+
+def _facts(prunepath: PrunePathConfig, layers: int, model_type: str) -> str:
+    split = prunepath.split
+    source = f" of {split.source}" if split.source else ""
+    rows = [
+        ("model type", f"`{model_type}`, {layers} layers"),
+        ("experts per layer", f"{prunepath.num_experts} of {prunepath.expert_size} neurons"),
+        ("split", f"{split.method}{source}, seed {split.seed}"),
+        ("selection", prunepath.selection.replace("_", " ") + _threshold(prunepath)),
+        ("gate", prunepath.gate),
+        ("dense positions", str(prunepath.dense_positions)),
+        ("default tau", f"{prunepath.default_tau:g}"),
+    ]
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _threshold(prunepath: PrunePathConfig) -> str:
+    return "" if prunepath.threshold is None else f", {prunepath.threshold:g}"
+
+
+def _curve(prunepath: PrunePathConfig) -> str:
+    if not prunepath.tau_curve:
+        return (
+            "Not measured. `prunepath calibrate` fits the routers and measures which share of the experts each tau "
+            "leaves out; `prunepath eval` measures what that costs in quality."
+        )
+    rows = [f"| {tau:.3g} | {sparsity:.1%} |" for tau, sparsity in prunepath.tau_curve]
+    return "\n".join(
+        [
+            "FFN sparsity (share of experts left out) measured at each tau on held-out calibration text. Quality at a "
+            "tau depends on the task: measure it with `prunepath eval`.",
+            "",
+            "| tau | FFN sparsity |",
+            "|---|---|",
+            *rows,
+        ]
+    )
+
+
+def _usage(prunepath: PrunePathConfig, causal: bool) -> str:
+    if causal:
+        example = (
+            "prunepath serve CHECKPOINT      # this directory\n"
+            "curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\\n"
+            '  -d \'{"model": "CHECKPOINT", "prompt": "Once upon a time", "max_tokens": 32, "tau": 0.8}\''
+        )
+    else:
+        example = (
+            "prunepath serve CHECKPOINT      # this directory\n"
+            "curl http://127.0.0.1:8000/classify -H 'Content-Type: application/json' \\\n"
+            '  -d \'{"model": "CHECKPOINT", "input": "A fine film.", "tau": 0.8}\''
+        )
+    knob = f"`tau` is a number in (0, {MAX_TAU}]; at 1 and above every expert runs."
+    if prunepath.tau_curve:
+        knob += (
+            " `sparsity`, in [0, 1), asks for a share of experts to leave out instead; the curve above gives its tau."
+        )
+    return f"```bash\npip install prunepath-vllm\n{example}\n```\n\n{knob}"
+
+
+def _limits(prunepath: PrunePathConfig) -> str:
+    lines = [
+        "- Loads only where prunepath-vllm is installed: its `model_type` is its own, so that no engine serves it as a "
+        "dense model by mistake.",
+        "- Below tau 1 it makes errors that the dense model does not, besides those that it does.",
+        "- A converted model that was not fine-tuned loses quality at much lower sparsity than the published, trained ones.",
+    ]
+    if not prunepath.tau_curve:
+        lines.append(
+            "- Routers that were never calibrated or trained rank experts arbitrarily: use tau 1 until they are."
+        )
+    return "\n".join(lines)

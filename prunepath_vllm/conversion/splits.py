@@ -1,0 +1,128 @@
+"""Which neurons form an expert: by input weights, by co-activation on a text, or at random."""
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from prunepath_vllm.conversion.clustering import balanced_kmeans
+from prunepath_vllm.errors import UsageError
+from prunepath_vllm.families import Family
+
+METHODS = ("kmeans", "coactivation", "random")
+
+COACTIVATION_TOKENS = 4096
+COACTIVATION_CONTEXT = 256
+CHARACTERS_PER_TOKEN = 16
+"""How much text is tokenised at most; real text has 3 to 5."""
+
+
+def neuron_orders(
+    method: str,
+    source: Path,
+    family: Family,
+    config: Mapping[str, Any],
+    num_experts: int,
+    *,
+    read: Callable[[str], Tensor],
+    text: Path | None,
+    seed: int,
+    device: str,
+) -> list[Tensor]:
+    """For each layer, the order of its neurons in which expert e is [e * expert_size, (e + 1) * expert_size).
+
+    Args:
+        method: one of :data:`METHODS`.
+        source: dense checkpoint directory.
+        family: its family.
+        config: its config.json.
+        num_experts: E.
+        read: gives a dense tensor by its name in `family`'s terms.
+        text: calibration text, with "coactivation".
+        seed: equal seeds give equal orders on one machine.
+        device: where to compute similarities ("cpu" or "cuda").
+
+    Returns:
+        One int64 CPU permutation [d_ff] per layer.
+
+    Raises:
+        UsageError: the text is missing or too short.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    if method == "coactivation":
+        assert text is not None
+        return _coactivation(source, family, config, num_experts, text, generator, device)
+    layers = tqdm(range(family.num_layers(config)), desc=f"grouping neurons ({method})", unit="layer")
+    if method == "random":
+        intermediate = family.intermediate_size(config)
+        return [
+            _order(torch.randperm(intermediate, generator=generator) // (intermediate // num_experts)) for _ in layers
+        ]
+    orders = []
+    for layer in layers:
+        weight = read(f"{family.inputs(layer)[0]}.weight")  # the gate of a GLU, else the first linear
+        rows = weight.T if family.conv1d else weight
+        orders.append(_order(balanced_kmeans(rows.to(device), num_experts, generator=generator)))
+    return orders
+
+
+def _order(clusters: Tensor) -> Tensor:
+    return clusters.argsort(stable=True)
+
+
+def _coactivation(
+    source: Path,
+    family: Family,
+    config: Mapping[str, Any],
+    num_experts: int,
+    text: Path,
+    generator: torch.Generator,
+    device: str,
+) -> list[Tensor]:
+    """MoEfication's co-activation split (arXiv 2110.01786).
+
+    The graph's edge between two neurons is the cosine of their activation magnitudes over the text's tokens. Cutting it
+    into equal parts of the greatest inner weight is balanced k-means on those magnitudes, so no graph is built. Runs
+    the dense model once and keeps one layer's activations at a time.
+    """
+    import transformers
+
+    positions = config.get("max_position_embeddings", config.get("n_positions", COACTIVATION_CONTEXT + 2))
+    tokens = _calibration_tokens(source, text, context=min(COACTIVATION_CONTEXT, positions - 2))
+    model = getattr(transformers, family.auto_class).from_pretrained(source, dtype="auto").to(device).eval()
+    orders: list[Tensor] = []
+    progress = tqdm(total=family.num_layers(config), desc="grouping neurons (coactivation)", unit="layer")
+
+    def group(module: torch.nn.Module, args: tuple[Tensor, ...]) -> None:
+        # What enters the second linear is the neurons: act(gate) * up, or act(first linear).
+        profiles = args[0].flatten(0, -2).float().abs().T
+        orders.append(_order(balanced_kmeans(profiles, num_experts, generator=generator)))
+        progress.update()
+
+    for layer in range(family.num_layers(config)):
+        model.get_submodule(family.output(layer)).register_forward_pre_hook(group)
+    with progress, torch.inference_mode():
+        model.base_model(tokens.to(device))
+    return orders
+
+
+def _calibration_tokens(source: Path, text: Path, *, context: int) -> Tensor:
+    """Tokenise the start of a text file into int64 [sequences, context].
+
+    Raises:
+        UsageError: missing, not UTF-8, or shorter than one sequence.
+    """
+    from transformers import AutoTokenizer
+
+    try:
+        with text.open(encoding="utf-8") as file:
+            start = file.read(COACTIVATION_TOKENS * CHARACTERS_PER_TOKEN)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"calibration text {text}: expected a readable UTF-8 text file ({error})") from None
+    ids = AutoTokenizer.from_pretrained(source)(start, add_special_tokens=False)["input_ids"][:COACTIVATION_TOKENS]
+    if len(ids) < context:
+        raise UsageError(f"calibration text {text}: {len(ids)} tokens; expected at least {context}")
+    return torch.tensor(ids[: len(ids) // context * context]).view(-1, context)

@@ -1,0 +1,95 @@
+"""What the kernels share: activations, programmatic dependent launch, and how work is dealt out to programs."""
+
+import functools
+
+import torch
+import triton
+import triton.language as tl
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
+
+ACTIVATIONS = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu": "gelu",
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu_tanh": "gelu_tanh",
+    "relu": "relu",
+}
+"""Activation names as model configurations write them -> the four functions the kernels know."""
+
+
+@triton.jit
+def activate(v, ACTIVATION: tl.constexpr):
+    """silu, gelu (erf), gelu_tanh or relu of a float32 tensor."""
+    if ACTIVATION == "silu":
+        return v * tl.sigmoid(v)
+    elif ACTIVATION == "gelu":
+        return 0.5 * v * (1.0 + tl.erf(v * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        # 0.5 (1 + tanh u) = sigmoid(2u)
+        return v * tl.sigmoid(1.5957691216057308 * (v + 0.044715 * v * v * v))
+    else:
+        tl.static_assert(ACTIVATION == "relu", "unknown activation")
+        return tl.maximum(v, 0.0)
+
+
+@triton.jit
+def wait_for_previous(PDL: tl.constexpr):
+    """Let the next kernel start its prologue, and block until the previous kernel's writes are visible.
+
+    Every program of every kernel calls this, so that "the previous kernel is complete" holds along the whole chain.
+    PDL: 0 off, 1 the next kernel may start once this one stops waiting, 2 at once.
+    """
+    if PDL == 2:
+        gdc_launch_dependents()
+    if PDL:
+        gdc_wait()
+    if PDL == 1:
+        gdc_launch_dependents()
+
+
+@triton.jit
+def take_share(flags, experts, pid, num_programs, E: tl.constexpr, BLOCK_E: tl.constexpr, UNITS: tl.constexpr):
+    """Number the flagged experts in ascending order and give this program its share of their units of work.
+
+    Every program does the same scan and writes only the part of the list that it reads itself; neighbours that share
+    an expert write the same value.
+
+    Args:
+        flags: int32 [E], non-zero where some token uses the expert.
+        experts: int32 [E + 1], written: the listed experts in this program's share; program 0 writes their number
+            to [E].
+        UNITS: units of work an expert is cut into.
+
+    Returns:
+        first unit, end unit; unit u belongs to the expert experts[u // UNITS].
+    """
+    index = tl.arange(0, BLOCK_E)
+    flag = (tl.load(flags + index, mask=index < E, other=0) != 0).to(tl.int32)
+    position = tl.cumsum(flag, axis=0) - 1
+    count = tl.sum(flag, axis=0)
+    begin = pid * count * UNITS // num_programs
+    end = (pid + 1) * count * UNITS // num_programs
+    mine = (flag != 0) & (position >= begin // UNITS) & (position * UNITS < end)
+    tl.store(experts + position, index, mask=mine)
+    tl.store(experts + E, count, mask=pid == 0)
+    tl.debug_barrier()  # the list is read back by other threads of this program
+    return begin, end
+
+
+@functools.cache
+def num_sms(device: torch.device) -> int:
+    """Multiprocessors of a CUDA device; 1 elsewhere (the interpreter)."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def default_pdl(device: torch.device) -> int:
+    """Mode of programmatic dependent launch: 0 before Hopper and off CUDA."""
+    return 1 if device.type == "cuda" and torch.cuda.get_device_capability(device)[0] >= 9 else 0
+
+
+def launch_options(pdl: int) -> dict[str, bool]:
+    """Extra launch arguments for a mode of programmatic dependent launch."""
+    return {"launch_pdl": True} if pdl else {}

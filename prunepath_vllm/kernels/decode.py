@@ -1,0 +1,267 @@
+"""The routed feed-forward layer for a decode step: every listed expert's weights are read once.
+
+One token: one kernel reads gate, up and down rows of each neuron together and keeps the output in registers, so that
+nothing waits between the two linears. Several tokens: an up kernel and a down kernel on tensor cores. Both leave
+float32 partial outputs that a last kernel adds in a fixed order: the result does not change from run to run.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prunepath_vllm.kernels.common import activate, default_pdl, launch_options, num_sms, take_share, wait_for_previous
+from prunepath_vllm.kernels.routing import Routing
+from prunepath_vllm.kernels.weights import Weights
+
+
+@dataclass(frozen=True)
+class FusedConfig:
+    """Tile choices of the one-token kernel."""
+
+    rows: int = 2
+    """Neurons per step; each is a row of gate, of up and of down."""
+    num_warps: int = 16
+    num_stages: int = 1
+    programs_per_sm: int = 1
+
+
+@dataclass(frozen=True)
+class UpConfig:
+    """Tile choices of the first linear for several tokens."""
+
+    rows: int = 32
+    block_k: int = 128
+    num_warps: int = 4
+    num_stages: int = 4
+    programs_per_sm: int = 2
+
+
+@dataclass(frozen=True)
+class DownConfig:
+    """Tile choices of the second linear for several tokens."""
+
+    block_h: int = 128
+    block_k: int = 64
+    splits: int = 8
+    num_warps: int = 4
+    num_stages: int = 7
+    """The expert list is read one step ahead of the rows it names, so half of these hold rows."""
+
+
+@triton.jit
+def fused_decode_kernel(
+    x, w_in, b_in, w_out_t, gates, flags, experts, partial, E: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
+    R: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token: partial [programs, H] = sum over this program's neurons of gate * act(w_in x) * w_out."""
+    pid, num_programs = tl.program_id(0), tl.num_programs(0)
+    cols = tl.arange(0, BLOCK_H)
+    in_h = (cols < H)[None, :]
+    STEPS: tl.constexpr = D // R
+    wait_for_previous(PDL)
+    begin, end = take_share(flags, experts, pid, num_programs, E, BLOCK_E, STEPS)
+    xv = tl.load(x + cols, mask=cols < H, other=0.0).to(tl.float32)[None, :]
+    acc = tl.zeros([BLOCK_H], dtype=tl.float32)
+    for unit in tl.range(begin, end, num_stages=STAGES):
+        expert = tl.load(experts + unit // STEPS)
+        rows = expert.to(tl.int64) * D + (unit % STEPS) * R + tl.arange(0, R)
+        tile = rows[:, None] * H + cols[None, :]
+        w1 = tl.load(w_in + tile, mask=in_h, other=0.0, eviction_policy="evict_first")
+        if GLU:
+            w2 = tl.load(w_in + E * D * H + tile, mask=in_h, other=0.0, eviction_policy="evict_first")
+        wd = tl.load(w_out_t + tile, mask=in_h, other=0.0, eviction_policy="evict_first")
+        h = tl.sum(w1.to(tl.float32) * xv, axis=1)
+        if BIAS:
+            h += tl.load(b_in + rows).to(tl.float32)
+        h = activate(h, ACTIVATION)
+        if GLU:
+            u = tl.sum(w2.to(tl.float32) * xv, axis=1)
+            if BIAS:
+                u += tl.load(b_in + E * D + rows).to(tl.float32)
+            h *= u
+        h *= tl.load(gates + expert)
+        acc += tl.sum(h[:, None] * wd.to(tl.float32), axis=0)
+    tl.store(partial + pid * H + cols, acc, mask=cols < H)
+
+
+@triton.jit
+def up_kernel(
+    x, w_in, b_in, gates, flags, experts, neurons, num_tokens, E: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
+    R: tl.constexpr, BLOCK_K: tl.constexpr, GRAIN: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Several tokens: neurons [T, F], row r of the listed experts' rows in column r, multiplied by its gate."""
+    pid, num_programs = tl.program_id(0), tl.num_programs(0)
+    tokens = tl.arange(0, BLOCK_T)
+    in_t = tokens < num_tokens
+    wait_for_previous(PDL)
+    begin, end = take_share(flags, experts, pid, num_programs, E, BLOCK_E, D // GRAIN)
+    for r0 in range(begin * GRAIN, end * GRAIN, R):
+        row = r0 + tl.arange(0, R)
+        in_r = row < end * GRAIN
+        expert = tl.load(experts + row // D, mask=in_r, other=0)
+        source = expert.to(tl.int64) * D + row % D
+        acc = tl.zeros([R, BLOCK_T], dtype=tl.float32)
+        acc_up = tl.zeros([R, BLOCK_T], dtype=tl.float32)
+        for k0 in range(0, H, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K)
+            tile = source[:, None] * H + k[None, :]
+            # The second condition folds away where BLOCK_K divides H.
+            in_w = in_r[:, None] & ((H % BLOCK_K == 0) | (k < H)[None, :])
+            w1 = tl.load(w_in + tile, mask=in_w, other=0.0)
+            xt = tl.load(
+                x + tokens[None, :].to(tl.int64) * H + k[:, None],
+                mask=in_t[None, :] & ((H % BLOCK_K == 0) | (k < H)[:, None]), other=0.0,
+            )  # fmt: skip
+            acc = tl.dot(w1, xt, acc, input_precision="ieee")
+            if GLU:
+                w2 = tl.load(w_in + E * D * H + tile, mask=in_w, other=0.0)
+                acc_up = tl.dot(w2, xt, acc_up, input_precision="ieee")
+        if BIAS:
+            acc += tl.load(b_in + source, mask=in_r, other=0.0).to(tl.float32)[:, None]
+        acc = activate(acc, ACTIVATION)
+        if GLU:
+            if BIAS:
+                acc_up += tl.load(b_in + E * D + source, mask=in_r, other=0.0).to(tl.float32)[:, None]
+            acc *= acc_up
+        out = in_r[:, None] & in_t[None, :]
+        gate = tl.load(gates + tokens[None, :] * E + expert[:, None], mask=out, other=0.0)
+        # Not a product with 0: an overflow in an expert the token did not choose must not reach it.
+        acc = tl.where(gate != 0.0, acc * gate, 0.0)
+        tl.store(neurons + tokens[None, :].to(tl.int64) * (E * D) + row[:, None], acc, mask=out)
+
+
+@triton.jit
+def down_kernel(
+    neurons, w_out_t, experts, partial, num_tokens, E: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """Several tokens: partial [splits, T, H] = neurons times this split's share of the listed experts' rows."""
+    pid_h, pid_s, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
+    tokens = tl.arange(0, BLOCK_T)
+    in_t = (tokens < num_tokens)[:, None]
+    cols = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)
+    in_h = (cols < H)[None, :]
+    wait_for_previous(PDL)
+    blocks = tl.cdiv(tl.load(experts + E) * D, BLOCK_K)
+    begin = pid_s * blocks // splits * BLOCK_K
+    end = tl.minimum((pid_s + 1) * blocks // splits * BLOCK_K, tl.load(experts + E) * D)
+    acc = tl.zeros([BLOCK_T, BLOCK_H], dtype=tl.float32)
+    for r0 in range(begin, end, BLOCK_K):
+        row = r0 + tl.arange(0, BLOCK_K)
+        in_r = row < end
+        expert = tl.load(experts + row // D, mask=in_r, other=0)
+        source = expert.to(tl.int64) * D + row % D
+        w = tl.load(w_out_t + source[:, None] * H + cols[None, :], mask=in_r[:, None] & in_h, other=0.0)
+        h = tl.load(
+            neurons + tokens[:, None].to(tl.int64) * (E * D) + row[None, :], mask=in_t & in_r[None, :], other=0.0
+        )
+        acc = tl.dot(h, w, acc, input_precision="ieee")
+    out = partial + (pid_s * num_tokens + tokens[:, None]).to(tl.int64) * H + cols[None, :]
+    tl.store(out, acc, mask=in_t & in_h)
+
+
+@triton.jit
+def reduce_kernel(
+    partial, b_out, y, numel, parts, H: tl.constexpr, BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+    PDL: tl.constexpr,
+):  # fmt: skip
+    """y [T * H] = the parts of partial [parts, T * H] added in a fixed order, plus the output bias."""
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    p = tl.arange(0, BLOCK_P)
+    wait_for_previous(PDL)
+    values = tl.load(
+        partial + p[:, None].to(tl.int64) * numel + i[None, :],
+        mask=(p[:, None] < parts) & (i[None, :] < numel), other=0.0,
+    )  # fmt: skip
+    total = tl.sum(values, axis=0)
+    if BIAS:
+        total += tl.load(b_out + i % H, mask=i < numel, other=0.0).to(tl.float32)
+    tl.store(y + i, total, mask=i < numel)
+
+
+def fused_partials(
+    x: Tensor, weights: Weights, routing: Routing, config: FusedConfig, pdl: int | None = None
+) -> Tensor:
+    """One token's output as float32 partial sums [programs, 1, H]. x: [1, H]."""
+    hidden = x.shape[1]
+    num_experts = routing.flags.shape[0]
+    expert_size = weights.w_out_t.shape[0] // num_experts
+    pdl = default_pdl(x.device) if pdl is None else pdl
+    programs = num_sms(x.device) * config.programs_per_sm
+    experts = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
+    partial = torch.empty(programs, 1, hidden, dtype=torch.float32, device=x.device)
+    fused_decode_kernel[(programs,)](
+        x, weights.w_in, weights.b_in, weights.w_out_t, routing.gates, routing.flags, experts, partial,
+        num_experts, expert_size, hidden, GLU=weights.glu, BIAS=weights.b_in is not None,
+        ACTIVATION=weights.activation, BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_H=triton.next_power_of_2(hidden), R=min(config.rows, expert_size), STAGES=config.num_stages, PDL=pdl,
+        num_warps=config.num_warps, **launch_options(pdl),
+    )  # fmt: skip
+    return partial
+
+
+def up(
+    x: Tensor, weights: Weights, routing: Routing, config: UpConfig, pdl: int | None = None
+) -> tuple[Tensor, Tensor]:
+    """The listed experts' neurons, gated.
+
+    Returns:
+        neurons [T, F] in x's dtype, whose column r is the r-th row of the listed experts (the rest is not written), and
+        experts, int32 [E + 1]: the list, its length in the last element.
+    """
+    num_tokens, hidden = x.shape
+    num_experts = routing.flags.shape[0]
+    num_neurons = weights.w_out_t.shape[0]
+    expert_size = num_neurons // num_experts
+    pdl = default_pdl(x.device) if pdl is None else pdl
+    experts = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
+    neurons = torch.empty(num_tokens, num_neurons, dtype=x.dtype, device=x.device)
+    up_kernel[(num_sms(x.device) * config.programs_per_sm,)](
+        x, weights.w_in, weights.b_in, routing.gates, routing.flags, experts, neurons, num_tokens,
+        num_experts, expert_size, hidden, GLU=weights.glu, BIAS=weights.b_in is not None,
+        ACTIVATION=weights.activation, BLOCK_E=triton.next_power_of_2(num_experts), BLOCK_T=block_t(num_tokens),
+        R=config.rows, BLOCK_K=config.block_k, GRAIN=min(8, expert_size), PDL=pdl,
+        num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(pdl),
+    )  # fmt: skip
+    return neurons, experts
+
+
+def down_partials(
+    neurons: Tensor, experts: Tensor, weights: Weights, config: DownConfig, pdl: int | None = None
+) -> Tensor:
+    """Float32 partial outputs [splits, T, H] of the neurons and the expert list that `up` returned."""
+    num_tokens, num_neurons = neurons.shape
+    num_experts = experts.shape[0] - 1
+    hidden = weights.w_out_t.shape[1]
+    pdl = default_pdl(neurons.device) if pdl is None else pdl
+    partial = torch.empty(config.splits, num_tokens, hidden, dtype=torch.float32, device=neurons.device)
+    down_kernel[(triton.cdiv(hidden, config.block_h), config.splits)](
+        neurons, weights.w_out_t, experts, partial, num_tokens, num_experts, num_neurons // num_experts, hidden,
+        BLOCK_T=block_t(num_tokens), BLOCK_H=config.block_h, BLOCK_K=config.block_k, PDL=pdl,
+        num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(pdl),
+    )  # fmt: skip
+    return partial
+
+
+def reduce_partials(partial: Tensor, b_out: Tensor | None, dtype: torch.dtype, pdl: int | None = None) -> Tensor:
+    """Sum float32 [parts, T, H] over its parts in a fixed order, add the bias [H]: [T, H] in `dtype`."""
+    parts, num_tokens, hidden = partial.shape
+    pdl = default_pdl(partial.device) if pdl is None else pdl
+    y = torch.empty(num_tokens, hidden, dtype=dtype, device=partial.device)
+    block_p = triton.next_power_of_2(parts)
+    block = max(16, min(256, 4096 // block_p))
+    reduce_kernel[(triton.cdiv(y.numel(), block),)](
+        partial, b_out, y, y.numel(), parts, hidden, BIAS=b_out is not None, BLOCK_P=block_p, BLOCK=block, PDL=pdl,
+        num_warps=4, **launch_options(pdl),
+    )  # fmt: skip
+    return y
+
+
+def block_t(num_tokens: int) -> int:
+    """Tokens a tile is padded to: a power of two, at least a tensor-core tile."""
+    return max(16, triton.next_power_of_2(num_tokens))

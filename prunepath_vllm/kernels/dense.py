@@ -1,0 +1,61 @@
+"""The feed-forward layer with every expert computed: two dense products around one elementwise kernel.
+
+The path for tau >= 1 and for batches whose tokens together use most experts; gates make it exact for any mix.
+"""
+
+import torch
+import torch.nn.functional as F
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prunepath_vllm.kernels.common import activate
+from prunepath_vllm.kernels.weights import Weights
+
+
+@triton.jit
+def gated_activation_kernel(
+    pre, gates, out, F: tl.constexpr, E: tl.constexpr, GLU: tl.constexpr, GATED: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """out [T, F] = gate of the neuron's expert * act(pre[:, :F]) (* pre[:, F:] for a GLU)."""
+    token = tl.program_id(0).to(tl.int64)
+    i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    mask = i < F
+    row = pre + token * (2 * F if GLU else F)
+    h = activate(tl.load(row + i, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+    if GLU:
+        h *= tl.load(row + F + i, mask=mask, other=0.0).to(tl.float32)
+    if GATED:
+        gate = tl.load(gates + token * E + i // (F // E), mask=mask, other=0.0)
+        h = tl.where(gate != 0.0, h * gate, 0.0)
+    tl.store(out + token * F + i, h, mask=mask)
+
+
+def gated_activation(pre: Tensor, weights: Weights, gates: Tensor | None = None) -> Tensor:
+    """Neurons [T, F] of the first linear's output `pre` [T, F or 2 F], multiplied by their experts' gates [T, E]."""
+    num_tokens, num_neurons = pre.shape[0], weights.w_out_t.shape[0]
+    neurons = torch.empty(num_tokens, num_neurons, dtype=pre.dtype, device=pre.device)
+    block = 1024
+    gated_activation_kernel[(num_tokens, triton.cdiv(num_neurons, block))](
+        pre, gates, neurons, num_neurons, 1 if gates is None else gates.shape[1], GLU=weights.glu,
+        GATED=gates is not None, ACTIVATION=weights.activation, BLOCK=block, num_warps=4,
+    )  # fmt: skip
+    return neurons
+
+
+def dense_ffn(x: Tensor, weights: Weights, gates: Tensor | None = None) -> Tensor:
+    """Every expert's neurons, multiplied by their gates: eq. 10 with the sum over all experts.
+
+    Args:
+        x: [T, H].
+        weights: the layer's weights.
+        gates: float32 [T, E], 0 where an expert is not active; None where every gate is 1.
+
+    Returns:
+        [T, H] in x's dtype.
+    """
+    neurons = gated_activation(F.linear(x, weights.w_in, weights.b_in), weights, gates)
+    if weights.b_out is None:
+        return neurons @ weights.w_out_t
+    return torch.addmm(weights.b_out, neurons, weights.w_out_t)

@@ -1,0 +1,30 @@
+"""From one tau per request to one per token, on the device, without a host synchronisation."""
+
+import torch
+from torch import Tensor
+
+from prunepath_vllm.tau import DENSE_TAU
+
+PADDING_TAU = 1e-6
+"""Padding rows select one expert: the least work that routing allows."""
+
+
+def expand_taus(
+    request_taus: Tensor, query_start_loc: Tensor, positions: Tensor, out: Tensor, *, dense_positions: int
+) -> None:
+    """Write every token's tau.
+
+    Args:
+        request_taus: float32 [num_reqs].
+        query_start_loc: int32 [num_reqs + 1]; tokens of request r are [query_start_loc[r], query_start_loc[r + 1]).
+        positions: int64 [>= tokens], sequence position of every token.
+        out: float32 [padded tokens], written in full: tokens past the last request get PADDING_TAU.
+        dense_positions: tokens at sequence positions below it get a tau that selects every expert.
+    """
+    tokens = torch.arange(out.shape[0], device=out.device, dtype=query_start_loc.dtype)
+    request = torch.searchsorted(query_start_loc[1:].contiguous(), tokens, right=True)
+    padded = torch.cat([request_taus, request_taus.new_tensor([PADDING_TAU])])
+    torch.index_select(padded, 0, request, out=out)
+    if dense_positions:
+        dense = (positions[: out.shape[0]] < dense_positions) & (request < request_taus.shape[0])
+        out.masked_fill_(dense, DENSE_TAU)

@@ -1,0 +1,1 @@
+"""The vLLM side: layers, models and the path of tau from the request to the feed-forward layer."""

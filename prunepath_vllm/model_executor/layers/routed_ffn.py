@@ -1,0 +1,175 @@
+"""The routed feed-forward layer as vLLM sees it: expert-aware parameters, and one opaque custom op for all families.
+
+Shapes: T tokens, H hidden size, E experts, D neurons per expert on this rank, F = E * D.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.library import Library
+from vllm.distributed import (
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+    tensor_model_parallel_all_reduce,
+)
+from vllm.utils.torch_utils import direct_register_custom_op
+
+from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.errors import UnsupportedFeatureError
+from prunepath_vllm.kernels.routed_ffn import routed_ffn
+
+
+class _ExpertShard:
+    """Which neurons this tensor-parallel rank holds: the same slice of every expert, so ranks stay balanced."""
+
+    def __init__(self, prunepath: PrunePathConfig) -> None:
+        self.rank = get_tensor_model_parallel_rank()
+        self.world = get_tensor_model_parallel_world_size()
+        self.num_experts = prunepath.num_experts
+        if prunepath.expert_size % self.world:
+            raise UnsupportedFeatureError(
+                f"tensor_parallel_size {self.world} does not divide expert_size {prunepath.expert_size}; "
+                "every rank holds an equal slice of every expert"
+            )
+        self.expert_size = prunepath.expert_size // self.world
+        self.neurons = self.num_experts * self.expert_size
+
+    def rows(self, weight: Tensor) -> Tensor:
+        """The rank's rows of a [d_ff, ...] tensor."""
+        if self.world == 1:
+            return weight
+        experts = weight.unflatten(0, (self.num_experts, -1))
+        return experts.narrow(1, self.rank * self.expert_size, self.expert_size).flatten(0, 1)
+
+
+class ExpertRouter(nn.Module):
+    """Router weights, replicated on every rank. A checkpoint without router biases leaves the bias zero."""
+
+    def __init__(self, hidden_size: int, prunepath: PrunePathConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(prunepath.num_experts, hidden_size), requires_grad=False)
+        self.bias = nn.Parameter(torch.zeros(prunepath.num_experts), requires_grad=False)
+
+
+class ExpertInputs(nn.Module):
+    """The first linears: rows are neurons. GLU families stack gate rows above up rows, as vLLM's merged linear does."""
+
+    def __init__(self, hidden_size: int, prunepath: PrunePathConfig, *, glu: bool, bias: bool) -> None:
+        super().__init__()
+        self._shard = _ExpertShard(prunepath)
+        self._glu = glu
+        rows = self._shard.neurons * (2 if glu else 1)
+        self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
+        self.weight.weight_loader = self._load
+        self.register_parameter("bias", nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None)
+        if self.bias is not None:
+            self.bias.weight_loader = self._load
+
+    def _load(self, parameter: nn.Parameter, loaded: Tensor) -> None:
+        """Copy one dense tensor. vLLM's weight mapper marks gate and up with shard_id 0 and 1."""
+        start = loaded.shard_id * self._shard.neurons if self._glu else 0
+        parameter.data[start : start + self._shard.neurons].copy_(self._shard.rows(loaded))
+
+
+class ExpertOutputs(nn.Module):
+    """The second linear, kept transposed: row i is what neuron i adds to the output, so experts are contiguous."""
+
+    def __init__(self, hidden_size: int, prunepath: PrunePathConfig, *, bias: bool) -> None:
+        super().__init__()
+        self._shard = _ExpertShard(prunepath)
+        self.weight = nn.Parameter(torch.empty(self._shard.neurons, hidden_size), requires_grad=False)
+        self.weight.weight_loader = self._load_weight
+        self.register_parameter("bias", nn.Parameter(torch.empty(hidden_size), requires_grad=False) if bias else None)
+        if self.bias is not None:
+            self.bias.weight_loader = self._load_bias
+
+    def _load_weight(self, parameter: nn.Parameter, loaded: Tensor) -> None:
+        """Copy the dense [H, d_ff] weight."""
+        parameter.data.copy_(self._shard.rows(loaded.t()))
+
+    def _load_bias(self, parameter: nn.Parameter, loaded: Tensor) -> None:
+        """The output bias belongs to no expert: one rank adds it before the all-reduce."""
+        parameter.data.copy_(loaded if self._shard.rank == 0 else torch.zeros_like(loaded))
+
+
+class RoutedFFN(nn.Module):
+    """Eq. 7-10 over parameters that live in the family's own modules, under the dense model's names.
+
+    Args:
+        prunepath: the checkpoint's block.
+        activation: transformers' name of the activation.
+        glu: gate and up linears, or one.
+        tau: float32 [max_num_batched_tokens], at a fixed address; entry t is the tau of the step's token t.
+    """
+
+    def __init__(self, prunepath: PrunePathConfig, *, activation: str, glu: bool, tau: Tensor) -> None:
+        super().__init__()
+        self.settings: dict[str, Any] = {
+            "activation": activation,
+            "glu": glu,
+            "num_experts": prunepath.num_experts,
+            "selection": prunepath.selection,
+            "threshold": prunepath.threshold or 0.0,
+            "gate": prunepath.gate,
+        }
+        self.world = get_tensor_model_parallel_world_size()
+        self.register_buffer("tau", tau, persistent=False)
+
+    def forward(self, x: Tensor, router: ExpertRouter, inputs: ExpertInputs, outputs: ExpertOutputs) -> Tensor:
+        """x: [T, H] in the model's dtype; returns the same."""
+        y = torch.ops.prunepath.routed_ffn(
+            x,
+            self.tau,
+            router.weight,
+            router.bias,
+            inputs.weight,
+            inputs.bias,
+            outputs.weight,
+            outputs.bias,
+            **self.settings,
+        )
+        return tensor_model_parallel_all_reduce(y) if self.world > 1 else y
+
+
+def _routed_ffn_op(
+    x: torch.Tensor,
+    tau: torch.Tensor,
+    router_weight: torch.Tensor,
+    router_bias: torch.Tensor,
+    w_in: torch.Tensor,
+    b_in: torch.Tensor | None,
+    w_out: torch.Tensor,
+    b_out: torch.Tensor | None,
+    activation: str,
+    glu: bool,
+    num_experts: int,
+    selection: str,
+    threshold: float,
+    gate: str,
+) -> torch.Tensor:
+    return routed_ffn(
+        x,
+        tau[: x.shape[0]],
+        router_weight,
+        router_bias,
+        w_in,
+        b_in,
+        w_out,
+        b_out,
+        activation=activation,
+        glu=glu,
+        selection=selection,
+        threshold=threshold,
+        gate=gate,
+    )
+
+
+def _routed_ffn_fake(x: torch.Tensor, *args: Any, **settings: Any) -> torch.Tensor:
+    return torch.empty_like(x)
+
+
+_library = Library("prunepath", "FRAGMENT")
+"""Ours, not vLLM's; it must outlive the op."""
+
+direct_register_custom_op("routed_ffn", _routed_ffn_op, fake_impl=_routed_ffn_fake, target_lib=_library)

@@ -1,0 +1,1 @@
+"""vLLM model classes, one file per family."""

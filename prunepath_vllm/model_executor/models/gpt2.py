@@ -1,0 +1,33 @@
+"""GPT-2 with routed feed-forward layers."""
+
+from torch import Tensor, nn
+from vllm.model_executor.models.gpt2 import GPT2LMHeadModel
+
+from prunepath_vllm.model_executor.compat import VllmConfig
+from prunepath_vllm.model_executor.layers.routed_ffn import ExpertInputs, ExpertOutputs
+from prunepath_vllm.model_executor.models.utils import PrunePathModelMixin, build_routed_ffn, present_layers
+
+
+class RoutedGPT2MLP(nn.Module):
+    """Stands in for ``block.mlp``, under the same parameter names plus ``router``."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.c_fc = ExpertInputs(config.hidden_size, config.prunepath, glu=False, bias=True)
+        self.c_proj = ExpertOutputs(config.hidden_size, config.prunepath, bias=True)
+        self.ffn, self.router = build_routed_ffn(vllm_config, activation=config.activation_function, glu=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: [T, H]; returns the same shape."""
+        return self.ffn(x, self.router, self.c_fc, self.c_proj)
+
+
+class PrunePathGPT2LMHeadModel(PrunePathModelMixin, GPT2LMHeadModel):
+    """PrunePath GPT-2 for causal language modelling."""
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        for block in present_layers(self.transformer.h):
+            del block.mlp
+            block.mlp = RoutedGPT2MLP(vllm_config)

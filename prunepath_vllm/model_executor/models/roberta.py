@@ -1,0 +1,50 @@
+"""RoBERTa for sequence classification with routed feed-forward layers."""
+
+from torch import Tensor, nn
+from vllm.model_executor.models.roberta import RobertaForSequenceClassification
+
+from prunepath_vllm.model_executor.compat import VllmConfig
+from prunepath_vllm.model_executor.layers.routed_ffn import ExpertInputs, ExpertOutputs
+from prunepath_vllm.model_executor.models.utils import PrunePathModelMixin, build_routed_ffn
+
+
+class RoutedIntermediate(nn.Module):
+    """Stands in for ``layer.intermediate``: the first linear and the router."""
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.dense = ExpertInputs(config.hidden_size, config.prunepath, glu=False, bias=True)
+        self.ffn, self.router = build_routed_ffn(vllm_config, activation=config.hidden_act, glu=False)
+
+
+class RoutedRobertaLayer(nn.Module):
+    """A RoBERTa layer whose two feed-forward linears, in two modules, are one routed layer."""
+
+    def __init__(self, dense_layer: nn.Module, vllm_config: VllmConfig) -> None:
+        super().__init__()
+        config = vllm_config.model_config.hf_config
+        self.attention = dense_layer.attention
+        self.output = dense_layer.output
+        del dense_layer.intermediate, self.output.dense
+        self.intermediate = RoutedIntermediate(vllm_config)
+        self.output.dense = ExpertOutputs(config.hidden_size, config.prunepath, bias=True)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """hidden_states: [T, H]; returns the same shape."""
+        attention = self.attention(hidden_states)
+        first = self.intermediate
+        ffn = first.ffn(attention, first.router, first.dense, self.output.dense)
+        return self.output.LayerNorm(ffn + attention)
+
+
+class PrunePathRobertaForSequenceClassification(PrunePathModelMixin, RobertaForSequenceClassification):
+    """PrunePath RoBERTa for sequence classification."""
+
+    is_pooling_encoder = True
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
+        layers = self.roberta.encoder.layer
+        for index, layer in enumerate(layers):
+            layers[index] = RoutedRobertaLayer(layer, vllm_config)

@@ -1,0 +1,69 @@
+"""What every family's engine model shares: building routed layers, and loading weights that must all be there."""
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from vllm.model_executor.models.utils import PPMissingLayer
+
+from prunepath_vllm.checkpoint import check_finite
+from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.errors import CheckpointError
+from prunepath_vllm.model_executor.compat import VllmConfig
+from prunepath_vllm.model_executor.layers.routed_ffn import ExpertRouter, RoutedFFN
+from prunepath_vllm.model_executor.tau import TokenTaus
+
+
+class PrunePathModelMixin:
+    """Weight loading and the V2 model state; comes before vLLM's model class in the bases."""
+
+    def get_model_state_cls(self) -> type:
+        """The V2 runner asks the model for its state."""
+        from prunepath_vllm.model_executor.model_state import PrunePathEncoderModelState, PrunePathModelState
+
+        return PrunePathEncoderModelState if getattr(self, "is_pooling_encoder", False) else PrunePathModelState
+
+    def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
+        """Load a checkpoint's tensors by vLLM's own loaders.
+
+        Raises:
+            CheckpointError: a tensor is missing or holds NaN or infinity.
+        """
+        loaded = super().load_weights(_finite(weights))
+        router_biases = {name for name, _ in self.named_parameters() if name.endswith(".router.bias")}
+        missing = {name for name, _ in self.named_parameters()} - loaded
+        missing -= _tied_to(self, loaded)
+        if router_biases <= missing:  # a checkpoint without router biases leaves them zero
+            missing -= router_biases
+            loaded |= router_biases
+        if missing:
+            raise CheckpointError(f"{min(missing)}: not in the checkpoint ({len(missing)} missing in all)")
+        return loaded
+
+
+def build_routed_ffn(vllm_config: VllmConfig, *, activation: str, glu: bool) -> tuple[RoutedFFN, ExpertRouter]:
+    """The routed layer and the router of one feed-forward block."""
+    config = vllm_config.model_config.hf_config
+    prunepath: PrunePathConfig = config.prunepath
+    ffn = RoutedFFN(prunepath, activation=activation, glu=glu, tau=TokenTaus.of(vllm_config).values)
+    return ffn, ExpertRouter(config.hidden_size, prunepath)
+
+
+def present_layers(layers: nn.ModuleList) -> Iterator[Any]:
+    """The layers that live on this pipeline rank."""
+    return (layer for layer in layers if not isinstance(layer, PPMissingLayer))
+
+
+def _finite(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+    for name, tensor in weights:
+        check_finite(name, tensor)
+        yield name, tensor
+
+
+def _tied_to(model: nn.Module, loaded: set[str]) -> set[str]:
+    """Names of parameters that share storage with a loaded one."""
+    by_name = dict(model.named_parameters(remove_duplicate=False))
+    storages = {by_name[name].data_ptr() for name in loaded if name in by_name}
+    return {name for name, parameter in by_name.items() if parameter.data_ptr() in storages}
+
+

@@ -1,0 +1,109 @@
+"""Per-request tau on the worker: from the requests of a step to one float32 per token, at an address graphs may capture.
+
+V2 model runner (the default wherever Triton works): a model state that the model class offers (model_state.py). V1 (CPU):
+a worker class (worker_cpu.py, worker_gpu.py), chosen in engine_config.py, that wraps the runner's forward. Both call
+:meth:`TokenTaus.fill` right before the forward, also before the replay of a captured graph.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.kernels.tau import expand_taus
+from prunepath_vllm.model_executor.compat import VllmConfig, async_tensor_h2d, forward_hook
+from prunepath_vllm.model_executor.engine_config import server_default_tau
+from prunepath_vllm.tau import resolve_tau
+
+_CONTEXT_KEY = "prunepath.token_taus"
+
+
+class TokenTaus:
+    """The step's taus, one per token; the tensor every routed layer of the model reads.
+
+    Attributes:
+        values: float32 [max_num_batched_tokens] on the model's device.
+    """
+
+    def __init__(self, vllm_config: VllmConfig) -> None:
+        self.prunepath: PrunePathConfig = vllm_config.model_config.hf_config.prunepath
+        self.default_tau = server_default_tau(vllm_config)
+        # Dense until the first step: profiling then measures the peak that serving can reach.
+        self.values = torch.ones(vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.float32)
+
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> "TokenTaus":
+        """The one instance of the model being built or run under `vllm_config`."""
+        context = vllm_config.compilation_config.static_forward_context
+        if _CONTEXT_KEY not in context:
+            context[_CONTEXT_KEY] = cls(vllm_config)
+        return context[_CONTEXT_KEY]
+
+    def resolve(self, sampling_params: Any, pooling_params: Any) -> float:
+        """A request's tau, from the parameters the engine core received (validated at the front end)."""
+        if sampling_params is not None:
+            requested: Mapping[str, Any] | None = sampling_params.extra_args
+        else:
+            requested = pooling_params.extra_kwargs if pooling_params is not None else None
+        return resolve_tau(requested, default_tau=self.default_tau, tau_curve=self.prunepath.tau_curve)
+
+    def fill(self, request_taus: Tensor, query_start_loc: Tensor, positions: Tensor, num_padded: int) -> None:
+        """Write this step's taus.
+
+        Args:
+            request_taus: float32 [num_reqs], in batch order.
+            query_start_loc: int32 [num_reqs + 1], cumulative scheduled tokens.
+            positions: int64 [>= tokens], sequence position of every token.
+            num_padded: tokens the forward runs on, padding included.
+        """
+        expand_taus(
+            request_taus,
+            query_start_loc,
+            positions,
+            self.values[:num_padded],
+            dense_positions=self.prunepath.dense_positions,
+        )
+
+
+class _V1RunnerTaus:
+    """V1 model runner: what the V2 model state does, around the runner's forward."""
+
+    def __init__(self, runner: Any) -> None:
+        self.runner = runner
+        self.token_taus = TokenTaus.of(runner.vllm_config)
+        self.resolved: dict[str, tuple[Any, float]] = {}
+
+    def before_forward(self, positions: Tensor) -> None:
+        batch = self.runner.input_batch
+        req_ids: Sequence[str] = batch.req_ids
+        taus = async_tensor_h2d(np.array([self._tau(r) for r in req_ids], dtype=np.float32), device=self.runner.device)
+        query_start_loc = self.runner.query_start_loc.gpu[: len(req_ids) + 1]
+        self.token_taus.fill(taus, query_start_loc, positions, positions.shape[-1])
+
+    def _tau(self, req_id: str) -> float:
+        request = self.runner.requests[req_id]
+        known = self.resolved.get(req_id)
+        if known is None or known[0] is not request:  # an id may come back with another request
+            if len(self.resolved) > 2 * len(self.runner.requests) + 64:
+                self.resolved = {r: v for r, v in self.resolved.items() if r in self.runner.requests}
+            tau = self.token_taus.resolve(request.sampling_params, request.pooling_params)
+            known = self.resolved[req_id] = (request, tau)
+        return known[1]
+
+
+def attach_to_v1_runner(worker: Any) -> None:
+    """Bring taus to a worker's V1 model runner; a V2 runner has the model state and is left alone."""
+    if worker.use_v2_model_runner:
+        return
+    state: list[_V1RunnerTaus] = []
+
+    def before_forward(positions: Tensor) -> None:
+        if not state:  # the model, and with it the buffer, is built after the device
+            state.append(_V1RunnerTaus(worker.model_runner))
+        state[0].before_forward(positions)
+
+    hook: Callable[[Tensor], None] = before_forward
+    forward_hook(worker.model_runner, hook)

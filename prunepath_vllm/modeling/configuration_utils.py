@@ -1,0 +1,50 @@
+"""What every PrunePath configuration adds to its dense family's."""
+
+from typing import Any, ClassVar, Self
+
+from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.errors import ConfigError
+from prunepath_vllm.families import FAMILIES
+from prunepath_vllm.modeling import prunepath_config_of
+
+
+class PrunePathConfigMixin:
+    """Checks and reads the ``prunepath_config`` field that a subclass declares; the dense fields stay as they are.
+
+    The field may be None only because transformers builds a default instance to find what differs from it when
+    saving: no checkpoint loads without the block and no model is built without it.
+    """
+
+    dense_config_class: ClassVar[type]
+    model_type: ClassVar[str]
+    prunepath_config: dict[str, Any] | None
+    # Sharding the feed-forward layer the dense way would cut the router's experts apart; none is supported here.
+    base_model_tp_plan = None
+    base_model_pp_plan = None
+    base_model_ep_plan = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)  # type: ignore[misc]
+        if self.prunepath_config is not None:
+            block = PrunePathConfig.parse(self.prunepath_config)
+            family = next(family for family in FAMILIES if family.model_type == self.model_type)
+            block.check_intermediate_size(family.intermediate_size(vars(self)))
+            self.prunepath_config = block.to_json()
+            for field in ("add_cross_attention", "is_decoder"):
+                if vars(self).get(field):
+                    raise ConfigError(f"{field}: True; expected False, PrunePath models have no cross-attention")
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Self:
+        """Build the configuration from a parsed config.json.
+
+        Raises:
+            ConfigError: ``prunepath_config`` is absent or does not describe this model.
+        """
+        PrunePathConfig.parse(config_dict.get("prunepath_config"))
+        return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    @property
+    def prunepath(self) -> PrunePathConfig:
+        """The parsed block; see :func:`prunepath_vllm.modeling.prunepath_config_of`."""
+        return prunepath_config_of(self)

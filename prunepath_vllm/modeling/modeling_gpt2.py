@@ -1,0 +1,76 @@
+"""PrunePath GPT-2 for transformers."""
+
+from typing import Any
+
+from torch import Tensor, nn
+from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block, GPT2LMHeadModel, GPT2Model
+
+from prunepath_vllm.kernels.reference import scale_neurons
+from prunepath_vllm.modeling.configuration_gpt2 import PrunePathGPT2Config
+from prunepath_vllm.modeling.modeling_utils import ROUTING_OUTPUTS, RoutedCausalLM, RoutedDecoder
+from prunepath_vllm.modeling.routing import Router
+
+
+class PrunePathGPT2MLP(GPT2MLP):
+    """GPT2MLP cut into experts."""
+
+    def __init__(self, config: PrunePathGPT2Config, *, router_bias: bool) -> None:
+        super().__init__(config.prunepath.intermediate_size, config)
+        self.router = Router(config.hidden_size, config.prunepath, bias=router_bias)
+
+    def forward(self, x: Tensor, tau: Tensor) -> Tensor:
+        """x [B, S, H] and tau float32 [B, S] to [B, S, H]."""
+        weights, _, _ = self.router(x, tau)
+        neurons = self.act(self.c_fc(x))
+        return self.dropout(self.c_proj(scale_neurons(neurons, weights)))
+
+
+class PrunePathGPT2Block(GPT2Block):
+    """GPT2Block with a routed feed-forward layer."""
+
+    def __init__(self, config: PrunePathGPT2Config, layer_idx: int, *, router_bias: bool) -> None:
+        super().__init__(config, layer_idx=layer_idx)
+        self.mlp = PrunePathGPT2MLP(config, router_bias=router_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        past_key_values: Any = None,
+        attention_mask: Tensor | None = None,
+        *_cross_attention: None,
+        tau: Tensor,
+        encoder_attention_mask: None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """Hidden states [B, S, H] and tau float32 [B, S] to [B, S, H]; the rest is for attention."""
+        attended, _ = self.attn(
+            self.ln_1(hidden_states), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
+        )
+        hidden_states = hidden_states + attended
+        return hidden_states + self.mlp(self.ln_2(hidden_states), tau)
+
+
+class PrunePathGPT2Model(RoutedDecoder, GPT2Model):
+    """GPT2Model with routed feed-forward layers."""
+
+    config_class = PrunePathGPT2Config
+    _no_split_modules = ["PrunePathGPT2Block"]  # noqa: RUF012
+    _can_record_outputs = {**GPT2Model._can_record_outputs, **ROUTING_OUTPUTS}  # noqa: RUF012
+
+    def __init__(self, config: PrunePathGPT2Config, *, router_bias: bool = False) -> None:
+        super().__init__(config)
+        self.h = nn.ModuleList(
+            PrunePathGPT2Block(config, index, router_bias=router_bias) for index in range(config.num_hidden_layers)
+        )
+        self.post_init()
+
+
+class PrunePathGPT2LMHeadModel(RoutedCausalLM, GPT2LMHeadModel):
+    """GPT2LMHeadModel with routed feed-forward layers and a tau per sequence."""
+
+    config_class = PrunePathGPT2Config
+
+    def __init__(self, config: PrunePathGPT2Config, *, router_bias: bool = False) -> None:
+        super().__init__(config)
+        self.transformer = PrunePathGPT2Model(config, router_bias=router_bias)
+        self.post_init()

@@ -1,0 +1,86 @@
+"""The router module, and how ``tau`` travels from ``forward`` to it: as an argument, all the way.
+
+Shapes: B sequences, S tokens each, E experts, H hidden size, L layers.
+"""
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.errors import TauError
+from prunepath_vllm.kernels import reference
+from prunepath_vllm.tau import MAX_TAU, parse_tau
+
+Tau = float | Sequence[float] | Tensor
+"""One tau for all, or one per sequence (a list or a 1-D tensor [B])."""
+
+
+class Router(nn.Module):
+    """Eq. 7-10 of one feed-forward layer: which experts a token uses, and their gates.
+
+    ``bias`` is None unless the checkpoint has one.
+    """
+
+    def __init__(self, hidden_size: int, prunepath: PrunePathConfig, *, bias: bool = False) -> None:
+        super().__init__()
+        self.selection, self.threshold, self.gate = prunepath.selection, prunepath.threshold, prunepath.gate
+        self.weight = nn.Parameter(torch.zeros(prunepath.num_experts, hidden_size))
+        self.bias = nn.Parameter(torch.zeros(prunepath.num_experts)) if bias else None
+
+    def forward(self, x: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Route every token.
+
+        Args:
+            x: [B, S, H].
+            tau: float32 [B, S].
+
+        Returns:
+            (expert weights float32 [B, S, E], router logits float32 [B, S, E], active experts bool [B, S, E]).
+        """
+        logits = reference.router_logits(x, self.weight, self.bias)
+        active = reference.select_experts(logits, tau, selection=self.selection, threshold=self.threshold)
+        return reference.gate_weights(logits, active, gate=self.gate), logits, active
+
+
+def parse_taus(tau: Tau) -> float | Tensor:
+    """Validate `tau`: a number stays one, a list or 1-D tensor becomes a float32 tensor [B] on the same device.
+
+    Raises:
+        TauError: a value out of range; for a list, the message says which.
+    """
+    values = tau.tolist() if isinstance(tau, Tensor) else tau
+    if not isinstance(values, list | tuple):
+        return parse_tau(values)
+    parsed = [parse_tau(value, f"tau[{index}]") for index, value in enumerate(values)]
+    return torch.tensor(parsed, dtype=torch.float32, device=tau.device if isinstance(tau, Tensor) else None)
+
+
+def token_taus(tau: Tau, positions: Tensor, batch_size: int, *, dense_positions: int) -> Tensor:
+    """The tau of every token.
+
+    Args:
+        tau: as `forward` takes it.
+        positions: position of each token in its sequence, int [B or 1, S].
+        batch_size: B.
+        dense_positions: tokens at positions below it use every expert.
+
+    Returns:
+        float32 [B, S].
+
+    Raises:
+        TauError: a value out of range, or as many values as there are not sequences.
+    """
+    parsed = parse_taus(tau)
+    if isinstance(parsed, Tensor):
+        if parsed.shape != (batch_size,):
+            raise TauError(
+                f"tau must be one number or one per sequence ({batch_size}), got {len(parsed)}",
+                parameter="tau",
+                value=tau,
+            )
+        taus = parsed.to(positions.device)[:, None].expand(-1, positions.shape[-1])
+    else:
+        taus = torch.full((batch_size, positions.shape[-1]), parsed, dtype=torch.float32, device=positions.device)
+    return torch.where(positions < dense_positions, MAX_TAU, taus) if dense_positions else taus

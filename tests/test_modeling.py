@@ -1,0 +1,273 @@
+"""The transformers models: the dense limit, the equations, tau per sequence, generation."""
+
+import threading
+
+import pytest
+import torch
+from naive import load_naive, naive_generate, naive_logits, naive_sparsity
+from tiny_models import CAUSAL_FAMILY_NAMES, FAMILY_NAMES, LAYERS, build_dense
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+
+from prunepath_vllm.errors import TauError
+from prunepath_vllm.modeling import register_auto_classes
+
+TAUS = (0.05, 0.4, 0.6, 0.8, 0.95, 1.0)
+VARIANTS = {
+    "no gate": dict(),
+    "sigmoid": dict(gate="sigmoid"),
+    "router bias": dict(gate="sigmoid", router_bias=True),
+    "threshold": dict(gate="none", selection="threshold", threshold=0.6),
+    "experts of 8": dict(gate="sigmoid", expert_size=8),
+    "dense positions": dict(dense_positions=2),
+}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _registered():
+    register_auto_classes()
+    register_auto_classes()
+
+
+def load(path, family, **kwargs):
+    auto = AutoModelForSequenceClassification if family == "roberta" else AutoModelForCausalLM
+    return auto.from_pretrained(path, **kwargs)
+
+
+def tokens(batch, length, seed=0):
+    return torch.randint(4, 300, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def logits(model, input_ids, **kwargs):
+    return model(input_ids, **kwargs).logits
+
+
+@pytest.mark.parametrize("tau", [1.0, 1.05])
+@pytest.mark.parametrize("options", [dict(), dict(gate="sigmoid", router_scale=0.0)], ids=["no gate", "folded gate"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_every_expert_is_the_dense_model(prunepath_checkpoint, family, options, tau):
+    model = load(prunepath_checkpoint(family, **options), family)
+    ids = tokens(2, 24)
+    torch.testing.assert_close(logits(model, ids, tau=tau), logits(build_dense(family), ids), rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_equals_one_token_one_expert_at_a_time(prunepath_checkpoint, family, variant):
+    path = prunepath_checkpoint(family, **VARIANTS[variant])
+    model, naive = load(path, family), load_naive(path)
+    ids = tokens(1, 10)
+    sparsities = []
+    for tau in TAUS:
+        with torch.no_grad():
+            outputs = model(ids, tau=tau, output_router_logits=True)
+        torch.testing.assert_close(outputs.logits[0], naive_logits(naive, ids[0].tolist(), tau), rtol=0, atol=2e-5)
+        torch.testing.assert_close(outputs.ffn_sparsity[:, 0], naive_sparsity(naive), rtol=0, atol=1e-6)
+        sparsities.append(outputs.ffn_sparsity.mean().item())
+    assert sparsities == sorted(sparsities, reverse=True)
+    assert sparsities[-1] == 0
+    assert sparsities[0] > 0.3
+
+
+def test_the_test_checkpoint_sweeps(prunepath_checkpoint):
+    """The comparisons above are worth something only if the taus select differently."""
+    model = load(prunepath_checkpoint("llama"), "llama")
+    with torch.no_grad():
+        outputs = model(tokens(len(TAUS), 30), tau=list(TAUS), output_router_logits=True)
+    assert len({round(s, 2) for s in outputs.ffn_sparsity.mean((0, 2)).tolist()}) >= 5
+
+
+@pytest.mark.parametrize("as_tensor", [False, True], ids=["list", "tensor"])
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_each_sequence_gets_what_it_gets_alone(prunepath_checkpoint, family, as_tensor):
+    model = load(prunepath_checkpoint(family, gate="sigmoid"), family)
+    ids = tokens(len(TAUS), 12)
+    together = logits(model, ids, tau=torch.tensor(TAUS) if as_tensor else list(TAUS))
+    for index, tau in enumerate(TAUS):
+        alone = logits(model, ids[index : index + 1], tau=tau)
+        torch.testing.assert_close(together[index], alone[0], rtol=0, atol=1e-5)
+    assert not torch.allclose(together[0], logits(model, ids[:1], tau=0.8)[0], atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("options", "same_as"),
+    [
+        (dict(default_tau=0.6), 0.6),
+        (dict(), 1.0),
+        (dict(selection="threshold", threshold=0.6, default_tau=1.0), 0.5),
+    ],
+    ids=["cumulative mass", "dense", "threshold"],
+)
+def test_tau_left_out(prunepath_checkpoint, options, same_as):
+    model = load(prunepath_checkpoint("llama", **options), "llama")
+    ids = tokens(2, 8)
+    assert torch.equal(logits(model, ids), logits(model, ids, tau=same_as))
+    assert torch.equal(model.model(ids).last_hidden_state, model.model(ids, tau=same_as).last_hidden_state)
+
+
+@pytest.mark.parametrize(
+    ("tau", "message"),
+    [
+        (0, r"tau must be a number in \(0, 1.05\], got 0$"),
+        (1.06, "got 1.06"),
+        (True, "got True"),
+        ("0.5", "got '0.5'"),
+        (float("nan"), "got nan"),
+        ([0.5, -1.0], r"tau\[1\] must be .*got -1.0"),
+        ([0.5], r"one per sequence \(2\), got 1"),
+        ([], r"one per sequence \(2\), got 0"),
+        (torch.full((2, 1), 0.5), r"tau\[0\] must be"),
+        (torch.tensor([True, True]), r"tau\[0\] must be"),
+    ],
+    ids=str,
+)
+def test_a_bad_tau_is_named(prunepath_checkpoint, tau, message):
+    model = load(prunepath_checkpoint("llama"), "llama")
+    with pytest.raises(TauError, match=message):
+        model(tokens(2, 4), tau=tau)
+
+
+@pytest.mark.parametrize("bad", [[0.5, 2.0], "x", [0.5, 0.5, 0.5]], ids=str)
+def test_generate_refuses_a_bad_tau(prunepath_checkpoint, bad):
+    model = load(prunepath_checkpoint("llama"), "llama")
+    with pytest.raises(TauError):
+        model.generate(tokens(2, 4), tau=bad, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("dense_positions", [0, 3])
+@pytest.mark.parametrize("family", CAUSAL_FAMILY_NAMES)
+def test_generation_with_a_cache_equals_greedy_without(prunepath_checkpoint, family, dense_positions):
+    path = prunepath_checkpoint(family, gate="sigmoid", dense_positions=dense_positions)
+    model, naive = load(path, family), load_naive(path)
+    model.generation_config.eos_token_id = None
+    taus = [0.3, 0.8, 1.0]
+    prompts = [tokens(1, length, seed=length)[0].tolist() for length in (2, 6, 9)]
+    longest = max(map(len, prompts))
+    padded = torch.tensor([[1] * (longest - len(prompt)) + prompt for prompt in prompts])
+    generated = model.generate(padded, attention_mask=padded.ne(1).long(), tau=taus, max_new_tokens=8, do_sample=False)[
+        :, longest:
+    ]
+    for row, (prompt, tau) in enumerate(zip(prompts, taus, strict=True)):
+        assert generated[row].tolist() == naive_generate(naive, prompt, tau, 8)
+
+
+def test_left_padding_does_not_move_the_dense_positions(prunepath_checkpoint):
+    model = load(prunepath_checkpoint("gpt2", dense_positions=2), "gpt2")
+    ids = tokens(1, 6)
+    padded = torch.cat([torch.ones(1, 3, dtype=torch.long), ids], dim=1)
+    mask = padded.ne(1).long()
+    shifted = logits(model, padded, attention_mask=mask, position_ids=(mask.cumsum(1) - 1).clamp(min=0), tau=0.3)
+    torch.testing.assert_close(shifted[:, 3:], logits(model, ids, tau=0.3), rtol=0, atol=1e-5)
+
+
+def test_right_padding_leaves_a_classification_as_it_is(prunepath_checkpoint):
+    model = load(prunepath_checkpoint("roberta", dense_positions=2), "roberta")
+    ids = tokens(1, 6)
+    padded = torch.cat([ids, torch.ones(1, 3, dtype=torch.long)], dim=1)
+    alone = logits(model, ids, tau=0.3)
+    torch.testing.assert_close(
+        logits(model, padded, attention_mask=padded.ne(1).long(), tau=0.3), alone, rtol=0, atol=1e-5
+    )
+    embeds = model.roberta.embeddings.word_embeddings(ids)
+    torch.testing.assert_close(logits(model, None, inputs_embeds=embeds, tau=0.3), alone, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "how", [dict(num_beams=3), dict(num_beams=2, num_return_sequences=2), dict(do_sample=True, num_return_sequences=3)]
+)
+def test_beams_and_samples_share_their_prompts_tau(prunepath_checkpoint, how):
+    model = load(prunepath_checkpoint("qwen2"), "qwen2")
+    model.generation_config.eos_token_id = None
+    seen = []
+    model.model.layers[0].mlp.router.register_forward_pre_hook(lambda _, args: seen.append(args[1][:, -1]))
+    ids = tokens(2, 5)
+    torch.manual_seed(0)
+    model.generate(ids, tau=[0.3, 0.9], max_new_tokens=3, **how)
+    copies = max(how.get("num_beams", 1), how.get("num_return_sequences", 1))
+    for taus in seen:
+        torch.testing.assert_close(taus, torch.tensor([0.3, 0.9]).repeat_interleave(copies))
+
+
+def test_beam_search_equals_lone_runs(prunepath_checkpoint):
+    model = load(prunepath_checkpoint("llama", gate="sigmoid"), "llama")
+    model.generation_config.eos_token_id = None
+    ids = tokens(2, 5)
+    together = model.generate(ids, tau=[0.3, 0.9], max_new_tokens=6, num_beams=3)
+    for row, tau in enumerate([0.3, 0.9]):
+        assert (
+            together[row].tolist()
+            == model.generate(ids[row : row + 1], tau=tau, max_new_tokens=6, num_beams=3)[0].tolist()
+        )
+
+
+def test_two_models_and_two_threads_do_not_mix_taus(prunepath_checkpoint):
+    models = [load(prunepath_checkpoint(family), family) for family in ("llama", "gpt2")]
+    ids = tokens(1, 12)
+    jobs = [(model, tau) for model in models for tau in (0.2, 0.9)]
+    expected = [logits(model, ids, tau=tau) for model, tau in jobs]
+    wrong = []
+
+    def work(index):
+        model, tau = jobs[index]
+        for _ in range(20):
+            if not torch.allclose(logits(model, ids, tau=tau), expected[index], atol=1e-6):
+                wrong.append(index)
+
+    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(jobs))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == []
+
+
+def test_routing_statistics(prunepath_checkpoint):
+    model = load(prunepath_checkpoint("gpt2"), "gpt2")
+    ids = tokens(2, 7)
+    with torch.no_grad():
+        plain = model(ids, tau=0.6)
+        outputs = model(ids, tau=[0.6, 1.0], output_router_logits=True, output_hidden_states=True)
+    assert plain.router_logits is None
+    assert plain.ffn_sparsity is None
+    assert [tuple(layer.shape) for layer in outputs.router_logits] == [(2, 7, 8)] * LAYERS
+    assert {layer.dtype for layer in outputs.router_logits} == {torch.float32}
+    assert {layer.dtype for layer in outputs.active_experts} == {torch.bool}
+    assert outputs.ffn_sparsity.shape == (LAYERS, 2, 7)
+    assert outputs.ffn_sparsity[:, 0].mean() > 0.3
+    assert outputs.ffn_sparsity[:, 1].max() == 0
+    assert len(outputs.hidden_states) == LAYERS + 1
+    router, ln = model.transformer.h[0].mlp.router, model.transformer.h[0].ln_2
+    block = model.transformer.h[0]
+    attended, _ = block.attn(block.ln_1(outputs.hidden_states[0]))
+    expected = ln(outputs.hidden_states[0] + attended) @ router.weight.t()
+    torch.testing.assert_close(outputs.router_logits[0], expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_a_tuple_on_request(prunepath_checkpoint, family):
+    model = load(prunepath_checkpoint(family), family)
+    ids = tokens(1, 4)
+    expected = logits(model, ids)
+    with torch.no_grad():
+        assert torch.equal(model(ids, return_dict=False)[0], expected)
+        model.config.return_dict = False
+        assert torch.equal(model(ids)[0], expected)
+
+
+def test_compiled_equals_eager(prunepath_checkpoint):
+    model = load(prunepath_checkpoint("llama", gate="sigmoid"), "llama")
+    compiled = torch.compile(model, backend="eager")
+    ids = tokens(2, 8)
+    for tau in (0.4, 0.8, None):
+        torch.testing.assert_close(logits(compiled, ids, tau=tau), logits(model, ids, tau=tau), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+def test_half_precision_runs_and_routes_in_float32(prunepath_checkpoint, family):
+    model = load(prunepath_checkpoint(family, gate="sigmoid", dtype=torch.bfloat16), family)
+    assert model.dtype == torch.bfloat16
+    with torch.no_grad():
+        outputs = model(tokens(2, 8), tau=[0.5, 1.0], output_router_logits=True)
+    assert outputs.logits.dtype == torch.bfloat16
+    assert outputs.router_logits[0].dtype == torch.float32
+    assert outputs.logits.isfinite().all()
