@@ -151,6 +151,19 @@ def test_generation_with_a_cache_equals_greedy_without(prunepath_checkpoint, fam
         assert generated[row].tolist() == naive_generate(naive, prompt, tau, 8)
 
 
+@pytest.mark.parametrize("family", CAUSAL_FAMILY_NAMES)
+def test_a_cache_continues_the_positions(prunepath_checkpoint, family):
+    model = load(prunepath_checkpoint(family, dense_positions=3), family)
+    ids = tokens(2, 8)
+    cache, pieces = None, []
+    for piece in ids.split([2, 3, 1, 2], dim=1):
+        with torch.no_grad():
+            outputs = model(piece, past_key_values=cache, use_cache=True, tau=[0.3, 0.7])
+        cache = outputs.past_key_values
+        pieces.append(outputs.logits)
+    torch.testing.assert_close(torch.cat(pieces, dim=1), logits(model, ids, tau=[0.3, 0.7]), rtol=0, atol=1e-5)
+
+
 def test_left_padding_does_not_move_the_dense_positions(prunepath_checkpoint):
     model = load(prunepath_checkpoint("gpt2", dense_positions=2), "gpt2")
     ids = tokens(1, 6)

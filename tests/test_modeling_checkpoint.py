@@ -188,11 +188,11 @@ def test_pickles_and_truncated_files_are_refused(damaged):
     path = damaged()
     weights = path / "model.safetensors"
     weights.write_bytes(weights.read_bytes()[:-1000])
-    with pytest.raises(CheckpointError, match="model.safetensors"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors"):
         load(path)
     weights.unlink()
     torch.save({}, path / "pytorch_model.bin")
-    with pytest.raises(CheckpointError, match=r"pytorch_model.bin"):
+    with pytest.raises(CheckpointError, match=r"pytorch_model\.bin"):
         load(path)
 
 

@@ -72,7 +72,7 @@ def convert(
         expert_size: d_e, neurons per expert.
         split: "kmeans" (input weights), "coactivation" (on `calibration_text`) or "random".
         router: "zero", or "calibrated" on `calibration_text`.
-        gate: "none", or "sigmoid": eq. 10's gate, under a zero router made up for by doubling the second linear.
+        gate: "none", or "sigmoid": eq. 10's gate, a zero router's 1/2 made up for by doubling the second linear.
         calibration_text: UTF-8 text file.
         seed: of the split and the calibration.
         device: "cpu" or "cuda", for clustering and calibration.
@@ -126,23 +126,15 @@ def convert(
     try:
         _copy_files(source, staging)
         (staging / "config.json").write_text(json.dumps(_new_config(config, family, prunepath), indent=2) + "\n")
-        # Calibrated routers saturate the sigmoid gates, so only a zero router's gates of 1/2 need making up for.
-        _write_weights(
-            source,
-            staging,
-            family,
-            config,
-            tensors,
-            new_names,
-            orders,
-            num_experts,
-            double=gate == "sigmoid" and router == "zero",
-        )
+        # Gates of a zero router are 1/2; the calibrator takes the doubling back when it saturates them.
+        double = gate == "sigmoid"
+        _write_weights(source, staging, family, config, tensors, new_names, orders, num_experts, double=double)
         validate_checkpoint(staging)
         write_model_card(staging)
         if router == "calibrated":
             from prunepath_vllm.conversion.calibrate import calibrate
 
+            assert text is not None
             calibrate(staging, text, device=device, seed=seed)
         os.replace(staging, dst)
     except BaseException:

@@ -110,7 +110,7 @@ def _limits(prunepath: PrunePathConfig) -> str:
         "- Loads only where prunepath-vllm is installed: its `model_type` is its own, so that no engine serves it as a "
         "dense model by mistake.",
         "- Below tau 1 it makes errors that the dense model does not, besides those that it does.",
-        "- A converted model that was not fine-tuned loses quality at much lower sparsity than the published, trained ones.",
+        "- A converted model that was not fine-tuned loses quality at much lower sparsity than the published ones.",
     ]
     if not prunepath.tau_curve:
         lines.append(

@@ -9,15 +9,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prunepath_vllm.conversion.clustering import balanced_kmeans
-from prunepath_vllm.errors import UsageError
 from prunepath_vllm.families import Family
 
 METHODS = ("kmeans", "coactivation", "random")
 
 COACTIVATION_TOKENS = 4096
 COACTIVATION_CONTEXT = 256
-CHARACTERS_PER_TOKEN = 16
-"""How much text is tokenised at most; real text has 3 to 5."""
 
 
 def neuron_orders(
@@ -90,8 +87,15 @@ def _coactivation(
     """
     import transformers
 
+    from prunepath_vllm.conversion.text import read_sequences
+
     positions = config.get("max_position_embeddings", config.get("n_positions", COACTIVATION_CONTEXT + 2))
-    tokens = _calibration_tokens(source, text, context=min(COACTIVATION_CONTEXT, positions - 2))
+    tokens = read_sequences(
+        transformers.AutoTokenizer.from_pretrained(source),
+        text,
+        length=min(COACTIVATION_CONTEXT, positions - 2),  # RoBERTa's position table starts behind the padding's row
+        max_tokens=COACTIVATION_TOKENS,
+    )
     model = getattr(transformers, family.auto_class).from_pretrained(source, dtype="auto").to(device).eval()
     orders: list[Tensor] = []
     progress = tqdm(total=family.num_layers(config), desc="grouping neurons (coactivation)", unit="layer")
@@ -107,22 +111,3 @@ def _coactivation(
     with progress, torch.inference_mode():
         model.base_model(tokens.to(device))
     return orders
-
-
-def _calibration_tokens(source: Path, text: Path, *, context: int) -> Tensor:
-    """Tokenise the start of a text file into int64 [sequences, context].
-
-    Raises:
-        UsageError: missing, not UTF-8, or shorter than one sequence.
-    """
-    from transformers import AutoTokenizer
-
-    try:
-        with text.open(encoding="utf-8") as file:
-            start = file.read(COACTIVATION_TOKENS * CHARACTERS_PER_TOKEN)
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"calibration text {text}: expected a readable UTF-8 text file ({error})") from None
-    ids = AutoTokenizer.from_pretrained(source)(start, add_special_tokens=False)["input_ids"][:COACTIVATION_TOKENS]
-    if len(ids) < context:
-        raise UsageError(f"calibration text {text}: {len(ids)} tokens; expected at least {context}")
-    return torch.tensor(ids[: len(ids) // context * context]).view(-1, context)

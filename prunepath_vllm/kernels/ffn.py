@@ -5,7 +5,6 @@ import json
 from dataclasses import dataclass, field
 from importlib import resources
 
-import torch
 from torch import Tensor
 
 from prunepath_vllm.kernels.decode import (
@@ -49,10 +48,6 @@ class Tuning:
         return next((c for limit, c in self.choices if num_tokens <= limit), self.choices[-1][1])
 
 
-MAX_ROUTED_TOKENS = 64
-"""Largest batch the selection kernel and the split path are made for."""
-
-
 def heuristic_tuning() -> Tuning:
     """Choices for a GPU or shape without a table."""
     several = RouterConfig(split_k=4)
@@ -60,7 +55,8 @@ def heuristic_tuning() -> Tuning:
         (
             (1, Choice("fused")),
             (16, Choice("split", router=several)),
-            (MAX_ROUTED_TOKENS, Choice("split", router=several, up=UpConfig(rows=64, block_k=64), down=DownConfig())),
+            (64, Choice("split", router=several, up=UpConfig(rows=64, block_k=64))),
+            (65, Choice("dense", router=several)),
         )
     )
 

@@ -1,4 +1,4 @@
-"""Router logits and expert selection (eq. 7-9, or LTE's threshold) for one token or a few dozen.
+"""Router logits and expert selection (eq. 7-9, or LTE's threshold), made for one token to a few dozen.
 
 Selection needs no sort: expert e is active when the probabilities ranked at or before it sum to less than tau, and
 every expert's sum is found by comparing it with all others.
@@ -70,7 +70,7 @@ def router_logits_kernel_dot(
     """Several tokens: partial logits [splits, T, E], each over a slice of SLICE_K hidden units."""
     pid_e, pid_k = tl.program_id(0), tl.program_id(1)
     experts = pid_e * BLOCK_E + tl.arange(0, BLOCK_E)
-    tokens = tl.arange(0, BLOCK_T)
+    tokens = tl.program_id(2) * BLOCK_T + tl.arange(0, BLOCK_T)
     wait_for_previous(PDL)
     acc = tl.zeros([BLOCK_E, BLOCK_T], dtype=tl.float32)
     for k0 in range(0, SLICE_K, BLOCK_K):
@@ -84,7 +84,7 @@ def router_logits_kernel_dot(
             mask=(tokens[None, :] < num_tokens) & (k[:, None] < H), other=0.0,
         )  # fmt: skip
         acc = tl.dot(w, xv.to(w.dtype), acc, input_precision="ieee")
-    out = logits + (pid_k * num_tokens + tokens[None, :]) * E + experts[:, None]
+    out = logits + (pid_k * num_tokens + tokens[None, :]).to(tl.int64) * E + experts[:, None]
     tl.store(out, acc, mask=(experts[:, None] < E) & (tokens[None, :] < num_tokens))
     tl.store(flags + experts, tl.zeros_like(experts), mask=(experts < E) & (pid_k == 0))
 
@@ -107,7 +107,7 @@ def select_kernel(
     BLOCK_ALL: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Decide BLOCK_E experts of one token: gates [T, E] float32, flags [E] int32."""
-    token, pid_e = tl.program_id(0), tl.program_id(1)
+    token, pid_e = tl.program_id(0).to(tl.int64), tl.program_id(1)
     mine = pid_e * BLOCK_E + tl.arange(0, BLOCK_E)
     wait_for_previous(PDL)
     t = tl.zeros([BLOCK_E], dtype=tl.float32) + tl.load(tau + token)
@@ -153,7 +153,7 @@ def route(
     """Router logits and selection: two kernels, no host synchronisation.
 
     Args:
-        x: [T, H] contiguous, T <= 64.
+        x: [T, H] contiguous.
         tau: float32 [T].
         router_weight: [E, H] contiguous.
         router_bias: [E] or None.
@@ -178,9 +178,11 @@ def route(
     else:
         block_e, block_k = 16, 128
         slice_k = triton.cdiv(triton.cdiv(hidden, block_k), config.split_k) * block_k
-        router_logits_kernel_dot[(triton.cdiv(num_experts, block_e), config.split_k)](
+        block_t = min(64, max(16, triton.next_power_of_2(num_tokens)))
+        grid = (triton.cdiv(num_experts, block_e), config.split_k, triton.cdiv(num_tokens, block_t))
+        router_logits_kernel_dot[grid](
             x, router_weight, logits, flags, num_tokens, num_experts, hidden,
-            BLOCK_T=max(16, triton.next_power_of_2(num_tokens)), BLOCK_E=block_e, BLOCK_K=block_k, SLICE_K=slice_k,
+            BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=block_k, SLICE_K=slice_k,
             PDL=pdl, num_warps=config.num_warps, num_stages=4, **launch_options(pdl),
         )  # fmt: skip
     select_kernel[(num_tokens, triton.cdiv(num_experts, config.select_block_e))](

@@ -32,7 +32,7 @@ from prunepath_vllm.tau import DENSE_TAU, PARAMETERS, resolve_tau
 _http_knob: ContextVar[dict[str, Any] | None] = ContextVar("prunepath_http_knob", default=None)
 """``tau`` / ``sparsity`` of the HTTP request being handled; inherited by the tasks that stream its answer."""
 
-_API_SERVER = "vllm.entrypoints.launchers.api_server.entry"
+_API_SERVER = "vllm.entrypoints.launchers.app"
 
 
 class TauRequestError(VLLMValidationError, ValueError):
@@ -49,7 +49,8 @@ def install_request_hooks() -> None:
     wrap_once(InputProcessor, "process_inputs", _with_tau)
     # The API server imports its launcher before it reads any model's configuration; elsewhere there is no HTTP.
     if _API_SERVER in sys.modules:
-        wrap_once(sys.modules[_API_SERVER], "build_app", _with_middleware)
+        expect_parameters(sys.modules[_API_SERVER].init_entrypoints_middleware, "args", "app")
+        wrap_once(sys.modules[_API_SERVER], "init_entrypoints_middleware", _with_middleware)
 
 
 def tau_cache_salt(cache_salt: str | None, tau: float) -> str:
@@ -98,13 +99,12 @@ def _merged(extra: Mapping[str, Any], http: Mapping[str, Any]) -> dict[str, Any]
     return {**extra, **http}
 
 
-def _with_middleware(build_app: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(build_app)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        app = build_app(*args, **kwargs)
+def _with_middleware(init_entrypoints_middleware: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(init_entrypoints_middleware)
+    def wrapped(args: Any, app: Any, *rest: Any, **kwargs: Any) -> None:
+        init_entrypoints_middleware(args, app, *rest, **kwargs)
         # Innermost: authentication and request identifiers come first.
         app.user_middleware.append(Middleware(KnobMiddleware))
-        return app
 
     return wrapped
 

@@ -3,6 +3,7 @@
 Shapes: T tokens, H hidden size, E experts, D neurons per expert on this rank, F = E * D.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import UnsupportedFeatureError
 from prunepath_vllm.kernels.routed_ffn import routed_ffn
+from prunepath_vllm.model_executor.compat import QuantizeMethodBase, pack_for_cpu, packed_matmul
 
 
 class _ExpertShard:
@@ -43,6 +45,26 @@ class _ExpertShard:
         return experts.narrow(1, self.rank * self.expert_size, self.expert_size).flatten(0, 1)
 
 
+class _PackForCPU(QuantizeMethodBase):
+    """vLLM's hook after loading. On a CPU, dense steps use the engine's own packed product, as its linears do.
+
+    The packed copy is held beside the plain weight: sparse steps gather experts from that.
+    """
+
+    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
+        """The layers create their own."""
+
+    def apply(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
+        """The routed op computes."""
+        raise AssertionError("expert weights are applied by the routed op")
+
+    def process_weights_after_loading(self, layer: nn.Module) -> None:
+        """Pack the weight of an expert linear."""
+        if layer.weight.device.type == "cpu":
+            layer.packer = pack_for_cpu(layer.weight.t() if isinstance(layer, ExpertInputs) else layer.weight)
+            layer.packed = None if layer.packer is None else layer.packer.handler_tensor
+
+
 class ExpertRouter(nn.Module):
     """Router weights, replicated on every rank. A checkpoint without router biases leaves the bias zero."""
 
@@ -59,6 +81,8 @@ class ExpertInputs(nn.Module):
         super().__init__()
         self._shard = _ExpertShard(prunepath)
         self._glu = glu
+        self.quant_method = _PackForCPU()
+        self.packed: Tensor | None = None
         rows = self._shard.neurons * (2 if glu else 1)
         self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
         self.weight.weight_loader = self._load
@@ -78,6 +102,8 @@ class ExpertOutputs(nn.Module):
     def __init__(self, hidden_size: int, prunepath: PrunePathConfig, *, bias: bool) -> None:
         super().__init__()
         self._shard = _ExpertShard(prunepath)
+        self.quant_method = _PackForCPU()
+        self.packed: Tensor | None = None
         self.weight = nn.Parameter(torch.empty(self._shard.neurons, hidden_size), requires_grad=False)
         self.weight.weight_loader = self._load_weight
         self.register_parameter("bias", nn.Parameter(torch.empty(hidden_size), requires_grad=False) if bias else None)
@@ -108,7 +134,6 @@ class RoutedFFN(nn.Module):
         self.settings: dict[str, Any] = {
             "activation": activation,
             "glu": glu,
-            "num_experts": prunepath.num_experts,
             "selection": prunepath.selection,
             "threshold": prunepath.threshold or 0.0,
             "gate": prunepath.gate,
@@ -127,6 +152,8 @@ class RoutedFFN(nn.Module):
             inputs.bias,
             outputs.weight,
             outputs.bias,
+            inputs.packed,
+            outputs.packed,
             **self.settings,
         )
         return tensor_model_parallel_all_reduce(y) if self.world > 1 else y
@@ -141,9 +168,10 @@ def _routed_ffn_op(
     b_in: torch.Tensor | None,
     w_out: torch.Tensor,
     b_out: torch.Tensor | None,
+    packed_in: torch.Tensor | None,
+    packed_out: torch.Tensor | None,
     activation: str,
     glu: bool,
-    num_experts: int,
     selection: str,
     threshold: float,
     gate: str,
@@ -162,7 +190,13 @@ def _routed_ffn_op(
         selection=selection,
         threshold=threshold,
         gate=gate,
+        dense_in=_packed(packed_in, w_in.shape[0], b_in),
+        dense_out=_packed(packed_out, w_out.shape[1], None),
     )
+
+
+def _packed(handle: Tensor | None, columns: int, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
+    return None if handle is None else lambda x: packed_matmul(x, handle, columns, bias)
 
 
 def _routed_ffn_fake(x: torch.Tensor, *args: Any, **settings: Any) -> torch.Tensor:

@@ -1,0 +1,49 @@
+"""Text files as equally long sequences of tokens, for calibration and perplexity."""
+
+import gzip
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from prunepath_vllm.errors import UsageError
+
+CHARACTERS_PER_TOKEN = 16
+"""How much text is tokenised at most per token wanted; real text has 3 to 5 characters a token."""
+
+
+def read_sequences(
+    tokenizer: PreTrainedTokenizerBase, text: str | Path, *, length: int, max_tokens: int, minimum: int = 1
+) -> Tensor:
+    """Cut the beginning of a text into sequences, each with the special tokens the tokenizer adds.
+
+    Args:
+        tokenizer: a fast tokenizer.
+        text: UTF-8 file, gzipped where its name ends in ``.gz``.
+        length: tokens per sequence, special tokens included; what does not fill a last sequence is left out.
+        max_tokens: at most this many tokens in all.
+        minimum: fewest sequences to accept.
+
+    Returns:
+        int64 [sequences, length].
+
+    Raises:
+        UsageError: no such file, not UTF-8 text, or too short.
+    """
+    text = Path(text)
+    opener = gzip.open if text.suffix == ".gz" else open
+    try:
+        with opener(text, "rt", encoding="utf-8") as file:
+            content = file.read(max_tokens * CHARACTERS_PER_TOKEN)
+    except (OSError, EOFError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+        raise UsageError(f"text {text}: expected a readable UTF-8 text file ({reason})") from None
+    chunks = tokenizer(content, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
+    sequences = [chunk for chunk in chunks if len(chunk) == length][: max(max_tokens // length, minimum)]
+    if len(sequences) < minimum:
+        tokens = sum(len(chunk) for chunk in chunks)
+        raise UsageError(
+            f"text {text}: {tokens} tokens; expected at least {minimum * length}, {minimum} sequences of {length}"
+        )
+    return torch.tensor(sequences)

@@ -1,0 +1,48 @@
+"""``prunepath calibrate``: fit a checkpoint's routers to a text and measure its tau curve."""
+
+import argparse
+
+
+def add_parser(
+    subparsers: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]
+) -> argparse.ArgumentParser:
+    """Add the subcommand."""
+    parser = subparsers.add_parser(
+        "calibrate",
+        parents=parents,
+        help="fit the routers to a text and measure the tau curve",
+        description="Fit each layer's router to a text, without training, and measure FFN sparsity by tau. Rewrites "
+        "the checkpoint's routers, prunepath_config and model card; tau >= 1 stays the function it was.",
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="PrunePath checkpoint directory")
+    parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text (.gz too), like what will be served")
+    parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="(default: %(default)s)")
+    parser.add_argument("--context", type=int, metavar="N", help="tokens per sequence (default: 512, or what fits)")
+    parser.add_argument(
+        "--dense-positions",
+        type=int,
+        metavar="N",
+        help="let the first N tokens of a sequence use every expert (default: as the checkpoint says)",
+    )
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    return parser
+
+
+def run(args: argparse.Namespace) -> int:
+    """Calibrate in place and print the curve."""
+    from prunepath_vllm.conversion.calibrate import calibrate
+
+    curve = calibrate(
+        args.checkpoint,
+        args.text,
+        max_tokens=args.max_tokens,
+        context=args.context,
+        dense_positions=args.dense_positions,
+        seed=args.seed,
+        device=args.device,
+    )
+    print(f"{'tau':>6}  FFN sparsity")
+    for tau, sparsity in curve:
+        print(f"{tau:>6g}  {sparsity:.3f}")
+    return 0

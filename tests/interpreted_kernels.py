@@ -1,0 +1,208 @@
+"""Kernels under Triton's interpreter against the references; run by test_kernels_interpreted.py in its own process.
+
+bf16 is left to the GPU checks: the interpreter's dot takes bf16 for integers.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prunepath_vllm.kernels import reference
+from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
+from prunepath_vllm.kernels.dense import dense_ffn
+from prunepath_vllm.kernels.ffn import Choice, Tuning, routed_ffn
+from prunepath_vllm.kernels.routing import RouterConfig, route
+from prunepath_vllm.kernels.weights import Weights
+
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+    "relu": F.relu,
+}
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
+NO_TUNING = {
+    path: Tuning(
+        (
+            (
+                1,
+                Choice(
+                    path,
+                    router=RouterConfig(split_k=2),
+                    fused=FusedConfig(rows=4),
+                    up=UpConfig(rows=16, block_k=32),
+                    down=DownConfig(block_h=32, block_k=16, splits=3),
+                ),
+            ),
+        )
+    )
+    for path in ("fused", "split", "dense")
+}
+
+
+@pytest.fixture(autouse=True)
+def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every buffer the wrappers allocate starts as NaN (integers: a huge index), so that unwritten reads show."""
+    empty = torch.empty
+
+    def poisoned(*sizes: int, **kwargs: object) -> Tensor:
+        tensor = empty(*sizes, **kwargs)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
+
+    monkeypatch.setattr(torch, "empty", poisoned)
+
+
+def make_case(
+    num_tokens: int,
+    experts: int,
+    size: int,
+    hidden: int,
+    *,
+    dtype=torch.float32,
+    glu=True,
+    bias=True,
+    activation="silu",
+) -> tuple[Tensor, Tensor, Tensor | None, Weights]:
+    gen = torch.Generator().manual_seed(num_tokens * 1000 + experts)
+
+    def rand(*sizes: int, scale: float = 1.0) -> Tensor:
+        return (torch.randn(*sizes, generator=gen) * scale).to(dtype)
+
+    first = experts * size * (2 if glu else 1)
+    weights = Weights(
+        rand(first, hidden, scale=hidden**-0.5),
+        rand(first) if bias else None,
+        rand(experts * size, hidden, scale=0.1),
+        rand(hidden) if bias else None,
+        activation,
+        glu,
+    )
+    return rand(num_tokens, hidden), rand(experts, hidden, scale=0.3), rand(experts) if bias else None, weights
+
+
+def reference_ffn(x: Tensor, gates: Tensor, weights: Weights) -> Tensor:
+    pre = F.linear(x.float(), weights.w_in.float(), None if weights.b_in is None else weights.b_in.float())
+    act = ACTIVATIONS[weights.activation]
+    if weights.glu:
+        gate, value = pre.chunk(2, dim=-1)
+        neurons = act(gate) * value
+    else:
+        neurons = act(pre)
+    y = reference.scale_neurons(neurons, gates) @ weights.w_out_t.float()
+    return y if weights.b_out is None else y + weights.b_out.float()
+
+
+def error(got: Tensor, want: Tensor) -> float:
+    return float((got.float() - want).norm() / want.norm())
+
+
+SHAPES = [(1, 37, 8, 48), (1, 5, 32, 80), (3, 20, 4, 64), (5, 37, 8, 48), (17, 9, 16, 96)]
+SHAPE_IDS = [f"T{t}_E{e}_D{d}_H{h}" for t, e, d, h in SHAPES]
+
+
+def mixed_taus(num_tokens: int) -> Tensor:
+    """All active, one active (a padding row), and in between; one token alone gets the middle."""
+    return torch.tensor([0.6, 1.0, 1e-6, 0.95, 1.05, 0.2, 0.999])[torch.arange(num_tokens) % 7].contiguous()
+
+
+@pytest.mark.parametrize("gate", ["sigmoid", "none"])
+@pytest.mark.parametrize("selection", ["cumulative_mass", "threshold"])
+@pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
+def test_route_matches_reference(shape, selection, gate):
+    x, router, bias, _ = make_case(*shape)
+    tau = mixed_taus(shape[0])
+    rule = dict(selection=selection, threshold=0.6 if selection == "threshold" else None, gate=gate)
+    counts = torch.full((shape[0],), 7, dtype=torch.int32)
+    got = route(x, tau, router, bias, **rule, config=RouterConfig(block_e=2, split_k=2), active_counts=counts)
+    want = reference.expert_weights(reference.router_logits(x, router, bias), tau, **rule)
+    torch.testing.assert_close(got.gates, want, atol=1e-5, rtol=0)
+    assert torch.equal(got.gates != 0, want != 0)
+    assert torch.equal(got.flags != 0, (want != 0).any(0))
+    assert torch.equal(counts - 7, (want != 0).sum(-1).int())
+
+
+def test_ties_take_the_lower_index():
+    x, router, _, _ = make_case(2, 24, 8, 48)
+    router[:] = router[torch.arange(24) // 8]  # three groups of eight equal logits
+    tau = torch.tensor([0.3, 0.7])
+    got = route(
+        x, tau, router, None, selection="cumulative_mass", threshold=None, gate="none", config=RouterConfig()
+    ).gates
+    want = reference.select_cumulative_mass(reference.router_logits(x, router), tau)
+    assert torch.equal(got != 0, want)
+    for row, logits in zip(got, reference.router_logits(x, router), strict=True):
+        best = logits.argmax()
+        group = row[best // 8 * 8 : best // 8 * 8 + 8]
+        assert torch.equal(group, group.sort(descending=True).values)
+
+
+@pytest.mark.parametrize("path", ["fused", "split", "dense"])
+@pytest.mark.parametrize("tau", [1.0, 0.6, 1e-6], ids=["all", "some", "one"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+def test_one_token(path, tau, dtype):
+    x, router, bias, weights = make_case(1, 37, 8, 48, dtype=dtype)
+    check_layer(path, x, torch.tensor([tau]), router, bias, weights)
+
+
+@pytest.mark.parametrize("path", ["split", "dense"])
+@pytest.mark.parametrize("shape", SHAPES[2:], ids=SHAPE_IDS[2:])
+def test_mixed_taus(path, shape):
+    x, router, bias, weights = make_case(*shape)
+    check_layer(path, x, mixed_taus(shape[0]), router, bias, weights)
+
+
+@pytest.mark.parametrize("activation", list(ACTIVATIONS))
+@pytest.mark.parametrize("glu", [True, False], ids=["glu", "plain"])
+@pytest.mark.parametrize(("path", "num_tokens"), [("fused", 1), ("split", 3), ("dense", 2)])
+def test_activations(path, num_tokens, glu, activation):
+    for bias in (True, False):
+        x, router, router_bias, weights = make_case(num_tokens, 12, 8, 32, glu=glu, bias=bias, activation=activation)
+        check_layer(path, x, torch.full((num_tokens,), 0.7), router, router_bias, weights)
+
+
+@pytest.mark.parametrize(("path", "num_tokens"), [("fused", 1), ("split", 3), ("dense", 3)])
+def test_no_active_expert_leaves_the_bias(path, num_tokens):
+    x, router, _, weights = make_case(num_tokens, 12, 8, 32)
+    y = routed_ffn(
+        x, torch.full((num_tokens,), 0.5), router * 0, torch.full((12,), -9.0), weights,
+        selection="threshold", threshold=0.5, gate="sigmoid", tuning=NO_TUNING[path],
+    )  # fmt: skip
+    torch.testing.assert_close(y, weights.b_out.expand_as(y))
+
+
+@pytest.mark.parametrize("path", ["split", "dense"])
+def test_overflow_stays_in_its_token(path):
+    """An expert that overflows for one token does not reach a token that did not choose it."""
+    x, router, bias, weights = make_case(2, 12, 8, 32)
+    router[0] = 0.0
+    bias[:] = torch.where(torch.arange(12) == 3, 5.0, 0.0)
+    x[1] = 0.0
+    weights.w_in[0:8] = 3e38  # expert 0: infinite for token 0, finite for token 1
+    x[0] = x[0].abs() + 1
+    y = routed_ffn(
+        x, torch.tensor([0.3, 1.0]), router, bias, weights,
+        selection="cumulative_mass", threshold=None, gate="sigmoid", tuning=NO_TUNING[path],
+    )  # fmt: skip
+    gates = reference.expert_weights(
+        reference.router_logits(x, router, bias),
+        torch.tensor([0.3, 1.0]), selection="cumulative_mass", threshold=None, gate="sigmoid",
+    )  # fmt: skip
+    assert gates[0, 0] == 0
+    assert gates[1, 0] != 0
+    assert y.isfinite().all()
+
+
+def test_dense_without_gates():
+    x, _, _, weights = make_case(5, 12, 8, 32)
+    want = reference_ffn(x, torch.ones(5, 12), weights)
+    assert error(dense_ffn(x, weights), want) < 1e-5
+
+
+def check_layer(path: str, x: Tensor, tau: Tensor, router: Tensor, bias: Tensor | None, weights: Weights) -> None:
+    for gate in ("sigmoid", "none"):
+        rule = dict(selection="cumulative_mass", threshold=None, gate=gate)
+        y = routed_ffn(x, tau, router, bias, weights, **rule, tuning=NO_TUNING[path])
+        gates = reference.expert_weights(reference.router_logits(x, router, bias), tau, **rule)
+        assert y.dtype == x.dtype
+        assert error(y, reference_ffn(x, gates, weights)) < TOLERANCE[x.dtype]
