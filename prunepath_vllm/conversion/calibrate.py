@@ -31,13 +31,13 @@ CONTEXT = 512
 HELD_OUT_SHARE = 8
 """One sequence in this many measures the tau curve and fits nothing."""
 
-CURVE_TAUS = (0.02, 0.05, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 1.0)
+CURVE_TAUS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.995, 1.0)
 
 RIDGE = 1e-2
 """Of the mean variance of a layer's inputs."""
-SHARPNESS = (0.1, 0.15, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.4)
+SHARPNESS = (0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.4, 2.0)
 """Candidate factors on the predicted log cost. 1 makes the softmax the share of the cost, 0 uniform."""
-ANCHOR_TAU, ANCHOR_SPARSITY = 0.75, 0.5
+ANCHOR_TAU, ANCHOR_SPARSITY = 0.8, 0.5
 """Each layer's sharpness is chosen so that the model loses least at this tau, leaving out this share of experts."""
 SHARPNESS_TOKENS = 512
 

@@ -6,7 +6,7 @@ import numpy as np
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.encoder_only import EncoderOnlyModelState
 
-from prunepath_vllm.model_executor.compat import VllmConfig, async_tensor_h2d
+from prunepath_vllm.model_executor.compat import VllmConfig
 from prunepath_vllm.model_executor.tau import TokenTaus
 
 
@@ -23,9 +23,8 @@ class _TauStateMixin:
         self.slot_taus[req_index] = self.token_taus.resolve(new_req_data.sampling_params, new_req_data.pooling_params)
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
-        taus = self.slot_taus[input_batch.idx_mapping_np[: input_batch.num_reqs]]
         self.token_taus.fill(
-            async_tensor_h2d(taus, device=self.device),
+            self.slot_taus[input_batch.idx_mapping_np[: input_batch.num_reqs]],
             input_batch.query_start_loc[: input_batch.num_reqs + 1],
             input_batch.positions,
             input_batch.num_tokens_after_padding,

@@ -16,7 +16,7 @@ from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.kernels.tau import expand_taus
 from prunepath_vllm.model_executor.compat import VllmConfig, async_tensor_h2d, forward_hook
 from prunepath_vllm.model_executor.engine_config import server_default_tau
-from prunepath_vllm.tau import resolve_tau
+from prunepath_vllm.tau import DENSE_TAU, resolve_tau
 
 _CONTEXT_KEY = "prunepath.token_taus"
 
@@ -26,6 +26,7 @@ class TokenTaus:
 
     Attributes:
         values: float32 [max_num_batched_tokens] on the model's device.
+        dense_step: bool scalar on the host: every token of this step uses every expert.
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
@@ -33,6 +34,7 @@ class TokenTaus:
         self.default_tau = server_default_tau(vllm_config)
         # Dense until the first step: profiling then measures the peak that serving can reach.
         self.values = torch.ones(vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.float32)
+        self.dense_step = torch.ones((), dtype=torch.bool, device="cpu")
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> "TokenTaus":
@@ -50,17 +52,18 @@ class TokenTaus:
             requested = pooling_params.extra_kwargs if pooling_params is not None else None
         return resolve_tau(requested, default_tau=self.default_tau, tau_curve=self.prunepath.tau_curve)
 
-    def fill(self, request_taus: Tensor, query_start_loc: Tensor, positions: Tensor, num_padded: int) -> None:
+    def fill(self, request_taus: np.ndarray, query_start_loc: Tensor, positions: Tensor, num_padded: int) -> None:
         """Write this step's taus.
 
         Args:
-            request_taus: float32 [num_reqs], in batch order.
+            request_taus: float32 [num_reqs], in batch order, on the host.
             query_start_loc: int32 [num_reqs + 1], cumulative scheduled tokens.
             positions: int64 [>= tokens], sequence position of every token.
             num_padded: tokens the forward runs on, padding included.
         """
+        self.dense_step.fill_(bool((request_taus >= DENSE_TAU).all()))
         expand_taus(
-            request_taus,
+            async_tensor_h2d(request_taus, device=self.values.device),
             query_start_loc,
             positions,
             self.values[:num_padded],
@@ -79,7 +82,7 @@ class _V1RunnerTaus:
     def before_forward(self, positions: Tensor) -> None:
         batch = self.runner.input_batch
         req_ids: Sequence[str] = batch.req_ids
-        taus = async_tensor_h2d(np.array([self._tau(r) for r in req_ids], dtype=np.float32), device=self.runner.device)
+        taus = np.array([self._tau(req_id) for req_id in req_ids], dtype=np.float32)
         query_start_loc = self.runner.query_start_loc.gpu[: len(req_ids) + 1]
         self.token_taus.fill(taus, query_start_loc, positions, positions.shape[-1])
 

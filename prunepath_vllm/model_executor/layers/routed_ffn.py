@@ -3,6 +3,7 @@
 Shapes: T tokens, H hidden size, E experts, D neurons per expert on this rank, F = E * D.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,12 +15,16 @@ from vllm.distributed import (
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
+from vllm.logger import init_logger
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import UnsupportedFeatureError
-from prunepath_vllm.kernels.routed_ffn import routed_ffn
+from prunepath_vllm.kernels import cpu
+from prunepath_vllm.kernels.weights import Weights
 from prunepath_vllm.model_executor.compat import QuantizeMethodBase, pack_for_cpu, packed_matmul
+
+logger = init_logger("vllm.prunepath")
 
 
 class _ExpertShard:
@@ -127,9 +132,12 @@ class RoutedFFN(nn.Module):
         activation: transformers' name of the activation.
         glu: gate and up linears, or one.
         tau: float32 [max_num_batched_tokens], at a fixed address; entry t is the tau of the step's token t.
+        dense_step: bool scalar on the host, True where every token of the step uses every expert.
     """
 
-    def __init__(self, prunepath: PrunePathConfig, *, activation: str, glu: bool, tau: Tensor) -> None:
+    def __init__(
+        self, prunepath: PrunePathConfig, *, activation: str, glu: bool, tau: Tensor, dense_step: Tensor
+    ) -> None:
         super().__init__()
         self.settings: dict[str, Any] = {
             "activation": activation,
@@ -140,12 +148,14 @@ class RoutedFFN(nn.Module):
         }
         self.world = get_tensor_model_parallel_world_size()
         self.register_buffer("tau", tau, persistent=False)
+        self.register_buffer("dense_step", dense_step, persistent=False)
 
     def forward(self, x: Tensor, router: ExpertRouter, inputs: ExpertInputs, outputs: ExpertOutputs) -> Tensor:
         """x: [T, H] in the model's dtype; returns the same."""
         y = torch.ops.prunepath.routed_ffn(
             x,
             self.tau,
+            self.dense_step,
             router.weight,
             router.bias,
             inputs.weight,
@@ -162,6 +172,7 @@ class RoutedFFN(nn.Module):
 def _routed_ffn_op(
     x: torch.Tensor,
     tau: torch.Tensor,
+    dense_step: torch.Tensor,
     router_weight: torch.Tensor,
     router_bias: torch.Tensor,
     w_in: torch.Tensor,
@@ -176,23 +187,43 @@ def _routed_ffn_op(
     threshold: float,
     gate: str,
 ) -> torch.Tensor:
-    return routed_ffn(
-        x,
-        tau[: x.shape[0]],
-        router_weight,
-        router_bias,
-        w_in,
-        b_in,
-        w_out,
-        b_out,
-        activation=activation,
-        glu=glu,
-        selection=selection,
-        threshold=threshold,
-        gate=gate,
-        dense_in=_packed(packed_in, w_in.shape[0], b_in),
-        dense_out=_packed(packed_out, w_out.shape[1], None),
+    weights = Weights(w_in, b_in, w_out, b_out, activation, glu)
+    routing: dict[str, Any] = {"selection": selection, "threshold": threshold, "gate": gate}
+    tau = tau[: x.shape[0]]
+    if x.device.type == "cpu":
+        return cpu.routed_ffn(
+            x,
+            tau,
+            router_weight,
+            router_bias,
+            weights,
+            dense_in=_packed(packed_in, w_in.shape[0], b_in),
+            dense_out=_packed(packed_out, w_out.shape[1], None),
+            **routing,
+        )
+    kernels = triton_kernels()
+    if kernels is None:
+        return cpu.routed_ffn(x, tau, router_weight, router_bias, weights, gather=False, **routing)
+    num_experts = router_weight.shape[0]
+    tuning = kernels.load_tuning(
+        torch.cuda.get_device_name(x.device), x.shape[1], num_experts, w_out.shape[0] // num_experts, glu
     )
+    # A captured graph is replayed for any taus: there the flag of the moment means nothing.
+    host_dense = bool(dense_step) and not torch.cuda.is_current_stream_capturing()
+    return kernels.routed_ffn(
+        x, tau, router_weight, router_bias, weights, tuning=tuning, host_dense=host_dense, **routing
+    )
+
+
+@functools.cache
+def triton_kernels() -> Any | None:
+    """The kernels' module, or None, said once and loudly, where Triton is missing."""
+    try:
+        from prunepath_vllm.kernels import ffn
+    except ImportError as error:
+        logger.error("Triton is missing (%s): PrunePath computes every expert in PyTorch. Expect no speed-up.", error)
+        return None
+    return ffn
 
 
 def _packed(handle: Tensor | None, columns: int, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:

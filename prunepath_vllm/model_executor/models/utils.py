@@ -45,7 +45,8 @@ def build_routed_ffn(vllm_config: VllmConfig, *, activation: str, glu: bool) -> 
     """The routed layer and the router of one feed-forward block."""
     config = vllm_config.model_config.hf_config
     prunepath: PrunePathConfig = config.prunepath
-    ffn = RoutedFFN(prunepath, activation=activation, glu=glu, tau=TokenTaus.of(vllm_config).values)
+    taus = TokenTaus.of(vllm_config)
+    ffn = RoutedFFN(prunepath, activation=activation, glu=glu, tau=taus.values, dense_step=taus.dense_step)
     return ffn, ExpertRouter(config.hidden_size, prunepath)
 
 

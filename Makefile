@@ -1,0 +1,34 @@
+# Two commands: `make serve` and `make test`. Both may be run again; what exists is not redone.
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := .cache/SmolLM2-135M-Instruct-PrunePath
+HOST ?= 127.0.0.1
+PORT ?= 8000
+
+.PHONY: install serve demo test lint format clean
+
+install:
+	@bash scripts/install.sh
+
+demo: install
+	@$(BIN)/python scripts/demo.py
+
+serve: demo
+	@$(BIN)/python scripts/demo.py --hints $(HOST) $(PORT)
+	@$(BIN)/prunepath serve $(DEMO) --host $(HOST) --port $(PORT) --served-model-name smollm2 --max-model-len 2048
+
+test: install
+	@$(BIN)/python scripts/demo.py --fetch-only
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: install
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+clean:
+	rm -rf .cache build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
