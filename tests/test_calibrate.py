@@ -264,10 +264,11 @@ def test_sharpness_goes_where_leaving_out_is_cheap():
         (b"\xff\xfe\x00", {}, r"expected a readable UTF-8 text file"),
         (b"x" * 9999, {"context": 1}, r"context: 1; expected 2 to 512"),
         (b"x" * 9999, {"context": 513}, r"context: 513; expected 2 to 512"),
+        (b"x" * 9999, {"max_tokens": -1}, r"max tokens: -1; expected at least 128"),
         (b"x" * 9999, {"dense_positions": -1}, r"dense positions: -1; expected 0 or more"),
         (b"x" * 9999, {"dense_positions": CONTEXT}, r"context: 64; expected more than the 64 dense positions"),
     ],
-    ids=["missing", "empty", "short", "not-utf8", "context-1", "context-long", "negative", "all-dense"],
+    ids=["missing", "empty", "short", "not-utf8", "context-1", "context-long", "max-tokens", "negative", "all-dense"],
 )
 def test_refusals(content, options, message, tmp_path):
     path = save_prunepath("llama", tmp_path / "model", router_scale=0.0)

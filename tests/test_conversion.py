@@ -394,8 +394,6 @@ def test_hub_name(llama, tmp_path, monkeypatch):
     path = convert("owner/Model-1.5B", tmp_path / "out", split="random")
     assert validate_checkpoint(path).prunepath.base_model == "owner/Model-1.5B"
     assert not any(pattern == "*" or "bin" in pattern or ".pt" in pattern for pattern in seen["owner/Model-1.5B"])
-        pattern for pattern in seen["owner/Model-1.5B"] if "bin" in pattern or "pt" in pattern or pattern == "*"
-    ]
 
     def unreachable(name, allow_patterns):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no\nnetwork")
@@ -466,6 +464,7 @@ def test_command_fails_with_one_line_and_a_code(arguments, code, dense_checkpoin
     (tmp_path / "used" / "file").touch()
     places = {name: str(tmp_path / name.lower()) for name in ("USED", "OUT", "EMPTY")}
     places["SRC"] = str(dense_checkpoint("llama"))
+    capsys.readouterr()  # making the dense checkpoint shows a progress bar
     assert cli.main(["convert", *(places.get(argument, argument) for argument in arguments)]) == code
     err = capsys.readouterr().err
     assert err.startswith("prunepath convert: ")

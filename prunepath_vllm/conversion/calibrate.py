@@ -31,7 +31,7 @@ CONTEXT = 512
 HELD_OUT_SHARE = 8
 """One sequence in this many measures the tau curve and fits nothing."""
 
-CURVE_TAUS = (0.02, 0.05, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.75, 0.8, 0.85, 0.9, 0.95, 0.98, 0.995, 1.0)
+CURVE_TAUS = (0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.85, 0.9, 0.95, 0.98, 0.995, 1.0)
 
 RIDGE = 1e-2
 """Of the mean variance of a layer's inputs."""
@@ -107,7 +107,9 @@ def calibrate(
     model = load_model(summary, device)
     factor = _output_factor(model, summary)
     held_out = max(1, len(sequences) // HELD_OUT_SHARE)
-    observations = _observe(model, summary, sequences[:-held_out], skip=dense_positions, seed=seed)
+    # A causal model's first token is its attention sink: its costs, orders of magnitude above all others, would decide.
+    skip = max(dense_positions, int(summary.family.auto_class == "AutoModelForCausalLM"))
+    observations = _observe(model, summary, sequences[:-held_out], skip=skip, seed=seed)
     routers = _fit_routers(model, summary, observations)
 
     updates: dict[str, Tensor | None] = {}
@@ -275,7 +277,7 @@ def fit_router(inputs: Tensor, costs: Tensor) -> Tensor:
         float32 [E, H].
     """
     inputs = inputs.float()
-    target = (costs + 1e-6 * costs.mean() + torch.finfo(costs.dtype).tiny).log()
+    target = (costs + 1e-6 * costs.median() + torch.finfo(costs.dtype).tiny).log()
     target = target - target.mean(dim=-1, keepdim=True)
     covariance = inputs.T @ inputs
     covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
@@ -323,11 +325,13 @@ def _measure_curve(model: PreTrainedModel, sequences: Tensor) -> list[tuple[floa
     """FFN sparsity (eq. 15) of the model on held-out text, at each tau of CURVE_TAUS."""
     curve: list[tuple[float, float]] = []
     for tau in tqdm(CURVE_TAUS, desc="measuring the tau curve", unit="tau"):
-        sparsities = [
-            model(sequence[None].to(model.device), tau=tau, output_router_logits=True).ffn_sparsity.mean()
-            for sequence in sequences
+        layers = [
+            active.float().mean()
+            for sequence in sequences.to(model.device)
+            for active in model.base_model(sequence[None], tau=tau, output_active_experts=True).active_experts
         ]
+        sparsity = 1 - float(torch.stack(layers).mean())
         # What is measured at a lower tau is an upper bound, up to noise that the curve must not show.
         bound = curve[-1][1] if curve else 1.0
-        curve.append((tau, round(min(float(torch.stack(sparsities).mean()), bound), 4)))
+        curve.append((tau, round(min(sparsity, bound), 4)))
     return curve

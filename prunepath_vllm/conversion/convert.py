@@ -151,7 +151,7 @@ def _check_arguments(
             raise UsageError(f"{name}: {value!r}; expected one of {', '.join(known)}")
     if expert_size <= 0:
         raise UsageError(f"expert size: {expert_size}; expected a positive integer")
-    needs_text = [f"{what}" for what in (split, router) if what in ("coactivation", "calibrated")]
+    needs_text = [what for what in (split, router) if what in ("coactivation", "calibrated")]
     if needs_text and text is None:
         raise UsageError(f"{needs_text[0]} needs a calibration text; expected a UTF-8 text file, got none")
     if text is not None and not needs_text:

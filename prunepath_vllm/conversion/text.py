@@ -29,8 +29,10 @@ def read_sequences(
         int64 [sequences, length].
 
     Raises:
-        UsageError: no such file, not UTF-8 text, or too short.
+        UsageError: no such file, not UTF-8 text, too short, or `max_tokens` below `minimum` sequences.
     """
+    if max_tokens < minimum * length:
+        raise UsageError(f"max tokens: {max_tokens}; expected at least {minimum * length}, {minimum} x {length}")
     text = Path(text)
     opener = gzip.open if text.suffix == ".gz" else open
     try:
@@ -40,7 +42,7 @@ def read_sequences(
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UsageError(f"text {text}: expected a readable UTF-8 text file ({reason})") from None
     chunks = tokenizer(content, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
-    sequences = [chunk for chunk in chunks if len(chunk) == length][: max(max_tokens // length, minimum)]
+    sequences = [chunk for chunk in chunks if len(chunk) == length][: max_tokens // length]
     if len(sequences) < minimum:
         tokens = sum(len(chunk) for chunk in chunks)
         raise UsageError(

@@ -39,10 +39,9 @@ def wait_for_previous(PDL: tl.constexpr):
     """Let the next kernel start its prologue, and block until the previous kernel's writes are visible.
 
     Every program of every kernel calls this, so that "the previous kernel is complete" holds along the whole chain.
-    PDL: 0 off, 1 the next kernel may start once this one stops waiting, 2 at once.
+    PDL: 0 off; 1 the next kernel may start once this one stops waiting, and holds multiprocessors while it waits; 2 it
+    starts as this one ends.
     """
-    if PDL == 2:
-        gdc_launch_dependents()
     if PDL:
         gdc_wait()
     if PDL == 1:
@@ -50,29 +49,38 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def take_share(flags, experts, pid, num_programs, E: tl.constexpr, BLOCK_E: tl.constexpr, UNITS: tl.constexpr):
+def write_share(flag, index, experts, pid, num_programs, UNITS: tl.constexpr):
     """Number the flagged experts in ascending order and give this program its share of their units of work.
 
-    Every program does the same scan and writes only the part of the list that it reads itself; neighbours that share
-    an expert write the same value.
-
     Args:
-        flags: int32 [E], non-zero where some token uses the expert.
-        experts: int32 [E + 1], written: the listed experts in this program's share; program 0 writes their number
-            to [E].
+        flag, index: 0 or 1 for each expert, and its id.
+        experts: int32, written: the listed experts in this program's share. Neighbours that share an expert write the
+            same value.
         UNITS: units of work an expert is cut into.
 
     Returns:
-        first unit, end unit; unit u belongs to the expert experts[u // UNITS].
+        first unit, end unit, number of experts, mask of the experts in this share; unit u belongs to the expert
+        experts[u // UNITS].
     """
-    index = tl.arange(0, BLOCK_E)
-    flag = (tl.load(flags + index, mask=index < E, other=0) != 0).to(tl.int32)
     position = tl.cumsum(flag, axis=0) - 1
     count = tl.sum(flag, axis=0)
     begin = pid * count * UNITS // num_programs
     end = (pid + 1) * count * UNITS // num_programs
     mine = (flag != 0) & (position >= begin // UNITS) & (position * UNITS < end)
     tl.store(experts + position, index, mask=mine)
+    return begin, end, count, mine
+
+
+@triton.jit
+def take_share(flags, experts, pid, num_programs, E: tl.constexpr, BLOCK_E: tl.constexpr, UNITS: tl.constexpr):
+    """:func:`write_share` of the experts whose flag [E] is set; every program does the same scan.
+
+    Returns:
+        first unit, end unit. Program 0 also writes the number of listed experts to experts[E].
+    """
+    index = tl.arange(0, BLOCK_E)
+    flag = (tl.load(flags + index, mask=index < E, other=0) != 0).to(tl.int32)
+    begin, end, count, _ = write_share(flag, index, experts, pid, num_programs, UNITS)
     tl.store(experts + E, count, mask=pid == 0)
     tl.debug_barrier()  # the list is read back by other threads of this program
     return begin, end

@@ -3,6 +3,9 @@
 The path for tau >= 1 and for batches whose tokens together use most experts; gates make it exact for any mix.
 """
 
+import functools
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 import triton
@@ -55,7 +58,31 @@ def dense_ffn(x: Tensor, weights: Weights, gates: Tensor | None = None) -> Tenso
     Returns:
         [T, H] in x's dtype.
     """
-    neurons = gated_activation(F.linear(x, weights.w_in, weights.b_in), weights, gates)
+    return second_linear(gated_activation(F.linear(x, weights.w_in, weights.b_in), weights, gates), weights)
+
+
+def routed_dense_ffn(x: Tensor, weights: Weights, route: Callable[[], Tensor]) -> Tensor:
+    """:func:`dense_ffn` with the gates that `route` returns, found on a second stream during the first linear."""
+    if x.device.type != "cuda":
+        return dense_ffn(x, weights, route())
+    main, side = torch.cuda.current_stream(x.device), side_stream(x.device)
+    # The side stream's memory needs no record_stream: its next user waits for all that the main stream does here.
+    side.wait_stream(main)
+    with torch.cuda.stream(side):
+        gates = route()
+    pre = F.linear(x, weights.w_in, weights.b_in)
+    main.wait_stream(side)
+    return second_linear(gated_activation(pre, weights, gates), weights)
+
+
+def second_linear(neurons: Tensor, weights: Weights) -> Tensor:
+    """neurons [T, F] @ w_out_t + b_out."""
     if weights.b_out is None:
         return neurons @ weights.w_out_t
     return torch.addmm(weights.b_out, neurons, weights.w_out_t)
+
+
+@functools.cache
+def side_stream(device: torch.device) -> torch.cuda.Stream:
+    """A device's second stream."""
+    return torch.cuda.Stream(device)

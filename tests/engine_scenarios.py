@@ -1,0 +1,151 @@
+"""Runs one checkpoint through vLLM and prints what came out as JSON; tests start it as a process of its own.
+
+    python engine_scenarios.py SCENARIO CHECKPOINT RUNNER [JSON options]
+
+RUNNER is "v1", or "v2": vLLM's V2 model runner on the CPU, its Triton kernels under the interpreter. A process each,
+because both the runner and Triton's interpreter are chosen by environment variables read at import.
+"""
+
+import json
+import os
+import sys
+
+SCENARIO, CHECKPOINT, RUNNER = sys.argv[1:4]
+OPTIONS = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
+
+os.environ.update(
+    VLLM_ENABLE_V1_MULTIPROCESSING="0",
+    VLLM_CPU_KVCACHE_SPACE="1",
+    VLLM_CPU_CI_ENV="1",
+    VLLM_LOGGING_LEVEL="ERROR",
+    VLLM_USE_V2_MODEL_RUNNER=str(int(RUNNER == "v2")),
+    HF_HUB_OFFLINE="1",
+)
+if RUNNER == "v2":
+    os.environ["TRITON_INTERPRET"] = "1"
+    import triton.backends
+
+    # vLLM looks for an active Triton backend; the interpreter needs none.
+    driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
+    triton.backends.backends["cpu"] = type("Backend", (), {"compiler": None, "driver": driver})()
+
+from vllm import LLM, PoolingParams, SamplingParams  # noqa: E402
+
+TAUS = (1.0, 0.9, 0.5, 0.3, 0.7, 1.05)
+PROMPTS = [f"{i}: " + "the quick brown fox jumps over the lazy dog; " * (1 + i % 3) for i in range(12)]
+NEW_TOKENS = 10
+SHARED_PREFIX = "a prompt long enough to fill several blocks of the prefix cache. " * 2
+
+
+def engine(**options):
+    """A small engine: steps of 64 tokens, so that prompts are chunked, and few sequences at a time."""
+    defaults = dict(
+        max_model_len=256, dtype="float32", max_num_batched_tokens=64, max_num_seqs=6, block_size=32, seed=0
+    )
+    return LLM(CHECKPOINT, **{**defaults, **options})
+
+
+def params(tau=None, **options):
+    extra = {} if tau is None else {"tau": tau}
+    return SamplingParams(
+        **{**dict(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True), **options}, extra_args=extra
+    )
+
+
+def row(output, tau):
+    return {
+        "tau": tau,
+        "prompt": list(output.prompt_token_ids),
+        "tokens": [list(one.token_ids) for one in output.outputs],
+        "cached": output.num_cached_tokens,
+    }
+
+
+def counter(llm, name):
+    return sum(metric.value for metric in llm.get_metrics() if metric.name == name)
+
+
+def decoder():
+    """Mixed taus in one batch, the same alone, prefix-cache hits across taus, n > 1, and a default."""
+    llm = engine(enforce_eager=OPTIONS.get("eager", True))
+    taus = [TAUS[i % len(TAUS)] for i in range(len(PROMPTS))]
+    mixed = llm.generate(PROMPTS, [params(tau) for tau in taus], use_tqdm=False)
+    llm.reset_prefix_cache()
+    lone = [llm.generate([prompt], params(tau), use_tqdm=False)[0] for prompt, tau in zip(PROMPTS, taus, strict=True)]
+    llm.reset_prefix_cache()
+    order = [0.5, 0.9, 0.5, 1.0, 1.05, 0.9]
+    shared = [llm.generate([SHARED_PREFIX + "end"], params(tau), use_tqdm=False)[0] for tau in order]
+    (several,) = llm.generate([PROMPTS[0]], params(0.5, n=3, temperature=1e-3), use_tqdm=False)
+    (default,) = llm.generate([PROMPTS[0]], params(), use_tqdm=False)
+    return {
+        "mixed": [row(output, tau) for output, tau in zip(mixed, taus, strict=True)],
+        "lone": [row(output, tau) for output, tau in zip(lone, taus, strict=True)],
+        "shared_prefix": [row(output, tau) for output, tau in zip(shared, order, strict=True)],
+        "n3": row(several, 0.5),
+        "default": row(default, None),
+    }
+
+
+def preemption():
+    """More tokens than the KV cache holds: requests are preempted and recomputed at their own tau."""
+    llm = engine(enforce_eager=True, num_gpu_blocks_override=12, disable_log_stats=False)
+    taus = [TAUS[i % len(TAUS)] for i in range(6)]
+    outputs = llm.generate(PROMPTS[:6], [params(tau, max_tokens=40) for tau in taus], use_tqdm=False)
+    return {
+        "mixed": [row(output, tau) for output, tau in zip(outputs, taus, strict=True)],
+        "preemptions": counter(llm, "vllm:num_preemptions"),
+    }
+
+
+def dense():
+    """Greedy tokens at tau 1, or of a dense model, which ignores tau; batched as a server would."""
+    llm = engine(enforce_eager=True, max_num_batched_tokens=512, max_model_len=512, max_num_seqs=8)
+    prompts = OPTIONS.get("prompts", PROMPTS)
+    options = {"max_tokens": OPTIONS.get("max_tokens", NEW_TOKENS)}
+    outputs = llm.generate(prompts, [params(1.0, **options) for _ in prompts], use_tqdm=False)
+    return {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+
+
+def encoder():
+    """Classification at mixed taus in one batch, and alone."""
+    llm = engine(enforce_eager=True, max_num_batched_tokens=512, max_model_len=256)
+    taus = [TAUS[i % len(TAUS)] for i in range(6)]
+    pooling = [PoolingParams(extra_kwargs={"tau": tau}) for tau in taus]
+    mixed = llm.classify(PROMPTS[:6], pooling_params=pooling, use_tqdm=False)
+    lone = [llm.classify([p], pooling_params=q, use_tqdm=False)[0] for p, q in zip(PROMPTS, pooling, strict=False)]
+    prompts = [list(output.prompt_token_ids) for output in mixed]
+    return {
+        "taus": taus,
+        "prompts": prompts,
+        "mixed": [output.outputs.probs for output in mixed],
+        "lone": [output.outputs.probs for output in lone],
+    }
+
+
+def refusals():
+    """What each bad value says; afterwards the engine and the caller's parameters are as they were."""
+    llm = engine(enforce_eager=True)
+    before = llm.generate([PROMPTS[0]], params(0.5), use_tqdm=False)[0].outputs[0].token_ids
+    said = {}
+    bad = [True, False, "0.8", float("nan"), float("inf"), [0.8], 0, -0.1, 1.06, 10**400]
+    for value in bad:
+        try:
+            llm.generate([PROMPTS[0]], params(value), use_tqdm=False)
+            said[repr(value)[:20]] = None
+        except ValueError as error:
+            said[repr(value)[:20]] = str(error)
+    for name, extra in {"both": {"tau": 0.5, "sparsity": 0.5}, "no curve": {"sparsity": 0.5}}.items():
+        try:
+            llm.generate([PROMPTS[0]], SamplingParams(extra_args=extra), use_tqdm=False)
+            said[name] = None
+        except ValueError as error:
+            said[name] = str(error)
+    mine = params(0.5)
+    llm.generate([PROMPTS[0]], mine, use_tqdm=False)
+    after = llm.generate([PROMPTS[0]], params(0.5), use_tqdm=False)[0].outputs[0].token_ids
+    return {"said": said, "before": list(before), "after": list(after), "mine": mine.extra_args}
+
+
+if __name__ == "__main__":
+    result = globals()[SCENARIO]()
+    print("\nRESULT " + json.dumps(result))

@@ -1,0 +1,143 @@
+"""The engine against an independent implementation (naive.py): every family, both model runners, on real vLLM."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from naive import load_naive, naive_generate, naive_logits
+from tiny_models import CAUSAL_FAMILY_NAMES
+
+SCRIPT = Path(__file__).with_name("engine_scenarios.py")
+RUNNERS = ("v1", "v2")
+
+
+def run_engine(scenario: str, checkpoint: Path, runner: str = "v1", **options) -> dict:
+    """One scenario of engine_scenarios.py in its own process."""
+    process = subprocess.run(
+        [sys.executable, str(SCRIPT), scenario, str(checkpoint), runner, json.dumps(options)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "2"},
+    )
+    results = [line for line in process.stdout.splitlines() if line.startswith("RESULT ")]
+    assert results, process.stdout[-3000:] + process.stderr[-6000:]
+    return json.loads(results[0].removeprefix("RESULT "))
+
+
+def assert_naive(rows: list[dict], checkpoint: Path, default_tau: float = 1.0) -> None:
+    model = load_naive(checkpoint)
+    with torch.no_grad():
+        for one in rows:
+            tau = default_tau if one["tau"] is None else one["tau"]
+            for tokens in one["tokens"]:
+                assert tokens == naive_generate(model, one["prompt"], tau, len(tokens)), f"tau {tau}"
+
+
+@pytest.fixture(scope="module")
+def decoded(prunepath_checkpoint):
+    """``decoded(family, runner)``: the checkpoint and what the decoder scenario gave."""
+    made = {}
+
+    def get(family: str, runner: str):
+        checkpoint = prunepath_checkpoint(family, default_tau=0.6)
+        if (family, runner) not in made:
+            made[family, runner] = run_engine("decoder", checkpoint, runner)
+        return checkpoint, made[family, runner]
+
+    return get
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+@pytest.mark.parametrize("family", CAUSAL_FAMILY_NAMES)
+class TestDecoders:
+    """Chunked prefill throughout: steps hold 64 tokens and most prompts are longer."""
+
+    def test_mixed_taus_in_one_batch_equal_the_naive_model(self, decoded, family, runner):
+        checkpoint, result = decoded(family, runner)
+        assert_naive(result["mixed"], checkpoint)
+
+    def test_batched_equals_alone(self, decoded, family, runner):
+        _, result = decoded(family, runner)
+        assert [row["tokens"] for row in result["mixed"]] == [row["tokens"] for row in result["lone"]]
+        assert len({tuple(row["tokens"][0]) for row in result["mixed"]}) > 6  # the dial does something
+
+    def test_prefix_cache_is_shared_within_a_tau_only(self, decoded, family, runner):
+        checkpoint, result = decoded(family, runner)
+        rows = result["shared_prefix"]
+        seen = set()
+        for row in rows:
+            key = min(row["tau"], 1.0)
+            assert (row["cached"] > 0) == (key in seen), rows
+            seen.add(key)
+        assert_naive(rows, checkpoint)
+
+    def test_n_and_the_default_tau(self, decoded, family, runner):
+        checkpoint, result = decoded(family, runner)
+        assert len(result["n3"]["tokens"]) == 3
+        assert_naive([result["n3"], result["default"]], checkpoint, default_tau=0.6)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_encoder_equals_the_naive_model(prunepath_checkpoint, runner):
+    checkpoint = prunepath_checkpoint("roberta", default_tau=0.6)
+    result = run_engine("encoder", checkpoint, runner)
+    model = load_naive(checkpoint)
+    with torch.no_grad():
+        expected = [
+            naive_logits(model, ids, tau).softmax(-1)
+            for ids, tau in zip(result["prompts"], result["taus"], strict=True)
+        ]
+    torch.testing.assert_close(torch.tensor(result["mixed"]), torch.stack(expected), atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(torch.tensor(result["lone"]), torch.stack(expected), atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("runner", RUNNERS)
+def test_preempted_requests_are_recomputed_at_their_tau(prunepath_checkpoint, runner):
+    checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
+    result = run_engine("preemption", checkpoint, runner)
+    assert result["preemptions"] > 0
+    assert_naive(result["mixed"], checkpoint)
+
+
+@pytest.mark.parametrize(
+    ("family", "options"),
+    [
+        ("llama", dict(selection="threshold", threshold=0.6)),
+        ("qwen2", dict(gate="sigmoid", router_bias=True)),
+        ("gpt2", dict(dense_positions=3, expert_size=16)),
+    ],
+    ids=["llama-threshold", "qwen2-sigmoid-gate-router-bias", "gpt2-dense-positions"],
+)
+def test_variants_equal_the_naive_model(prunepath_checkpoint, family, options):
+    checkpoint = prunepath_checkpoint(family, default_tau=0.6, **options)
+    result = run_engine("decoder", checkpoint, eager=False)
+    assert_naive([*result["mixed"], *result["shared_prefix"]], checkpoint)
+
+
+@pytest.mark.parametrize("family", CAUSAL_FAMILY_NAMES)
+def test_tau_1_gives_the_dense_engines_tokens(prunepath_checkpoint, dense_checkpoint, family):
+    sparse = run_engine("dense", prunepath_checkpoint(family, default_tau=0.6))
+    assert sparse["tokens"] == run_engine("dense", dense_checkpoint(family))["tokens"]
+
+
+def test_refusals_name_the_parameter_the_value_and_the_range(prunepath_checkpoint):
+    result = run_engine("refusals", prunepath_checkpoint("llama", default_tau=0.6))
+    said = result["said"]
+    assert len(said) == 12
+    for value, message in said.items():
+        assert message is not None, value
+        if value == "both":
+            assert "tau" in message
+            assert "sparsity" in message
+        elif value == "no curve":
+            assert "tau_curve" in message
+        else:
+            assert "tau" in message
+            assert value[:10] in message
+            assert "(0, 1.05]" in message
+    assert result["after"] == result["before"]
+    assert result["mine"] == {"tau": 0.5}
