@@ -12,8 +12,10 @@ from prunepath_vllm.kernels import reference
 from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
 from prunepath_vllm.kernels.dense import dense_ffn
 from prunepath_vllm.kernels.ffn import Choice, Tuning, routed_ffn
+from prunepath_vllm.kernels.grouped import GroupedConfig, list_tokens_kernel
 from prunepath_vllm.kernels.routing import RouterConfig, route
 from prunepath_vllm.kernels.weights import Weights
+from prunepath_vllm.kernels.whole import WholeConfig, arrival_counter
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -30,14 +32,16 @@ NO_TUNING = {
                 Choice(
                     path,
                     router=RouterConfig(split_k=2),
+                    whole=WholeConfig(rows=4),
                     fused=FusedConfig(rows=4),
                     up=UpConfig(rows=16, block_k=32),
                     down=DownConfig(block_h=32, block_k=16, splits=3),
+                    grouped=GroupedConfig(block_m=16, block_k=32, group=2),
                 ),
             ),
         )
     )
-    for path in ("fused", "split", "dense")
+    for path in ("whole", "fused", "split", "dense", "grouped")
 }
 
 
@@ -137,7 +141,7 @@ def test_ties_take_the_lower_index():
         assert torch.equal(group, group.sort(descending=True).values)
 
 
-@pytest.mark.parametrize("path", ["fused", "split", "dense"])
+@pytest.mark.parametrize("path", ["whole", "fused", "split", "dense", "grouped"])
 @pytest.mark.parametrize("tau", [1.0, 0.6, 1e-6], ids=["all", "some", "one"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_one_token(path, tau, dtype):
@@ -145,7 +149,7 @@ def test_one_token(path, tau, dtype):
     check_layer(path, x, torch.tensor([tau]), router, bias, weights)
 
 
-@pytest.mark.parametrize("path", ["split", "dense"])
+@pytest.mark.parametrize("path", ["split", "dense", "grouped"])
 @pytest.mark.parametrize("shape", SHAPES[2:], ids=SHAPE_IDS[2:])
 def test_mixed_taus(path, shape):
     x, router, bias, weights = make_case(*shape)
@@ -154,14 +158,14 @@ def test_mixed_taus(path, shape):
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("glu", [True, False], ids=["glu", "plain"])
-@pytest.mark.parametrize(("path", "num_tokens"), [("fused", 1), ("split", 3), ("dense", 2)])
+@pytest.mark.parametrize(("path", "num_tokens"), [("whole", 1), ("fused", 1), ("split", 3), ("dense", 2), ("grouped", 3)])
 def test_activations(path, num_tokens, glu, activation):
     for bias in (True, False):
         x, router, router_bias, weights = make_case(num_tokens, 12, 8, 32, glu=glu, bias=bias, activation=activation)
         check_layer(path, x, torch.full((num_tokens,), 0.7), router, router_bias, weights)
 
 
-@pytest.mark.parametrize(("path", "num_tokens"), [("fused", 1), ("split", 3), ("dense", 3)])
+@pytest.mark.parametrize(("path", "num_tokens"), [("whole", 1), ("fused", 1), ("split", 3), ("dense", 3), ("grouped", 3)])
 def test_no_active_expert_leaves_the_bias(path, num_tokens):
     x, router, _, weights = make_case(num_tokens, 12, 8, 32)
     y = routed_ffn(
@@ -171,7 +175,7 @@ def test_no_active_expert_leaves_the_bias(path, num_tokens):
     torch.testing.assert_close(y, weights.b_out.expand_as(y))
 
 
-@pytest.mark.parametrize("path", ["split", "dense"])
+@pytest.mark.parametrize("path", ["split", "dense", "grouped"])
 def test_overflow_stays_in_its_token(path):
     """An expert that overflows for one token does not reach a token that did not choose it."""
     x, router, bias, weights = make_case(2, 12, 8, 32)

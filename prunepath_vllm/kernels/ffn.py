@@ -2,11 +2,15 @@
 
 import functools
 import json
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from importlib import resources
+from typing import Any
 
+import torch
+import triton
 from torch import Tensor
 
+from prunepath_vllm.kernels.common import default_pdl
 from prunepath_vllm.kernels.decode import (
     DownConfig,
     FusedConfig,
@@ -16,9 +20,20 @@ from prunepath_vllm.kernels.decode import (
     reduce_partials,
     up,
 )
-from prunepath_vllm.kernels.dense import dense_ffn
+from prunepath_vllm.kernels.dense import dense_ffn, routed_dense_ffn
+from prunepath_vllm.kernels.grouped import GroupedConfig, grouped_ffn
 from prunepath_vllm.kernels.routing import RouterConfig, route
 from prunepath_vllm.kernels.weights import Weights
+from prunepath_vllm.kernels.whole import WholeConfig, whole_ffn
+
+PATHS = {
+    "whole": ("whole",),
+    "fused": ("router", "fused"),
+    "split": ("router", "up", "down"),
+    "dense": ("router",),
+    "grouped": ("router", "grouped"),
+}
+"""The ways to compute the layer, and the kernels each uses (fields of :class:`Choice`)."""
 
 
 @dataclass(frozen=True)
@@ -26,15 +41,20 @@ class Choice:
     """How batches of up to some number of tokens are computed.
 
     Attributes:
-        path: "fused" (one token), "split" (up and down kernels) or "dense" (every expert, multiplied by its gate).
-        router, fused, up, down: tile choices of the kernels on that path.
+        path: "whole" (one token, one launch), "fused" (one token), "split" (up and down kernels), "dense" (every
+            expert, multiplied by its gate) or "grouped" (tokens gathered by expert).
+        pdl: mode of programmatic dependent launch (``common.wait_for_previous``), where the GPU has it.
+        router, whole, fused, up, down, grouped: tile choices of the kernels.
     """
 
     path: str
+    pdl: int = 0
     router: RouterConfig = field(default_factory=RouterConfig)
+    whole: WholeConfig = field(default_factory=WholeConfig)
     fused: FusedConfig = field(default_factory=FusedConfig)
     up: UpConfig = field(default_factory=UpConfig)
     down: DownConfig = field(default_factory=DownConfig)
+    grouped: GroupedConfig = field(default_factory=GroupedConfig)
 
 
 @dataclass(frozen=True)
@@ -48,17 +68,37 @@ class Tuning:
         return next((c for limit, c in self.choices if num_tokens <= limit), self.choices[-1][1])
 
 
-def heuristic_tuning() -> Tuning:
-    """Choices for a GPU or shape without a table."""
-    several = RouterConfig(split_k=4)
+def heuristic_tuning(hidden: int, expert_size: int, glu: bool, element_size: int = 2) -> Tuning:
+    """Choices for a GPU or shape without a table: what was fastest on Qwen2-7B's shape, cut to fit shared memory."""
+    rows = min(2, expert_size)
+    step = rows * (3 if glu else 2) * triton.next_power_of_2(hidden) * element_size
+    fused = FusedConfig(rows, 16, max(1, min(4, 196608 // step)), 1)
+    wide = 1 if element_size == 2 else 2  # float32 tiles take twice the room
+    small = UpConfig(64 // wide, 64, 4, 6 // wide, 1)
+    down = DownConfig(128, 64 // wide, 9, 4, 7)
     return Tuning(
         (
-            (1, Choice("fused")),
-            (16, Choice("split", router=several)),
-            (64, Choice("split", router=several, up=UpConfig(rows=64, block_k=64))),
-            (65, Choice("dense", router=several)),
+            (1, Choice("fused", 1, RouterConfig(4, 1, 8), fused=fused)),
+            (8, Choice("split", 1, RouterConfig(split_k=7), up=small, down=down)),
+            (1024, Choice("dense", 0, RouterConfig(split_k=4))),
+            (1 << 30, Choice("grouped", 0, RouterConfig(select_warps=1, select_bits=1))),
         )
     )
+
+
+FLOAT32 = heuristic_tuning(8192, 32, True, 4)
+"""Choices for float32 models, which tables are not made for. Grouped tiles would not fit."""
+FLOAT32 = Tuning(FLOAT32.choices[:3])
+
+
+def shape_key(hidden: int, num_experts: int, expert_size: int, glu: bool) -> str:
+    """A shape's name in a table."""
+    return f"H{hidden}_E{num_experts}_D{expert_size}_{'glu' if glu else 'plain'}"
+
+
+def table_name(gpu: str) -> str:
+    """The file name of a GPU's table."""
+    return gpu.lower().replace(" ", "_") + ".json"
 
 
 @functools.cache
@@ -68,19 +108,36 @@ def load_tuning(gpu: str, hidden: int, num_experts: int, expert_size: int, glu: 
     Args:
         gpu: ``torch.cuda.get_device_name()``.
     """
-    file = resources.files("prunepath_vllm.kernels") / "configs" / f"{gpu.replace(' ', '_')}.json"
-    if not file.is_file():
-        return heuristic_tuning()
-    rows = json.loads(file.read_text()).get(f"H{hidden}_E{num_experts}_D{expert_size}_{'glu' if glu else 'plain'}")
-    if rows is None:
-        return heuristic_tuning()
-    parts = {"router": RouterConfig, "fused": FusedConfig, "up": UpConfig, "down": DownConfig}
-    return Tuning(
-        tuple(
-            (row["tokens"], Choice(row["path"], **{k: parts[k](**v) for k, v in row.items() if k in parts}))
-            for row in rows
-        )
-    )
+    file = resources.files("prunepath_vllm.kernels") / "configs" / table_name(gpu)
+    tables = json.loads(file.read_text()) if file.is_file() else {}
+    rows = tables.get(shape_key(hidden, num_experts, expert_size, glu))
+    return heuristic_tuning(hidden, expert_size, glu) if rows is None else tuning_from_json(rows)
+
+
+def tuning_from_json(rows: list[dict[str, Any]]) -> Tuning:
+    """The inverse of :func:`tuning_to_json`."""
+    parts = {
+        "router": RouterConfig,
+        "whole": WholeConfig,
+        "fused": FusedConfig,
+        "up": UpConfig,
+        "down": DownConfig,
+        "grouped": GroupedConfig,
+    }
+    choices = []
+    for row in rows:
+        assert row["path"] in PATHS, f"unknown path {row['path']!r}; expected one of {', '.join(PATHS)}"
+        configs = {name: parts[name](**row[name]) for name in PATHS[row["path"]]}
+        choices.append((row["max_tokens"], Choice(row["path"], row["pdl"], **configs)))
+    return Tuning(tuple(choices))
+
+
+def tuning_to_json(tuning: Tuning) -> list[dict[str, Any]]:
+    """A list of {max_tokens, path, pdl, and the tile choices of that path's kernels}."""
+    return [
+        {"max_tokens": limit, "path": c.path, "pdl": c.pdl} | {name: asdict(getattr(c, name)) for name in PATHS[c.path]}
+        for limit, c in tuning.choices
+    ]
 
 
 def routed_ffn(
@@ -95,6 +152,7 @@ def routed_ffn(
     gate: str,
     tuning: Tuning,
     active_counts: Tensor | None = None,
+    host_dense: bool = False,
 ) -> Tensor:
     """Eq. 7-10 for a batch whose tokens each have a tau.
 
@@ -112,20 +170,31 @@ def routed_ffn(
         gate: "sigmoid" or "none".
         tuning: from :func:`load_tuning`.
         active_counts: int32 [T] or None; each token's number of active experts is added to it.
+        host_dense: whether the host knows that every tau is >= 1; not to be set under graph capture.
 
     Returns:
         [T, H] in x's dtype.
     """
+    if host_dense and gate == "none":
+        if active_counts is not None:
+            active_counts += router_weight.shape[0]
+        return dense_ffn(x, weights)
+    if x.dtype == torch.float32 and x.is_cuda:
+        tuning = FLOAT32
     choice = tuning.choice(x.shape[0])
-    routing = route(
-        x, tau, router_weight, router_bias, selection=selection, threshold=threshold, gate=gate,
-        config=choice.router, active_counts=active_counts,
-    )  # fmt: skip
-    if choice.path == "dense":
-        return dense_ffn(x, weights, routing.gates)
+    rule: dict[str, Any] = dict(selection=selection, threshold=threshold, gate=gate, active_counts=active_counts)
+    pdl = min(choice.pdl, 2 * default_pdl(x.device))
+    if choice.path == "whole":
+        return whole_ffn(x, tau, router_weight, router_bias, weights, **rule, config=choice.whole, pdl=pdl)
+    find_routing = functools.partial(route, x, tau, router_weight, router_bias, **rule, config=choice.router)
+    if choice.path == "dense" or host_dense:
+        return routed_dense_ffn(x, weights, lambda: find_routing(want_flags=False, pdl=0).gates)
+    if choice.path == "grouped":
+        return grouped_ffn(x, weights, find_routing(want_flags=False, pdl=0), choice.grouped)
+    routing = find_routing(pdl=pdl)
     if choice.path == "fused":
-        partial = fused_partials(x, weights, routing, choice.fused)
+        partial = fused_partials(x, weights, routing, choice.fused, pdl)
     else:
-        neurons, experts = up(x, weights, routing, choice.up)
-        partial = down_partials(neurons, experts, weights, choice.down)
-    return reduce_partials(partial, weights.b_out, x.dtype)
+        neurons, experts = up(x, weights, routing, choice.up, pdl)
+        partial = down_partials(neurons, experts, weights, choice.down, pdl)
+    return reduce_partials(partial, weights.b_out, x.dtype, pdl)

@@ -128,7 +128,9 @@ def ranked_prefix(p, t, BITS: tl.constexpr):
     tie = key == cut
     rank = tl.cumsum(tie.to(tl.int32), axis=0)
     value = tl.max(tl.where(tie, p, 0.0), axis=0)
-    return above | (tie & ((mass + rank * value < t) | ((mass == 0.0) & (rank == 1))))
+    # With no mass above, the cut is the largest probability, and its first expert is the top one.
+    mass = tl.where(rank == 1, tl.where(mass > 0.0, mass + value, 0.0), mass + rank * value)
+    return above | (tie & (mass < t))
 
 
 @triton.jit

@@ -25,19 +25,26 @@ class WholeConfig:
     rows: int = 2
     """Neurons per step; each is a row of gate, of up and of down."""
     num_warps: int = 16
-    num_stages: int = 4
+    num_stages: int = 3
+
+
+# A loop in PTX: behind one of its own (scf.while), Triton 3.7 no longer vectorises or pipelines loads.
+WAIT = tl.constexpr("""{
+    .reg .pred %below;
+again:
+    ld.acquire.gpu.global.s32 $0, [$1];
+    setp.lt.s32 %below, $0, $2;
+    @%below bra again;
+}""")
 
 
 @triton.jit
-def meet(arrived, target):
-    """Wait until `arrived` reaches target; what any program wrote before is visible after.
-
-    Whoever waits has added one itself. Visibility: the release of each addition, the acquire of the last read.
-    """
+def meet(arrived, target, PROGRAMS: tl.constexpr):
+    """Wait until `arrived` has counted to `target`; what any program wrote before is visible after."""
     tl.debug_barrier()
-    seen = tl.atomic_add(arrived, 1, sem="acq_rel", scope="gpu") + 1
-    while seen < target:
-        seen = tl.atomic_add(arrived, 0, sem="acquire", scope="gpu")
+    tl.atomic_add(arrived, 1, sem="release", scope="gpu")
+    if PROGRAMS > 1:
+        tl.inline_asm_elementwise(WAIT, "=&r,l,r", [arrived, target], dtype=tl.int32, is_pure=False, pack=1)
     tl.debug_barrier()
 
 
@@ -66,7 +73,7 @@ def whole_decode_kernel(
         row = first + PROGRAMS * tl.arange(0, ROUTER_ROWS)
         w = tl.load(router + row[:, None].to(tl.int64) * H + cols[None, :], mask=(row < E)[:, None] & in_h, other=0.0)
         tl.store(logits + row, tl.sum(w.to(tl.float32) * xv, axis=1), mask=row < E)
-    meet(arrived, PROGRAMS)
+    meet(arrived, PROGRAMS, PROGRAMS)
 
     # Selection: the same in every program, each keeping its share of the list.
     e = tl.arange(0, BLOCK_E)
@@ -90,8 +97,6 @@ def whole_decode_kernel(
         expert = tl.load(experts + unit // STEPS)
         rows = expert.to(tl.int64) * D + (unit % STEPS) * R + tl.arange(0, R)
         tile = rows[:, None] * H + cols[None, :]
-        # Said, because Triton 3.7 does not find it behind the barrier's loop. H is a multiple of 16.
-        tile = tl.max_contiguous(tl.multiple_of(tile, [1, 16]), [1, 16])
         w1 = tl.load(w_in + tile, mask=in_h, other=0.0, eviction_policy="evict_first")
         if GLU:
             w2 = tl.load(w_in + E * D * H + tile, mask=in_h, other=0.0, eviction_policy="evict_first")
@@ -109,7 +114,7 @@ def whole_decode_kernel(
             h *= tl.load(gates + expert)
         acc += tl.sum(h[:, None] * wd.to(tl.float32), axis=0)
     tl.store(partial + pid * H + cols, acc, mask=cols < H)
-    meet(arrived, 2 * PROGRAMS)
+    meet(arrived, 2 * PROGRAMS, PROGRAMS)
 
     # Sum of the partial outputs, in a fixed order.
     c = pid * BLOCK_C + tl.arange(0, BLOCK_C)

@@ -1,0 +1,122 @@
+"""Registration: light to import, idempotent, refused outside the tested engine range, never a silent dense fallback."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from prunepath_vllm import plugin
+from prunepath_vllm.errors import EngineVersionError
+from prunepath_vllm.families import FAMILIES
+
+
+def run(code: str, **env: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **env})
+
+
+def test_importing_the_package_imports_neither_torch_nor_vllm():
+    code = "import sys, prunepath_vllm; assert not {'torch', 'vllm', 'transformers'} & set(sys.modules)"
+    process = run(code)
+    assert process.returncode == 0, process.stderr
+
+
+def test_entry_point_is_declared():
+    from importlib.metadata import entry_points
+
+    (entry,) = entry_points(group="vllm.general_plugins", name="prunepath")
+    assert entry.load() is plugin.register
+
+
+def test_register_twice_makes_every_architecture_known_once():
+    import prunepath_vllm
+
+    prunepath_vllm.register()
+    prunepath_vllm.register()
+    from transformers import AutoConfig
+    from vllm import ModelRegistry
+    from vllm.model_executor.models.config import MODELS_CONFIG_MAP
+
+    for family in FAMILIES:
+        assert family.architecture in ModelRegistry.get_supported_archs()
+        assert family.architecture in MODELS_CONFIG_MAP
+        assert AutoConfig.for_model(family.model_type).model_type == family.model_type
+
+
+def test_register_names_engine_models_without_importing_them():
+    process = run(
+        "import sys; from prunepath_vllm import plugin; plugin.register(); import torch;"
+        "loaded = [m for m in sys.modules if m.startswith('prunepath_vllm.model_executor.models')];"
+        "assert not loaded, loaded; assert not torch.cuda.is_initialized()"
+    )
+    assert process.returncode == 0, process.stderr[-2000:]
+
+
+@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0", "0.33.0rc1+cpu", "dev"])
+def test_untested_engine_is_refused_with_both_versions(monkeypatch, version):
+    import vllm
+
+    import prunepath_vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    for register in (plugin.register, prunepath_vllm.register):
+        with pytest.raises(EngineVersionError) as error:
+            register()
+        assert version in str(error.value)
+        assert "0.32" in str(error.value)
+
+
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu"])
+def test_tested_engines_are_accepted(monkeypatch, version):
+    import vllm
+
+    monkeypatch.setattr(vllm, "__version__", version)
+    plugin.check_engine_version()
+
+
+def test_moved_internals_are_named(monkeypatch):
+    from prunepath_vllm.model_executor import compat
+
+    with pytest.raises(EngineVersionError, match="nowhere"):
+        compat.wrap_once(compat, "nowhere", lambda original: original)
+    with pytest.raises(EngineVersionError, match="run"):
+        compat.expect_parameters(run, "command")
+
+
+def test_an_engine_without_the_plugin_refuses_the_checkpoint(prunepath_checkpoint):
+    checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
+    process = run(
+        f"from vllm import LLM; LLM({str(checkpoint)!r}, enforce_eager=True)",
+        VLLM_PLUGINS="",
+        VLLM_CPU_KVCACHE_SPACE="1",
+        HF_HUB_OFFLINE="1",
+    )
+    assert process.returncode != 0
+    assert "prunepath_llama" in process.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (dict(enable_lora=True), "LoRA"),
+        (dict(additional_config={"prunepath": {"default_tau": 3}}), "default_tau must be a number in (0, 1.05], got 3"),
+        (dict(additional_config={"prunepath": {"tau": 0.5}}), "unknown key 'tau'"),
+        (dict(worker_cls="vllm.v1.worker.xpu_worker.XPUWorker"), "worker_cls"),
+        (dict(quantization="fp8"), "quantization"),
+    ],
+    ids=["lora", "default-tau", "unknown-option", "worker-class", "quantization"],
+)
+def test_unsupported_engine_settings_are_refused_by_name(prunepath_checkpoint, arguments, named):
+    from vllm.engine.arg_utils import EngineArgs
+
+    checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        EngineArgs(model=str(checkpoint), **arguments).create_engine_config()
+
+
+def test_prunepath_links_in_the_root_lead_to_the_rooms():
+    root = Path(__file__).parents[1]
+    for name in ("kernels", "model_executor"):
+        assert (root / name).resolve() == (root / "prunepath_vllm" / name).resolve()
