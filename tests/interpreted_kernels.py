@@ -12,10 +12,10 @@ from prunepath_vllm.kernels import reference
 from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
 from prunepath_vllm.kernels.dense import dense_ffn
 from prunepath_vllm.kernels.ffn import Choice, Tuning, routed_ffn
-from prunepath_vllm.kernels.grouped import GroupedConfig, list_tokens_kernel
+from prunepath_vllm.kernels.grouped import GroupedConfig
 from prunepath_vllm.kernels.routing import RouterConfig, route
 from prunepath_vllm.kernels.weights import Weights
-from prunepath_vllm.kernels.whole import WholeConfig, arrival_counter
+from prunepath_vllm.kernels.whole import WholeConfig
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -43,6 +43,8 @@ NO_TUNING = {
     )
     for path in ("whole", "fused", "split", "dense", "grouped")
 }
+
+EVERY_PATH = [("whole", 1), ("fused", 1), ("split", 3), ("dense", 2), ("grouped", 3)]
 
 
 @pytest.fixture(autouse=True)
@@ -158,14 +160,18 @@ def test_mixed_taus(path, shape):
 
 @pytest.mark.parametrize("activation", list(ACTIVATIONS))
 @pytest.mark.parametrize("glu", [True, False], ids=["glu", "plain"])
-@pytest.mark.parametrize(("path", "num_tokens"), [("whole", 1), ("fused", 1), ("split", 3), ("dense", 2), ("grouped", 3)])
+@pytest.mark.parametrize(
+    ("path", "num_tokens"), [("whole", 1), ("fused", 1), ("split", 3), ("dense", 2), ("grouped", 3)]
+)
 def test_activations(path, num_tokens, glu, activation):
     for bias in (True, False):
         x, router, router_bias, weights = make_case(num_tokens, 12, 8, 32, glu=glu, bias=bias, activation=activation)
         check_layer(path, x, torch.full((num_tokens,), 0.7), router, router_bias, weights)
 
 
-@pytest.mark.parametrize(("path", "num_tokens"), [("whole", 1), ("fused", 1), ("split", 3), ("dense", 3), ("grouped", 3)])
+@pytest.mark.parametrize(
+    ("path", "num_tokens"), [("whole", 1), ("fused", 1), ("split", 3), ("dense", 3), ("grouped", 3)]
+)
 def test_no_active_expert_leaves_the_bias(path, num_tokens):
     x, router, _, weights = make_case(num_tokens, 12, 8, 32)
     y = routed_ffn(

@@ -41,13 +41,17 @@ def list_tokens_kernel(
     row = tl.arange(0, BLOCK_T)
     before = tl.zeros([BLOCK_E], dtype=tl.int32)
     for c in range(chunk):
-        gate = tl.load(gates + (c * BLOCK_T + row).to(tl.int64)[:, None] * E + e[None, :], mask=(e < E)[None, :], other=0)
+        gate = tl.load(
+            gates + (c * BLOCK_T + row).to(tl.int64)[:, None] * E + e[None, :], mask=(e < E)[None, :], other=0
+        )
         before += tl.sum((gate != 0.0).to(tl.int32), axis=0)
-    t = chunk * BLOCK_T + row
-    inside = (t < num_tokens)[:, None] & (e < E)[None, :]
-    flag = (tl.load(gates + t.to(tl.int64)[:, None] * E + e[None, :], mask=inside, other=0.0) != 0.0).to(tl.int32)
+    t_here = chunk * BLOCK_T + row
+    inside = (t_here < num_tokens)[:, None] & (e < E)[None, :]
+    flag = (tl.load(gates + t_here.to(tl.int64)[:, None] * E + e[None, :], mask=inside, other=0.0) != 0.0).to(tl.int32)
     position = before[None, :] + tl.cumsum(flag, axis=0) - 1
-    tl.store(tokens + e.to(tl.int64)[None, :] * num_tokens + position, t[:, None].broadcast_to(flag.shape), mask=flag != 0)
+    tl.store(
+        tokens + e.to(tl.int64)[None, :] * num_tokens + position, t[:, None].broadcast_to(flag.shape), mask=flag != 0
+    )
     last = chunk == tl.num_programs(1) - 1
     tl.store(counts + e, before + tl.sum(flag, axis=0), mask=(e < E) & last)
 

@@ -1,0 +1,402 @@
+"""Measures which path and tiles are fastest at each batch size and writes the table that ``ffn.load_tuning`` reads.
+
+Every time is the median over CUDA-graph replays of one step through several layers with weights of their own (more
+bytes than the L2 holds), divided by the layers.
+"""
+
+import json
+import os
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from multiprocessing import get_context
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from prunepath_vllm.kernels import reference
+from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
+from prunepath_vllm.kernels.dense import gated_activation
+from prunepath_vllm.kernels.ffn import (
+    PATHS,
+    Choice,
+    Tuning,
+    heuristic_tuning,
+    routed_ffn,
+    shape_key,
+    table_name,
+    tuning_to_json,
+)
+from prunepath_vllm.kernels.grouped import GroupedConfig
+from prunepath_vllm.kernels.routing import LIBRARY_TOKENS, RouterConfig
+from prunepath_vllm.kernels.weights import Weights
+from prunepath_vllm.kernels.whole import WholeConfig
+
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 2048, 8192)
+"""Batch sizes of a table."""
+
+SWEEP_AT = (1, 4, 16, 64, 256, 2048, 8192)
+"""Batch sizes whose tiles are searched; the next ones take them over."""
+
+SHARES = (1.0, 0.2, 0.1)
+"""Active shares a choice is made for; the inputs route at random, the worst case for several tokens."""
+
+MAX_SLOWDOWN = 1.04
+"""A choice may take at most this many times the dense layer at any of the shares, where any choice does."""
+
+TOO_LARGE = (triton.runtime.errors.OutOfResources, RuntimeError)
+"""Raised by tiles that do not fit the GPU."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A feed-forward layer; H hidden units, E experts of D neurons."""
+
+    hidden: int
+    experts: int
+    size: int
+    glu: bool = True
+    activation: str = "silu"
+    bias: bool = False
+
+
+@dataclass
+class Layer:
+    """One layer's weights, the second linear also in the usual layout [H, F]."""
+
+    weights: Weights
+    w_out: Tensor
+    router: Tensor
+
+
+def make_layer(shape: Shape, seed: int, dtype: torch.dtype = torch.bfloat16) -> Layer:
+    """Random weights; the router's logits have unit variance for inputs that do."""
+    gen = torch.Generator("cuda").manual_seed(seed)
+
+    def rand(*sizes: int, scale: float) -> Tensor:
+        return torch.randn(*sizes, generator=gen, device="cuda", dtype=dtype).mul_(scale)
+
+    neurons = shape.experts * shape.size
+    rows = neurons * (2 if shape.glu else 1)
+    w_out_t = rand(neurons, shape.hidden, scale=0.02)
+    weights = Weights(
+        rand(rows, shape.hidden, scale=shape.hidden**-0.5),
+        rand(rows, scale=0.1) if shape.bias else None,
+        w_out_t,
+        rand(shape.hidden, scale=0.1) if shape.bias else None,
+        shape.activation,
+        shape.glu,
+    )
+    return Layer(weights, w_out_t.t().contiguous(), rand(shape.experts, shape.hidden, scale=shape.hidden**-0.5))
+
+
+def plain_dense(x: Tensor, layer: Layer) -> Tensor:
+    """What a dense engine runs: two linears in their usual layouts around one activation kernel."""
+    w = layer.weights
+    return F.linear(gated_activation(F.linear(x, w.w_in, w.b_in), w), layer.w_out, w.b_out)
+
+
+def taus_for(x: Tensor, router: Tensor, active: int) -> Tensor:
+    """The tau at which each token keeps exactly `active` experts: halfway between two cumulative masses."""
+    if active >= router.shape[0]:
+        return torch.ones(x.shape[0], device=x.device)
+    p = reference.router_logits(x, router).double().softmax(-1)
+    mass = p.sort(dim=-1, descending=True).values.cumsum(-1)
+    return ((mass[:, active - 1] + mass[:, active]) / 2).float()
+
+
+def graph_of(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of `step`, after two warm-up calls on a side stream."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph
+
+
+def time_us(step: Callable[[int], Any], layers: int, replays: int = 15) -> float:
+    """Median microseconds of one layer of `step(layer index)`, over CUDA-graph replays."""
+    keep: list[Any] = []
+    graph = graph_of(lambda: keep.append([step(i) for i in range(layers)]))
+    times = []
+    for _ in range(replays):
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3 / layers)
+    return statistics.median(times[3:])
+
+
+ROUTER_ONE = [RouterConfig(e, 1, w, sw, b) for e, w, sw, b in [(4, 8, 8, 3), (4, 4, 8, 3), (2, 4, 4, 3), (4, 8, 16, 3)]]
+ROUTER_SOME = [
+    RouterConfig(4, s, 4, sw, b)
+    for s, sw, b in [(4, 8, 3), (2, 8, 3), (7, 8, 3), (14, 8, 3), (7, 4, 3), (7, 4, 2), (7, 16, 3)]
+]
+ROUTER_MANY = [RouterConfig(4, 1, 4, sw, b) for sw, b in [(1, 1), (2, 1), (1, 2), (4, 2), (4, 3)]]
+WHOLE = [
+    WholeConfig(*c)
+    for c in [(2, 16, 3), (2, 16, 4), (2, 16, 2), (1, 16, 3), (1, 16, 4), (4, 16, 2), (2, 8, 3), (2, 8, 4), (4, 8, 2)]
+]
+FUSED = [
+    FusedConfig(*c)
+    for c in [(2, 16, 4, 1), (2, 16, 3, 1), (1, 16, 4, 1), (1, 16, 3, 2), (2, 8, 3, 2), (2, 8, 2, 2), (1, 4, 2, 4)]
+]
+UP = [
+    UpConfig(*c)
+    for c in [
+        (64, 64, 4, 6, 1), (64, 128, 4, 5, 1), (32, 128, 4, 4, 3), (32, 256, 4, 3, 1), (64, 128, 4, 3, 2),
+        (16, 128, 4, 4, 3), (32, 64, 4, 6, 2),
+    ]
+]  # fmt: skip
+DOWN = [
+    DownConfig(*c)
+    for c in [
+        (128, 64, 9, 4, 7), (128, 32, 9, 4, 9), (128, 128, 9, 4, 5), (256, 64, 9, 8, 7), (128, 64, 5, 4, 9),
+        (64, 128, 5, 4, 7),
+    ]
+]  # fmt: skip
+GROUPED = [
+    GroupedConfig(*c)
+    for c in [
+        (128, 64, 4, 4, 8), (128, 64, 8, 4, 8), (256, 64, 8, 4, 8), (256, 64, 8, 3, 64), (128, 128, 4, 3, 8),
+        (128, 64, 4, 3, 8), (128, 64, 4, 4, 64), (128, 64, 4, 4, 3), (64, 128, 4, 3, 8),
+    ]
+]  # fmt: skip
+
+
+def paths_for(num_tokens: int) -> tuple[str, ...]:
+    """Paths worth measuring at a batch size."""
+    if num_tokens == 1:
+        return ("whole", "fused", "dense")
+    if num_tokens <= LIBRARY_TOKENS:
+        return ("split", "dense")
+    return ("dense", "grouped") if num_tokens >= 1024 else ("dense",)
+
+
+def variants(num_tokens: int, path: str) -> Iterator[tuple[str, list[Any]]]:
+    """The fields of a choice that matter on a path, and the values to try."""
+    routers = ROUTER_ONE if num_tokens == 1 else ROUTER_SOME if num_tokens <= LIBRARY_TOKENS else ROUTER_MANY
+    values: dict[str, list[Any]] = {
+        "router": routers,
+        "whole": WHOLE,
+        "fused": FUSED,
+        "up": UP,
+        "down": DOWN,
+        "grouped": GROUPED,
+    }
+    for name in reversed(PATHS[path]):
+        yield name, values[name]
+    if path in ("fused", "split", "whole"):
+        yield "pdl", [0, 1, 2]
+
+
+def start_choice(shape: Shape, num_tokens: int, path: str) -> Choice:
+    """Where the search on a path begins."""
+    tuning = heuristic_tuning(shape.hidden, shape.size, shape.glu)
+    choice = {"whole": 1, "fused": 1, "split": 2, "dense": 256, "grouped": 8192}[path]
+    found = tuning.choice(choice)
+    if path == "dense":
+        found = replace(found, router=next(iter(variants(num_tokens, path)))[1][0])
+    if path == "whole":
+        found = replace(found, whole=WholeConfig(rows=found.fused.rows, num_stages=min(3, found.fused.num_stages)))
+    return replace(found, path=path)
+
+
+class Bench:
+    """One shape's layers and inputs."""
+
+    def __init__(self, shape: Shape, layers: int, dtype: torch.dtype = torch.bfloat16) -> None:
+        self.shape = shape
+        self.dtype = dtype
+        self.layers = [make_layer(shape, seed, dtype) for seed in range(layers)]
+        self.sweeps: list[dict[str, Any]] = []
+
+    def inputs(self, num_tokens: int, share: float) -> tuple[list[Tensor], list[Tensor]]:
+        """Per layer: tokens [T, H] and the taus at which each keeps `share` of the experts."""
+        gen = torch.Generator("cuda").manual_seed(num_tokens)
+        active = max(1, round(share * self.shape.experts))
+        xs = [
+            torch.randn(num_tokens, self.shape.hidden, generator=gen, device="cuda").to(self.dtype)
+            for _ in self.used(num_tokens)
+        ]
+        return xs, [taus_for(x, layer.router, active) for x, layer in zip(xs, self.layers, strict=False)]
+
+    def used(self, num_tokens: int) -> list[Layer]:
+        """The layers a step runs through: two are enough where one takes milliseconds."""
+        return self.layers if num_tokens < 1024 else self.layers[:2]
+
+    def run(self, i: int, x: Tensor, tau: Tensor, choice: Choice, **options: Any) -> Tensor:
+        """Layer i by one choice."""
+        rule: dict[str, Any] = {"selection": "cumulative_mass", "threshold": None, "gate": "sigmoid"} | options
+        layer = self.layers[i]
+        return routed_ffn(x, tau, layer.router, None, layer.weights, **rule, tuning=Tuning(((1, choice),)))
+
+    def time(self, choice: Choice, data: tuple[list[Tensor], list[Tensor]], **options: Any) -> float:
+        """Microseconds of a layer; infinite where the tiles do not fit."""
+        xs, taus = data
+        try:
+            return time_us(lambda i: self.run(i, xs[i], taus[i], choice, **options), len(xs))
+        except TOO_LARGE as error:
+            if "out of resource" not in str(error) and "shared memory" not in str(error):
+                raise
+            return float("inf")
+        finally:
+            if xs[0].shape[0] >= 256:
+                torch.cuda.empty_cache()
+
+    def time_dense(self, num_tokens: int) -> float:
+        """Microseconds of the dense layer."""
+        xs, _ = self.inputs(num_tokens, 1.0)
+        return time_us(lambda i: plain_dense(xs[i], self.layers[i]), len(xs))
+
+    def search(self, num_tokens: int, path: str, begin: Choice | None = None, sweep: bool = True) -> Choice:
+        """The fastest choice on a path, one field at a time."""
+        best = begin or start_choice(self.shape, num_tokens, path)
+        data = [self.inputs(num_tokens, share) for share in SHARES]
+        for name, values in variants(num_tokens, path) if sweep else ():
+            times = {}
+            for value in dict.fromkeys([getattr(best, name), *values]):
+                times[value] = [self.time(replace(best, **{name: value}), d) for d in data]
+            least = [min(column) for column in zip(*times.values(), strict=True)]
+            ranked = sorted(times.items(), key=lambda item: sum(t / m for t, m in zip(item[1], least, strict=True)))
+            best = replace(best, **{name: ranked[0][0]})
+            self.sweeps.append(dict(tokens=num_tokens, path=path, field=name, us=[[str(v), t] for v, t in ranked]))
+        return best
+
+
+def pick(times: dict[str, list[float]], dense: float) -> str:
+    """The path with the least time in all, among those that are never slower than dense by more than MAX_SLOWDOWN.
+
+    Args:
+        times: for each path, its time at each of SHARES.
+        dense: the dense layer's time.
+    """
+    safe = {path: t for path, t in times.items() if max(t) <= MAX_SLOWDOWN * dense}
+    # Nothing is: the one that loses least.
+    return min(safe, key=lambda p: sum(safe[p])) if safe else min(times, key=lambda p: max(times[p]))
+
+
+def precompile(shape: Shape, num_tokens: int, choice: Choice) -> None:
+    """Compile one choice's kernels into Triton's cache by running them over zeros."""
+    neurons = shape.experts * shape.size
+
+    def zeros(*sizes: int) -> Tensor:
+        return torch.zeros(*sizes, dtype=torch.bfloat16, device="cuda")
+
+    rows = neurons * (2 if shape.glu else 1)
+    bias = (zeros(rows), zeros(shape.hidden)) if shape.bias else (None, None)
+    weights = Weights(
+        zeros(rows, shape.hidden), bias[0], zeros(neurons, shape.hidden), bias[1], shape.activation, shape.glu
+    )
+    with suppress(*TOO_LARGE):  # the search meets it again
+        routed_ffn(
+            zeros(num_tokens, shape.hidden), torch.full((num_tokens,), 1e-6, device="cuda"),
+            zeros(shape.experts, shape.hidden), None, weights,
+            selection="cumulative_mass", threshold=None, gate="sigmoid", tuning=Tuning(((1, choice),)),
+        )  # fmt: skip
+
+
+def precompile_all(shape: Shape, tokens: tuple[int, ...], processes: int) -> None:
+    """Compile what a search at these batch sizes will run, in several processes."""
+    jobs: list[tuple[int, Choice]] = []
+    for num_tokens in tokens:
+        for path in paths_for(num_tokens):
+            begin = start_choice(shape, num_tokens, path)
+            jobs += [
+                (num_tokens, replace(begin, **{name: value}))
+                for name, values in variants(num_tokens, path)
+                for value in values
+            ]
+    with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
+        list(pool.map(precompile, [shape] * len(jobs), *zip(*jobs, strict=True), chunksize=2))
+
+
+def tune(
+    hidden: int,
+    num_experts: int,
+    expert_size: int,
+    glu: bool,
+    dtype: torch.dtype,
+    output: str | None = None,
+    *,
+    processes: int = 8,
+    layers: int = 8,
+) -> Tuning:
+    """Measure every path on this GPU and add the shape's table to a file.
+
+    Args:
+        hidden, num_experts, expert_size, glu: the layer's shape.
+        dtype: bf16 or fp16.
+        output: a JSON file, made or added to; None: ``<gpu>.json`` in the current directory.
+        processes: compilers at a time.
+        layers: layers with weights of their own.
+
+    Returns:
+        the table.
+    """
+    shape = Shape(hidden, num_experts, expert_size, glu, "silu" if glu else "gelu_tanh")
+    precompile_all(shape, SWEEP_AT, processes)
+    bench = Bench(shape, layers, dtype)
+    tuning = tune_bench(bench)
+    write_table(output or table_name(torch.cuda.get_device_name()), shape, tuning)
+    return tuning
+
+
+def tune_bench(
+    bench: Bench,
+    tokens: tuple[int, ...] = TOKENS,
+    sweep_at: tuple[int, ...] = SWEEP_AT,
+    report: Callable[[int, float, dict[str, Choice], dict[str, list[float]], str], None] | None = None,
+    deadline: float = float("inf"),
+) -> Tuning:
+    """The table of a shape: tiles are searched at some batch sizes and kept up to the next of them.
+
+    Args:
+        bench: the shape.
+        tokens: batch sizes, ascending.
+        sweep_at: those whose tiles are searched.
+        report: told, for every batch size, the dense time, each path's choice, its times at SHARES, and the best path.
+        deadline: the ``time.monotonic()`` after which no further batch size is begun.
+    """
+    known: dict[tuple[str, bool], Choice] = {}
+    chosen = []
+    for num_tokens in tokens:
+        if time.monotonic() > deadline:
+            break
+        dense = bench.time_dense(num_tokens)
+        choices, times = {}, {}
+        for path in paths_for(num_tokens):
+            key = path, num_tokens > LIBRARY_TOKENS
+            choices[path] = bench.search(num_tokens, path, known.get(key), num_tokens in sweep_at)
+            known[key] = choices[path]
+            times[path] = [bench.time(choices[path], bench.inputs(num_tokens, share)) for share in SHARES]
+        best = pick(times, dense)
+        if report:
+            report(num_tokens, dense, choices, times, best)
+        chosen.append((num_tokens, choices[best]))
+    return Tuning(tuple(chosen))
+
+
+def write_table(path: str, shape: Shape, tuning: Tuning) -> None:
+    """Add a shape's table to a JSON file of one GPU's tables."""
+    tables = {}
+    if os.path.exists(path):
+        with open(path) as file:
+            tables = json.load(file)
+    tables[shape_key(shape.hidden, shape.experts, shape.size, shape.glu)] = tuning_to_json(tuning)
+    with open(path, "w") as file:
+        json.dump(tables, file, indent=1, sort_keys=True)
+        file.write("\n")

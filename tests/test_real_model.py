@@ -1,0 +1,60 @@
+"""SmolLM2-135M-Instruct, converted: at tau 1 it is the dense model, also token for token in the engine."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from test_engine import run_engine
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import prunepath_vllm
+from prunepath_vllm.checkpoint import validate_checkpoint
+from prunepath_vllm.conversion.convert import convert
+
+ROOT = Path(__file__).parents[1]
+DENSE = ROOT / ".cache" / "SmolLM2-135M-Instruct"
+SUBJECTS = ["France", "the sun", "a bicycle", "bread", "the sea", "a good story", "winter", "mathematics"]
+QUESTIONS = ["What is {}?", "Write one sentence about {}.", "Name three things about {}.", "Why do people like {}?"]
+PROMPTS = [
+    f"<|im_start|>user\n{question.format(subject)}<|im_end|>\n<|im_start|>assistant\n"
+    for subject in SUBJECTS
+    for question in QUESTIONS
+]
+
+
+@pytest.fixture(scope="module")
+def dense() -> Path:
+    if not DENSE.exists():
+        subprocess.run([sys.executable, ROOT / "scripts" / "demo.py", "--fetch-only"], check=True)
+    return DENSE
+
+
+@pytest.fixture(scope="module")
+def converted(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return convert(dense, tmp_path_factory.mktemp("smollm2") / "prunepath")
+
+
+def test_conversion_is_valid_to_the_last_value(converted):
+    summary = validate_checkpoint(converted, check_values=True)
+    assert (summary.num_layers, summary.prunepath.num_experts, summary.prunepath.expert_size) == (30, 48, 32)
+
+
+def test_tau_1_has_the_dense_logits(dense, converted):
+    prunepath_vllm.register()
+    ids = AutoTokenizer.from_pretrained(dense)(PROMPTS[0] + "It is a country in Europe.", return_tensors="pt").input_ids
+    with torch.no_grad():
+        expected = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)(ids).logits
+        model = AutoModelForCausalLM.from_pretrained(converted, dtype=torch.float32)
+        torch.testing.assert_close(model(ids, tau=1.0).logits, expected, atol=1e-3, rtol=0)
+        assert not torch.allclose(model(ids, tau=0.5).logits, expected, atol=1e-1)
+
+
+def test_tau_1_gives_the_dense_engines_tokens_on_32_prompts(dense, converted):
+    assert len(PROMPTS) == 32
+    options = {"prompts": PROMPTS, "max_tokens": 12}
+    sparse = run_engine("dense", converted, **options)["tokens"]
+    assert sparse == run_engine("dense", dense, **options)["tokens"]
+    text = AutoTokenizer.from_pretrained(dense).decode(sparse[0])
+    assert "France" in text
