@@ -178,11 +178,9 @@ class Report:
             copy = [size * (1 + per_expert * u) / t / self.bandwidth for u, t in zip(touched, us, strict=True)]
             rows.append(dict(path=path, us=us, none=none, route=routing[path], of_copy=copy, choice=asdict(good[path])))
             figures = "  ".join(f"{s}: {t:.1f} {dense / t:.2f}x" for s, t in zip(TABLE_SHARES, us, strict=True))
-            print(
-                f"  {path:7} route {routing[path]:.1f} | {figures} | tau 1, no gate: {none:.1f} | of copy {copy[2]:.2f}"
-            )
-            config = tuning_to_json_row(good[path])
-            print(f"          {config}", flush=True)
+            figures += f" | all, no gate: {none:.1f} | of copy {copy[2]:.2f}"
+            print(f"  {path:7} route {routing[path]:.1f} | {figures}")
+            print("         ", one_line(good[path]), flush=True)
         self.result["tables"].append(dict(tokens=num_tokens, dense=dense, dense_ffn=ours, chosen=best, rows=rows))
 
 

@@ -189,7 +189,7 @@ def fused_partials(
 ) -> Tensor:
     """One token's output as float32 partial sums [programs, 1, H]. x: [1, H]."""
     hidden = x.shape[1]
-    num_experts = routing.flags.shape[0]
+    num_experts = routing.gates.shape[1]
     expert_size = weights.w_out_t.shape[0] // num_experts
     pdl = default_pdl(x.device) if pdl is None else pdl
     programs = num_sms(x.device) * config.programs_per_sm
@@ -215,7 +215,7 @@ def up(
         experts, int32 [E + 1]: the list, its length in the last element.
     """
     num_tokens, hidden = x.shape
-    num_experts = routing.flags.shape[0]
+    num_experts = routing.gates.shape[1]
     num_neurons = weights.w_out_t.shape[0]
     expert_size = num_neurons // num_experts
     pdl = default_pdl(x.device) if pdl is None else pdl

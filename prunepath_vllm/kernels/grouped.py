@@ -50,7 +50,9 @@ def list_tokens_kernel(
     flag = (tl.load(gates + t_here.to(tl.int64)[:, None] * E + e[None, :], mask=inside, other=0.0) != 0.0).to(tl.int32)
     position = before[None, :] + tl.cumsum(flag, axis=0) - 1
     tl.store(
-        tokens + e.to(tl.int64)[None, :] * num_tokens + position, t[:, None].broadcast_to(flag.shape), mask=flag != 0
+        tokens + e.to(tl.int64)[None, :] * num_tokens + position,
+        t_here[:, None].broadcast_to(flag.shape),
+        mask=flag != 0,
     )
     last = chunk == tl.num_programs(1) - 1
     tl.store(counts + e, before + tl.sum(flag, axis=0), mask=(e < E) & last)

@@ -1,0 +1,84 @@
+"""Which path a batch size takes, and tables in JSON. Triton launches nothing here."""
+
+import json
+
+import pytest
+import torch
+
+from prunepath_vllm.kernels import ffn
+from prunepath_vllm.kernels.decode import UpConfig
+from prunepath_vllm.kernels.ffn import Choice, Tuning, heuristic_tuning, load_tuning, tuning_from_json, tuning_to_json
+from prunepath_vllm.kernels.grouped import GroupedConfig
+from prunepath_vllm.kernels.routing import RouterConfig
+from prunepath_vllm.kernels.tuning import Shape, pick, write_table
+from prunepath_vllm.kernels.weights import Weights
+from prunepath_vllm.kernels.whole import WholeConfig
+
+TABLE = Tuning(
+    (
+        (1, Choice("whole", 1, whole=WholeConfig(1, 8, 2))),
+        (16, Choice("split", 2, RouterConfig(split_k=7), up=UpConfig(32, 64, 8, 3, 2))),
+        (64, Choice("dense", 0, RouterConfig(split_k=4))),
+        (8192, Choice("grouped", 0, grouped=GroupedConfig(256, 64, 8, 3, 4))),
+    )
+)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "path"),
+    [(1, "whole"), (2, "split"), (16, "split"), (17, "dense"), (64, "dense"), (65, "grouped"), (9000, "grouped")],
+)
+def test_choice_by_batch_size(tokens, path):
+    assert TABLE.choice(tokens).path == path
+
+
+def test_json_round_trip():
+    assert tuning_from_json(json.loads(json.dumps(tuning_to_json(TABLE)))) == TABLE
+
+
+def test_unknown_path_is_named():
+    with pytest.raises(AssertionError, match="unknown path 'magic'"):
+        tuning_from_json([{"max_tokens": 1, "path": "magic", "pdl": 0}])
+
+
+def test_tables_are_added_to_a_file(tmp_path):
+    file = str(tmp_path / "table.json")
+    write_table(file, Shape(64, 4, 8), TABLE)
+    write_table(file, Shape(64, 4, 8, glu=False), heuristic_tuning(64, 8, False))
+    tables = json.loads((tmp_path / "table.json").read_text())
+    assert set(tables) == {"H64_E4_D8_glu", "H64_E4_D8_plain"}
+    assert tuning_from_json(tables["H64_E4_D8_glu"]) == TABLE
+
+
+def test_shipped_tables_load():
+    shipped = load_tuning("NVIDIA H200", 3584, 592, 32, True)
+    assert shipped != heuristic_tuning(3584, 32, True)
+    limits = [limit for limit, _ in shipped.choices]
+    assert limits == sorted(limits)
+    assert load_tuning("NVIDIA H200", 48, 7, 8, True) == heuristic_tuning(48, 8, True)
+    assert load_tuning("Some other GPU", 3584, 592, 32, True) == heuristic_tuning(3584, 32, True)
+
+
+@pytest.mark.parametrize(("hidden", "stages"), [(576, 4), (3584, 4), (5120, 2), (8192, 2)])
+def test_heuristic_fits_shared_memory(hidden, stages):
+    assert heuristic_tuning(hidden, 32, True).choice(1).fused.num_stages == stages
+
+
+def test_pick_is_never_much_slower_than_dense():
+    assert pick({"split": [103.0, 50.0, 40.0], "dense": [101.0, 101.0, 101.0]}, 100.0) == "split"
+    assert pick({"split": [120.0, 50.0, 40.0], "dense": [101.0, 101.0, 101.0]}, 100.0) == "dense"
+    assert pick({"split": [120.0, 50.0, 40.0], "dense": [106.0, 106.0, 106.0]}, 100.0) == "dense"
+
+
+def test_host_dense_skips_routing(monkeypatch):
+    """All tokens dense and no gate: no router, and every expert counted."""
+    monkeypatch.setattr(ffn, "dense_ffn", lambda x, weights: x + 1)
+    weights = Weights(torch.empty(0), None, torch.empty(0), None, "silu", True)
+    counts = torch.tensor([1, 2], dtype=torch.int32)
+    x = torch.zeros(2, 16)
+    y = ffn.routed_ffn(
+        x, torch.ones(2), torch.zeros(5, 16), None, weights, selection="cumulative_mass", threshold=None, gate="none",
+        tuning=TABLE, active_counts=counts, host_dense=True,
+    )  # fmt: skip
+    assert torch.equal(y, x + 1)
+    assert counts.tolist() == [6, 7]
