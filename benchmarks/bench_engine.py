@@ -152,7 +152,8 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         path = write_config(args.shape, Path(folder) / "model", sparse=sparse, expert_size=args.expert_size)
         start = time.perf_counter()
         llm = LLM(
-            str(path), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16", max_model_len=args.max_model_len,
+            str(path), load_format="dummy", skip_tokenizer_init=True, dtype="bfloat16",
+            max_model_len=args.max_model_len,
             max_num_seqs=max(args.batches), gpu_memory_utilization=args.memory, enable_prefix_caching=False,
             max_num_batched_tokens=max(8192, args.prefill), disable_log_stats=True,
         )  # fmt: skip
@@ -184,7 +185,8 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
         for batch in args.batches:
             seconds(batch, tau, 8)
             steps = [
-                (seconds(batch, tau, args.tokens + 1) - seconds(batch, tau, 1)) / args.tokens for _ in range(args.repeats)
+                (seconds(batch, tau, args.tokens + 1) - seconds(batch, tau, 1)) / args.tokens
+                for _ in range(args.repeats)
             ]
             rows.append(dict(batch=batch, share=share, tau=tau, step_ms=1e3 * statistics.median(steps), steps=steps))
         if args.prefill:
@@ -193,7 +195,8 @@ def run_engine(args: argparse.Namespace) -> dict[str, Any]:
             rows.append(
                 dict(prefill=args.prefill, share=share, tau=tau, prefill_ms=1e3 * statistics.median(times), times=times)
             )
-        print(json.dumps([{k: v for k, v in row.items() if k not in ("steps", "times")} for row in rows[-5:]]), flush=True)
+        shown = [{k: v for k, v in row.items() if k not in ("steps", "times")} for row in rows[-5:]]
+        print(json.dumps(shown), flush=True)
     return dict(
         engine=args.engine, rows=rows, load_seconds=load_seconds, layer_error=error,
         peak_gib=torch.cuda.max_memory_reserved() / 2**30,

@@ -2,8 +2,9 @@
 
     python engine_scenarios.py SCENARIO CHECKPOINT RUNNER [JSON options]
 
-RUNNER is "v1", or "v2": vLLM's V2 model runner on the CPU, its Triton kernels under the interpreter. A process each,
-because both the runner and Triton's interpreter are chosen by environment variables read at import.
+RUNNER is "v1", or "v2": vLLM's V2 model runner on the CPU, its Triton kernels under the interpreter; or "cuda": the
+runner that vLLM chooses on a GPU. A process each, because the runner and Triton's interpreter are chosen by environment
+variables read at import.
 """
 
 import json
@@ -13,14 +14,11 @@ import sys
 SCENARIO, CHECKPOINT, RUNNER = sys.argv[1:4]
 OPTIONS = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
 
-os.environ.update(
-    VLLM_ENABLE_V1_MULTIPROCESSING="0",
-    VLLM_CPU_KVCACHE_SPACE="1",
-    VLLM_CPU_CI_ENV="1",
-    VLLM_LOGGING_LEVEL="ERROR",
-    VLLM_USE_V2_MODEL_RUNNER=str(int(RUNNER == "v2")),
-    HF_HUB_OFFLINE="1",
-)
+os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1")
+if RUNNER != "cuda":
+    os.environ.update(
+        VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_CI_ENV="1", VLLM_USE_V2_MODEL_RUNNER=str(int(RUNNER == "v2"))
+    )
 if RUNNER == "v2":
     os.environ["TRITON_INTERPRET"] = "1"
     import triton.backends
@@ -40,8 +38,9 @@ SHARED_PREFIX = "a prompt long enough to fill several blocks of the prefix cache
 def engine(**options):
     """A small engine: steps of 64 tokens, so that prompts are chunked, and few sequences at a time."""
     defaults = dict(
-        max_model_len=256, dtype="float32", max_num_batched_tokens=64, max_num_seqs=6, block_size=32, seed=0
-    )
+        max_model_len=256, dtype=OPTIONS.get("dtype", "float32"), max_num_batched_tokens=64, max_num_seqs=6,
+        block_size=32, seed=0, gpu_memory_utilization=0.3 if RUNNER == "cuda" else 0.92,
+    )  # fmt: skip
     return LLM(CHECKPOINT, **{**defaults, **options})
 
 

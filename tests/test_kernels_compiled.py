@@ -1,4 +1,4 @@
-"""Every kernel of the shipped and heuristic choices compiles for Ampere and Hopper without a GPU, spills nothing, and fits shared memory."""
+"""The shipped and heuristic choices compile for Ampere and Hopper without a GPU, spill nothing, fit shared memory."""
 
 import json
 import os

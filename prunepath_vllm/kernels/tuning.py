@@ -223,6 +223,8 @@ class Bench:
         self.dtype = dtype
         self.layers = [make_layer(shape, seed, dtype) for seed in range(layers)]
         self.sweeps: list[dict[str, Any]] = []
+        self.broken: set[str] = set()
+        """Paths to leave out: their results are wrong here."""
 
     def inputs(self, num_tokens: int, share: float) -> tuple[list[Tensor], list[Tensor]]:
         """Per layer: tokens [T, H] and the taus at which each keeps `share` of the experts."""
@@ -360,6 +362,7 @@ def tune_bench(
     tokens: tuple[int, ...] = TOKENS,
     sweep_at: tuple[int, ...] = SWEEP_AT,
     report: Callable[[int, float, dict[str, Choice], dict[str, list[float]], str], None] | None = None,
+    verify: Callable[[int, dict[str, Choice]], dict[str, Choice]] | None = None,
     deadline: float = float("inf"),
 ) -> Tuning:
     """The table of a shape: tiles are searched at some batch sizes and kept up to the next of them.
@@ -369,6 +372,7 @@ def tune_bench(
         tokens: batch sizes, ascending.
         sweep_at: those whose tiles are searched.
         report: told, for every batch size, the dense time, each path's choice, its times at SHARES, and the best path.
+        verify: given a batch size and each path's choice, returns those whose results are right; never none.
         deadline: the ``time.monotonic()`` after which no further batch size is begun.
     """
     known: dict[tuple[str, bool], Choice] = {}
@@ -379,10 +383,15 @@ def tune_bench(
         dense = bench.time_dense(num_tokens)
         choices, times = {}, {}
         for path in paths_for(num_tokens):
+            if path in bench.broken:
+                continue
             key = path, num_tokens > LIBRARY_TOKENS
             choices[path] = bench.search(num_tokens, path, known.get(key), num_tokens in sweep_at)
             known[key] = choices[path]
-            times[path] = [bench.time(choices[path], bench.inputs(num_tokens, share)) for share in SHARES]
+        if verify:
+            choices = verify(num_tokens, choices)
+        for path, choice in choices.items():
+            times[path] = [bench.time(choice, bench.inputs(num_tokens, share)) for share in SHARES]
         best = pick(times, dense)
         if report:
             report(num_tokens, dense, choices, times, best)

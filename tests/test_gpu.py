@@ -1,0 +1,37 @@
+"""The engine on a CUDA GPU: captured graphs, async scheduling, chunked prefill. CPU counterpart: test_engine.py."""
+
+import pytest
+import torch
+from test_engine import assert_naive, run_engine
+from tiny_models import CAUSAL_FAMILY_NAMES
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU"),
+]
+
+VARIANTS = {
+    "llama": {},
+    "qwen2": dict(gate="sigmoid", router_bias=True),
+    "gpt2": dict(dense_positions=3, expert_size=16),
+}
+
+
+@pytest.mark.parametrize("family", CAUSAL_FAMILY_NAMES)
+def test_mixed_taus_under_cuda_graphs_equal_the_naive_model(prunepath_checkpoint, family):
+    checkpoint = prunepath_checkpoint(family, default_tau=0.6, **VARIANTS[family])
+    result = run_engine("decoder", checkpoint, "cuda", eager=False)
+    assert_naive([*result["mixed"], *result["shared_prefix"]], checkpoint)
+    assert_naive([result["default"]], checkpoint, default_tau=0.6)
+    assert [row["tokens"] for row in result["mixed"]] == [row["tokens"] for row in result["lone"]]
+
+
+@pytest.mark.parametrize("family", CAUSAL_FAMILY_NAMES)
+def test_tau_1_gives_the_dense_engines_tokens(prunepath_checkpoint, dense_checkpoint, family):
+    sparse = run_engine("dense", prunepath_checkpoint(family, default_tau=0.6), "cuda")
+    assert sparse["tokens"] == run_engine("dense", dense_checkpoint(family), "cuda")["tokens"]
+
+
+def test_encoder_runs_on_the_gpu(prunepath_checkpoint):
+    result = run_engine("encoder", prunepath_checkpoint("roberta", default_tau=0.6), "cuda")
+    torch.testing.assert_close(torch.tensor(result["mixed"]), torch.tensor(result["lone"]), atol=1e-5, rtol=1e-4)
