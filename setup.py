@@ -1,4 +1,4 @@
-"""Build file: the links `kernels` and `model_executor` in the root are for readers; only prunepath_vllm/ is packaged."""
+"""Build file. Only prunepath_vllm/ is packaged: `kernels` and `model_executor` in the root are links for readers."""
 
 from setuptools import find_packages, setup
 

@@ -16,7 +16,7 @@ def register() -> None:
     """
     from importlib.util import find_spec
 
-    from prunepath_vllm import plugin
+    import prunepath_vllm.plugin as plugin
 
     engine = find_spec("vllm") is not None
     if engine:

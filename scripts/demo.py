@@ -112,27 +112,30 @@ def fetch_text() -> None:
 
 
 def convert() -> None:
-    """The PrunePath checkpoint that `make serve` serves."""
+    """The PrunePath checkpoint that `make serve` serves; docs/calibration.md has what decided its options."""
     if CHECKPOINT.exists():
         return
+    from prunepath_vllm.conversion.calibrate import calibrate
     from prunepath_vllm.conversion.convert import convert as convert_checkpoint
 
     print("demo: converting and calibrating (a few minutes, once)", flush=True)
-    convert_checkpoint(DENSE, CHECKPOINT, router="calibrated", calibration_text=WIKITEXT / "train.raw.gz")
+    partial = CHECKPOINT.with_name(CHECKPOINT.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    convert_checkpoint(DENSE, partial, expert_size=8)
+    calibrate(partial, WIKITEXT / "train.raw.gz", dense_positions=1)
+    os.replace(partial, CHECKPOINT)
 
 
 def hints(host: str, port: str) -> None:
     """What to try once the server is up."""
     url = f"http://{host}:{port}/v1/chat/completions"
-    body = (
-        '{"model": "smollm2", "messages": [{"role": "user", "content": "Name three colours."}], "tau": %s}'
-    )
+    body = '{"model": "smollm2", "messages": [{"role": "user", "content": "Name three colours."}], "tau": %s}'
     print(f"""
 Serving PrunePath SmolLM2-135M-Instruct at http://{host}:{port} (OpenAI-compatible). When it says "startup complete",
 turn the dial from another terminal: tau 1 is the dense model, lower is sparser.
 
   curl -s {url} -H 'Content-Type: application/json' -d '{body % "1.0"}'
-  curl -s {url} -H 'Content-Type: application/json' -d '{body % "0.5"}'
+  curl -s {url} -H 'Content-Type: application/json' -d '{body % "0.9"}'
 
 The measured curve of tau against sparsity: .venv/bin/prunepath inspect {CHECKPOINT.relative_to(ROOT)}
 """)
@@ -141,9 +144,7 @@ The measured curve of tau against sparsity: .venv/bin/prunepath inspect {CHECKPO
 def main() -> None:
     """Do what is missing."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument(
-        "--fetch-only", action="store_true", help="obtain the dense model and the text"
-    )
+    parser.add_argument("--fetch-only", action="store_true", help="obtain the dense model and the text")
     parser.add_argument("--hints", nargs=2, metavar=("HOST", "PORT"), help="print what to try against a server")
     args = parser.parse_args()
     if args.hints:

@@ -1,6 +1,6 @@
 """V2 model runner: the model states that keep a tau per request slot and expand it to tokens before every forward."""
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
@@ -9,8 +9,9 @@ from vllm.v1.worker.gpu.model_states.encoder_only import EncoderOnlyModelState
 from prunepath_vllm.model_executor.compat import VllmConfig
 from prunepath_vllm.model_executor.tau import TokenTaus
 
+_ModelState: Any = DefaultModelState if TYPE_CHECKING else object
 
-class _TauStateMixin:
+class _TauStateMixin(_ModelState):
     """What both model states add to vLLM's."""
 
     def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:

@@ -8,7 +8,7 @@ second; a context variable carries what it read to the point where the engine bu
 import functools
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
 
@@ -37,6 +37,9 @@ _API_SERVER = "vllm.entrypoints.launchers.app"
 
 class TauRequestError(VLLMValidationError, ValueError):
     """A request's tau or sparsity cannot be honoured: HTTP 400, and a ValueError offline."""
+
+    def __init__(self, error: TauError) -> None:
+        VLLMValidationError.__init__(self, str(error), parameter=error.parameter, value=error.value)
 
 
 def install_request_hooks() -> None:
@@ -68,13 +71,14 @@ def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
         if prunepath is None:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
         pooling = hasattr(params, "extra_kwargs")
-        requested = _merged((params.extra_kwargs if pooling else params.extra_args) or {}, _http_knob.get() or {})
+        # The body's own values win over the copies that the engine's schema has coerced.
+        requested = {**((params.extra_kwargs if pooling else params.extra_args) or {}), **(_http_knob.get() or {})}
         try:
             tau = resolve_tau(
                 requested, default_tau=server_default_tau(self.vllm_config), tau_curve=prunepath.tau_curve
             )
         except TauError as error:
-            raise TauRequestError(str(error), parameter=error.parameter, value=error.value) from None
+            raise TauRequestError(error) from None
         request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         # Workers read the resolved tau alone. The engine's copy is written, never the caller's parameters.
         rest = {name: value for name, value in requested.items() if name not in PARAMETERS}
@@ -92,11 +96,6 @@ def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
 
 def _prunepath_of(vllm_config: VllmConfig) -> PrunePathConfig | None:
     return getattr(vllm_config.model_config.hf_config, "prunepath", None)
-
-
-def _merged(extra: Mapping[str, Any], http: Mapping[str, Any]) -> dict[str, Any]:
-    """The body's own values win over the copies that the engine's schema has coerced."""
-    return {**extra, **http}
 
 
 def _with_middleware(init_entrypoints_middleware: Callable[..., Any]) -> Callable[..., Any]:
@@ -124,7 +123,7 @@ class KnobMiddleware:
         try:
             knob = knob_of_body(body)
         except TauError as error:
-            response = create_error_response(TauRequestError(str(error), parameter=error.parameter))
+            response = create_error_response(TauRequestError(error))
             await JSONResponse(response.model_dump(), status_code=400)(scope, receive, send)
             return
         token = _http_knob.set(knob)

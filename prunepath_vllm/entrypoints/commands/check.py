@@ -4,6 +4,7 @@ import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
+from typing import Any
 
 from prunepath_vllm import __version__
 from prunepath_vllm.errors import PrunePathError
@@ -12,7 +13,9 @@ from prunepath_vllm.families import FAMILIES
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "pydantic")
 
 
-def add_parser(subparsers: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+def add_parser(
+    subparsers: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]
+) -> argparse.ArgumentParser:
     """Add the subcommand."""
     return subparsers.add_parser("check", parents=parents, help="what works on this machine and what does not")
 

@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from typing import Any
 
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
@@ -9,7 +10,9 @@ from prunepath_vllm.errors import UsageError
 from prunepath_vllm.tau import resolve_tau
 
 
-def add_parser(subparsers: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+def add_parser(
+    subparsers: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]
+) -> argparse.ArgumentParser:
     """Add the subcommand."""
     parser = subparsers.add_parser("generate", parents=parents, help="complete a prompt offline, through the engine")
     parser.add_argument("checkpoint", metavar="CKPT", help="PrunePath checkpoint directory")
@@ -19,7 +22,7 @@ def add_parser(subparsers: argparse._SubParsersAction, parents: list[argparse.Ar
     dial.add_argument("--sparsity", type=float, help="target FFN sparsity in [0, 1), looked up in the tau curve")
     parser.add_argument("--max-tokens", type=int, default=64, metavar="N")
     parser.add_argument("--temperature", type=float, default=0.0)
-    parser.add_argument("--chat", action="store_true", help="send the prompt as a chat message, through the chat template")
+    parser.add_argument("--chat", action="store_true", help="send the prompt as a chat message")
     parser.add_argument("--max-model-len", type=int, metavar="N", help="context length (default: the model's)")
     return parser
 

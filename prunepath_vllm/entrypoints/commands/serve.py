@@ -3,12 +3,15 @@
 import argparse
 import os
 import sys
+from typing import Any
 
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.entrypoints.engine_defaults import set_server_defaults
 
 
-def add_parser(subparsers: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
+def add_parser(
+    subparsers: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]
+) -> argparse.ArgumentParser:
     """Add the subcommand."""
     parser = subparsers.add_parser(
         "serve",

@@ -16,6 +16,7 @@ from vllm.distributed import (
     tensor_model_parallel_all_reduce,
 )
 from vllm.logger import init_logger
+from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import direct_register_custom_op
 
 from prunepath_vllm.config import PrunePathConfig
@@ -63,7 +64,7 @@ class _PackForCPU(QuantizeMethodBase):
         """The routed op computes."""
         raise AssertionError("expert weights are applied by the routed op")
 
-    def process_weights_after_loading(self, layer: nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Pack the weight of an expert linear."""
         if layer.weight.device.type == "cpu":
             layer.packer = pack_for_cpu(layer.weight.t() if isinstance(layer, ExpertInputs) else layer.weight)
@@ -90,12 +91,12 @@ class ExpertInputs(nn.Module):
         self.packed: Tensor | None = None
         rows = self._shard.neurons * (2 if glu else 1)
         self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
-        self.weight.weight_loader = self._load
-        self.register_parameter("bias", nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None)
+        set_weight_attrs(self.weight, {"weight_loader": self._load})
+        self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
         if self.bias is not None:
-            self.bias.weight_loader = self._load
+            set_weight_attrs(self.bias, {"weight_loader": self._load})
 
-    def _load(self, parameter: nn.Parameter, loaded: Tensor) -> None:
+    def _load(self, parameter: nn.Parameter, loaded: Any) -> None:
         """Copy one dense tensor. vLLM's weight mapper marks gate and up with shard_id 0 and 1."""
         start = loaded.shard_id * self._shard.neurons if self._glu else 0
         parameter.data[start : start + self._shard.neurons].copy_(self._shard.rows(loaded))
@@ -110,10 +111,10 @@ class ExpertOutputs(nn.Module):
         self.quant_method = _PackForCPU()
         self.packed: Tensor | None = None
         self.weight = nn.Parameter(torch.empty(self._shard.neurons, hidden_size), requires_grad=False)
-        self.weight.weight_loader = self._load_weight
-        self.register_parameter("bias", nn.Parameter(torch.empty(hidden_size), requires_grad=False) if bias else None)
+        set_weight_attrs(self.weight, {"weight_loader": self._load_weight})
+        self.bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if bias else None
         if self.bias is not None:
-            self.bias.weight_loader = self._load_bias
+            set_weight_attrs(self.bias, {"weight_loader": self._load_bias})
 
     def _load_weight(self, parameter: nn.Parameter, loaded: Tensor) -> None:
         """Copy the dense [H, d_ff] weight."""

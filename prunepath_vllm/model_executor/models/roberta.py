@@ -1,5 +1,7 @@
 """RoBERTa for sequence classification with routed feed-forward layers."""
 
+from typing import Any
+
 from torch import Tensor, nn
 from vllm.model_executor.models.roberta import RobertaForSequenceClassification
 
@@ -21,11 +23,11 @@ class RoutedIntermediate(nn.Module):
 class RoutedRobertaLayer(nn.Module):
     """A RoBERTa layer whose two feed-forward linears, in two modules, are one routed layer."""
 
-    def __init__(self, dense_layer: nn.Module, vllm_config: VllmConfig) -> None:
+    def __init__(self, dense_layer: Any, vllm_config: VllmConfig) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        self.attention = dense_layer.attention
-        self.output = dense_layer.output
+        self.attention: Any = dense_layer.attention
+        self.output: Any = dense_layer.output
         del dense_layer.intermediate, self.output.dense
         self.intermediate = RoutedIntermediate(vllm_config)
         self.output.dense = ExpertOutputs(config.hidden_size, config.prunepath, bias=True)

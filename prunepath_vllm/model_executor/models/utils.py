@@ -1,7 +1,7 @@
 """What every family's engine model shares: building routed layers, and loading weights that must all be there."""
 
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 from vllm.model_executor.models.utils import PPMissingLayer
@@ -14,7 +14,10 @@ from prunepath_vllm.model_executor.layers.routed_ffn import ExpertRouter, Routed
 from prunepath_vllm.model_executor.tau import TokenTaus
 
 
-class PrunePathModelMixin:
+_Model: Any = nn.Module if TYPE_CHECKING else object
+
+
+class PrunePathModelMixin(_Model):
     """Weight loading and the V2 model state; comes before vLLM's model class in the bases."""
 
     def get_model_state_cls(self) -> type:
