@@ -4,7 +4,6 @@ import argparse
 import platform
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
-from typing import Any
 
 from prunepath_vllm import __version__
 from prunepath_vllm.errors import PrunePathError

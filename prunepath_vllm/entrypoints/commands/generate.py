@@ -2,7 +2,6 @@
 
 import argparse
 import os
-from typing import Any
 
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig

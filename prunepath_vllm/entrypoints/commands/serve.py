@@ -3,7 +3,6 @@
 import argparse
 import os
 import sys
-from typing import Any
 
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.entrypoints.engine_defaults import set_server_defaults
