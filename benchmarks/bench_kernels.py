@@ -40,7 +40,7 @@ SHAPES = {
     "qwen2-7b": Shape(3584, 592, 32),
     "qwen2.5-32b": Shape(5120, 864, 32),
     "llama-3-8b": Shape(4096, 448, 32),
-    "gpt2-medium": Shape(1024, 128, 32, False, "gelu_tanh", True),
+    "gpt2-medium": Shape(1024, 128, 32, False, "gelu_new", True),
     "smollm2": Shape(576, 48, 32),
 }
 """Published shapes."""
@@ -53,7 +53,7 @@ TOLERANCE = 5e-3
 
 TABLE_SHARES = (1.0, 0.5, 0.2, 0.1, 0.05)
 
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu_tanh": lambda v: F.gelu(v, approximate="tanh")}
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu_new": lambda v: F.gelu(v, approximate="tanh")}
 
 
 def expected(bench: Bench, i: int, x: Tensor, gates: Tensor) -> Tensor:
@@ -192,11 +192,23 @@ def one_line(choice: Choice) -> str:
     return " ".join(f"{k}={tuple(v.values()) if isinstance(v, dict) else v}" for k, v in row.items())
 
 
+def shape_names(text: str) -> list[str]:
+    """Names of published shapes, separated by commas; none where the text is empty."""
+    names = text.split(",") if text else []
+    for name in names:
+        if name not in SHAPES:
+            raise argparse.ArgumentTypeError(f"unknown shape {name!r}; expected some of {', '.join(SHAPES)}")
+    return names
+
+
 def main() -> None:
     """Check, tune, report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--shapes", type=lambda s: s.split(","), default=["qwen2-7b", "gpt2-medium"], help=", ".join(SHAPES)
+        "--shapes",
+        type=shape_names,
+        default=["qwen2-7b", "gpt2-medium"],
+        help=f"{', '.join(SHAPES)}; empty: check the expert sizes alone",
     )
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=lambda s: tuple(int(t) for t in s.split(",")), default=TOKENS)

@@ -8,19 +8,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunepath_vllm.kernels import reference
+from prunepath_vllm.kernels import common, cpu, reference
 from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
 from prunepath_vllm.kernels.dense import dense_ffn
 from prunepath_vllm.kernels.ffn import Choice, Tuning, routed_ffn
 from prunepath_vllm.kernels.grouped import GroupedConfig
 from prunepath_vllm.kernels.routing import RouterConfig, route
 from prunepath_vllm.kernels.weights import Weights
-from prunepath_vllm.kernels.whole import WholeConfig
 
 ACTIVATIONS = {
     "silu": F.silu,
     "gelu": F.gelu,
-    "gelu_tanh": lambda v: F.gelu(v, approximate="tanh"),
+    "gelu_new": lambda v: F.gelu(v, approximate="tanh"),
+    "gelu_pytorch_tanh": lambda v: F.gelu(v, approximate="tanh"),
     "relu": F.relu,
 }
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
@@ -32,7 +32,6 @@ NO_TUNING = {
                 Choice(
                     path,
                     router=RouterConfig(split_k=2),
-                    whole=WholeConfig(rows=4),
                     fused=FusedConfig(rows=4),
                     up=UpConfig(rows=16, block_k=32),
                     down=DownConfig(block_h=32, block_k=16, splits=3),
@@ -41,10 +40,15 @@ NO_TUNING = {
             ),
         )
     )
-    for path in ("whole", "fused", "split", "dense", "grouped")
+    for path in ("fused", "split", "dense", "grouped")
 }
 
-EVERY_PATH = [("whole", 1), ("fused", 1), ("split", 3), ("dense", 2), ("grouped", 3)]
+EVERY_PATH = [("fused", 1), ("split", 3), ("dense", 3), ("grouped", 3)]
+
+SELECTS = {
+    "radix": RouterConfig(block_e=2, split_k=2),
+    "pairwise": RouterConfig(block_e=2, split_k=2, select="pairwise", select_block_e=4),
+}
 
 
 @pytest.fixture(autouse=True)
@@ -114,13 +118,14 @@ def mixed_taus(num_tokens: int) -> Tensor:
 
 @pytest.mark.parametrize("gate", ["sigmoid", "none"])
 @pytest.mark.parametrize("selection", ["cumulative_mass", "threshold"])
+@pytest.mark.parametrize("select", SELECTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
-def test_route_matches_reference(shape, selection, gate):
+def test_route_matches_reference(shape, select, selection, gate):
     x, router, bias, _ = make_case(*shape)
     tau = mixed_taus(shape[0])
     rule = dict(selection=selection, threshold=0.6 if selection == "threshold" else None, gate=gate)
     counts = torch.full((shape[0],), 7, dtype=torch.int32)
-    got = route(x, tau, router, bias, **rule, config=RouterConfig(block_e=2, split_k=2), active_counts=counts)
+    got = route(x, tau, router, bias, **rule, config=SELECTS[select], active_counts=counts)
     want = reference.expert_weights(reference.router_logits(x, router, bias), tau, **rule)
     torch.testing.assert_close(got.gates, want, atol=1e-5, rtol=0)
     assert torch.equal(got.gates != 0, want != 0)
@@ -128,12 +133,28 @@ def test_route_matches_reference(shape, selection, gate):
     assert torch.equal(counts - 7, (want != 0).sum(-1).int())
 
 
-def test_ties_take_the_lower_index():
+@pytest.mark.parametrize("select", SELECTS)
+@pytest.mark.parametrize("tau", [1.0, 0.5], ids=["dense", "some"])
+def test_route_one_token_without_flags(tau, select):
+    """A tau that takes every expert, alone in its batch, leaves the logits unread."""
+    x, router, bias, _ = make_case(1, 37, 8, 48)
+    rule = dict(selection="cumulative_mass", threshold=None, gate="none")
+    counts = torch.zeros(1, dtype=torch.int32)
+    taus = torch.tensor([tau])
+    got = route(x, taus, router, bias, **rule, config=SELECTS[select], active_counts=counts, want_flags=False)
+    want = reference.expert_weights(reference.router_logits(x, router, bias), taus, **rule)
+    assert got.flags is None
+    assert torch.equal(got.gates, want)
+    assert counts.item() == (want != 0).sum()
+
+
+@pytest.mark.parametrize("select", SELECTS)
+def test_ties_take_the_lower_index(select):
     x, router, _, _ = make_case(2, 24, 8, 48)
     router[:] = router[torch.arange(24) // 8]  # three groups of eight equal logits
     tau = torch.tensor([0.3, 0.7])
     got = route(
-        x, tau, router, None, selection="cumulative_mass", threshold=None, gate="none", config=RouterConfig()
+        x, tau, router, None, selection="cumulative_mass", threshold=None, gate="none", config=SELECTS[select]
     ).gates
     want = reference.select_cumulative_mass(reference.router_logits(x, router), tau)
     assert torch.equal(got != 0, want)
@@ -143,7 +164,7 @@ def test_ties_take_the_lower_index():
         assert torch.equal(group, group.sort(descending=True).values)
 
 
-@pytest.mark.parametrize("path", ["whole", "fused", "split", "dense", "grouped"])
+@pytest.mark.parametrize("path", ["fused", "split", "dense", "grouped"])
 @pytest.mark.parametrize("tau", [1.0, 0.6, 1e-6], ids=["all", "some", "one"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_one_token(path, tau, dtype):
@@ -158,19 +179,19 @@ def test_mixed_taus(path, shape):
     check_layer(path, x, mixed_taus(shape[0]), router, bias, weights)
 
 
-@pytest.mark.parametrize(("activation", "glu"), [("silu", True), ("gelu_tanh", False), ("gelu", True), ("relu", False)])
-@pytest.mark.parametrize(
-    ("path", "num_tokens"), [("whole", 1), ("fused", 1), ("split", 3), ("dense", 2), ("grouped", 3)]
-)
+def test_activations_are_those_of_the_cpu():
+    assert set(ACTIVATIONS) == set(common.ACTIVATIONS) == set(cpu.ACTIVATIONS)
+
+
+@pytest.mark.parametrize(("activation", "glu"), [("silu", True), ("gelu_new", False), ("gelu", True), ("relu", False)])
+@pytest.mark.parametrize(("path", "num_tokens"), EVERY_PATH)
 def test_activations(path, num_tokens, activation, glu):
     for bias in (True, False):
         x, router, router_bias, weights = make_case(num_tokens, 12, 8, 32, glu=glu, bias=bias, activation=activation)
         check_layer(path, x, torch.full((num_tokens,), 0.7), router, router_bias, weights)
 
 
-@pytest.mark.parametrize(
-    ("path", "num_tokens"), [("whole", 1), ("fused", 1), ("split", 3), ("dense", 3), ("grouped", 3)]
-)
+@pytest.mark.parametrize(("path", "num_tokens"), EVERY_PATH)
 def test_no_active_expert_leaves_the_bias(path, num_tokens):
     x, router, _, weights = make_case(num_tokens, 12, 8, 32)
     y = routed_ffn(
@@ -206,6 +227,15 @@ def test_dense_without_gates():
     x, _, _, weights = make_case(5, 12, 8, 32)
     want = reference_ffn(x, torch.ones(5, 12), weights)
     assert error(dense_ffn(x, weights), want) < 1e-5
+
+
+@pytest.mark.parametrize("path", ["fused", "split", "dense", "grouped"])
+def test_takes_the_weights_of_the_cpu(path):
+    x, router, bias, weights = make_case(1, 12, 8, 32, glu=False, activation="gelu_new")
+    rule = dict(selection="cumulative_mass", threshold=None, gate="sigmoid")
+    tau = torch.tensor([0.7])
+    got = routed_ffn(x, tau, router, bias, weights, **rule, tuning=NO_TUNING[path])
+    torch.testing.assert_close(got, cpu.routed_ffn(x, tau, router, bias, weights, **rule), atol=1e-5, rtol=1e-5)
 
 
 def check_layer(path: str, x: Tensor, tau: Tensor, router: Tensor, bias: Tensor | None, weights: Weights) -> None:

@@ -6,17 +6,16 @@ import pytest
 import torch
 
 from prunepath_vllm.kernels import ffn
-from prunepath_vllm.kernels.decode import UpConfig
+from prunepath_vllm.kernels.decode import FusedConfig, UpConfig
 from prunepath_vllm.kernels.ffn import Choice, Tuning, heuristic_tuning, load_tuning, tuning_from_json, tuning_to_json
 from prunepath_vllm.kernels.grouped import GroupedConfig
 from prunepath_vllm.kernels.routing import RouterConfig
 from prunepath_vllm.kernels.tuning import Shape, pick, write_table
 from prunepath_vllm.kernels.weights import Weights
-from prunepath_vllm.kernels.whole import WholeConfig
 
 TABLE = Tuning(
     (
-        (1, Choice("whole", 1, whole=WholeConfig(1, 8, 2))),
+        (1, Choice("fused", 1, RouterConfig(select="pairwise"), fused=FusedConfig(1, 8, 2, 2))),
         (16, Choice("split", 2, RouterConfig(split_k=7), up=UpConfig(32, 64, 8, 3, 2))),
         (64, Choice("dense", 0, RouterConfig(split_k=4))),
         (8192, Choice("grouped", 0, grouped=GroupedConfig(256, 64, 8, 3, 4))),
@@ -26,7 +25,7 @@ TABLE = Tuning(
 
 @pytest.mark.parametrize(
     ("tokens", "path"),
-    [(1, "whole"), (2, "split"), (16, "split"), (17, "dense"), (64, "dense"), (65, "grouped"), (9000, "grouped")],
+    [(1, "fused"), (2, "split"), (16, "split"), (17, "dense"), (64, "dense"), (65, "grouped"), (9000, "grouped")],
 )
 def test_choice_by_batch_size(tokens, path):
     assert TABLE.choice(tokens).path == path
@@ -57,6 +56,25 @@ def test_shipped_tables_load():
     assert limits == sorted(limits)
     assert load_tuning("NVIDIA H200", 48, 7, 8, True) == heuristic_tuning(48, 8, True)
     assert load_tuning("Some other GPU", 3584, 592, 32, True) == heuristic_tuning(3584, 32, True)
+
+
+@pytest.mark.parametrize(
+    ("hidden", "experts", "glu", "paths"),
+    [
+        (3584, 592, True, {1: "fused", 2: "split", 8: "split", 9: "dense", 4095: "dense", 4096: "grouped"}),
+        (5120, 864, True, {1: "fused", 2: "split", 8: "split", 9: "dense", 4095: "dense", 4096: "grouped"}),
+        (1024, 128, False, {1: "fused", 2: "dense", 4096: "dense", 1 << 20: "dense"}),
+    ],
+    ids=["qwen2-7b", "qwen2.5-32b", "gpt2-medium"],
+)
+def test_shipped_paths(hidden, experts, glu, paths):
+    tuning = load_tuning("NVIDIA H200", hidden, experts, 32, glu)
+    assert {tokens: tuning.choice(tokens).path for tokens in paths} == paths
+    assert tuning.choice(1).router.select == "pairwise"
+    assert tuning.choice(5).router.select == "radix"
+    if glu:
+        assert {t: heuristic_tuning(hidden, 32, True).choice(t).path for t in paths} == paths
+        assert tuning.choice(4).router.select == "pairwise"
 
 
 @pytest.mark.parametrize(("hidden", "stages"), [(576, 4), (3584, 4), (5120, 2), (8192, 2)])

@@ -9,14 +9,12 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 ACTIVATIONS = {
     "silu": "silu",
-    "swish": "silu",
     "gelu": "gelu",
     "gelu_new": "gelu_tanh",
     "gelu_pytorch_tanh": "gelu_tanh",
-    "gelu_tanh": "gelu_tanh",
     "relu": "relu",
 }
-"""Activation names as model configurations write them -> the four functions the kernels know."""
+"""transformers' names of the activations -> the four functions the kernels know."""
 
 
 @triton.jit
@@ -49,38 +47,28 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def write_share(flag, index, experts, pid, num_programs, UNITS: tl.constexpr):
+def take_share(flags, experts, pid, num_programs, E: tl.constexpr, BLOCK_E: tl.constexpr, UNITS: tl.constexpr):
     """Number the flagged experts in ascending order and give this program its share of their units of work.
 
+    Every program does the same scan.
+
     Args:
-        flag, index: 0 or 1 for each expert, and its id.
-        experts: int32, written: the listed experts in this program's share. Neighbours that share an expert write the
-            same value.
+        flags: int32 [E], nonzero for the experts to list.
+        experts: int32 [E + 1], written: the listed experts in this program's share. Neighbours that share an expert
+            write the same value. Program 0 also writes the number of listed experts to experts[E].
         UNITS: units of work an expert is cut into.
 
     Returns:
-        first unit, end unit, number of experts, mask of the experts in this share; unit u belongs to the expert
-        experts[u // UNITS].
+        first unit, end unit; unit u belongs to the expert experts[u // UNITS].
     """
+    index = tl.arange(0, BLOCK_E)
+    flag = (tl.load(flags + index, mask=index < E, other=0) != 0).to(tl.int32)
     position = tl.cumsum(flag, axis=0) - 1
     count = tl.sum(flag, axis=0)
     begin = pid * count * UNITS // num_programs
     end = (pid + 1) * count * UNITS // num_programs
     mine = (flag != 0) & (position >= begin // UNITS) & (position * UNITS < end)
     tl.store(experts + position, index, mask=mine)
-    return begin, end, count, mine
-
-
-@triton.jit
-def take_share(flags, experts, pid, num_programs, E: tl.constexpr, BLOCK_E: tl.constexpr, UNITS: tl.constexpr):
-    """:func:`write_share` of the experts whose flag [E] is set; every program does the same scan.
-
-    Returns:
-        first unit, end unit. Program 0 also writes the number of listed experts to experts[E].
-    """
-    index = tl.arange(0, BLOCK_E)
-    flag = (tl.load(flags + index, mask=index < E, other=0) != 0).to(tl.int32)
-    begin, end, count, _ = write_share(flag, index, experts, pid, num_programs, UNITS)
     tl.store(experts + E, count, mask=pid == 0)
     tl.debug_barrier()  # the list is read back by other threads of this program
     return begin, end

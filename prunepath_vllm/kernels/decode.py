@@ -12,7 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunepath_vllm.kernels.common import activate, default_pdl, launch_options, num_sms, take_share, wait_for_previous
+from prunepath_vllm.kernels.common import (
+    ACTIVATIONS,
+    activate,
+    default_pdl,
+    launch_options,
+    num_sms,
+    take_share,
+    wait_for_previous,
+)
 from prunepath_vllm.kernels.routing import Routing
 from prunepath_vllm.kernels.weights import Weights
 
@@ -198,7 +206,7 @@ def fused_partials(
     fused_decode_kernel[(programs,)](
         x, weights.w_in, weights.b_in, weights.w_out_t, routing.gates, routing.flags, experts, partial,
         num_experts, expert_size, hidden, GLU=weights.glu, BIAS=weights.b_in is not None,
-        ACTIVATION=weights.activation, BLOCK_E=triton.next_power_of_2(num_experts),
+        ACTIVATION=ACTIVATIONS[weights.activation], BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK_H=triton.next_power_of_2(hidden), R=min(config.rows, expert_size), STAGES=config.num_stages, PDL=pdl,
         num_warps=config.num_warps, **launch_options(pdl),
     )  # fmt: skip
@@ -224,8 +232,8 @@ def up(
     up_kernel[(num_sms(x.device) * config.programs_per_sm,)](
         x, weights.w_in, weights.b_in, routing.gates, routing.flags, experts, neurons, num_tokens,
         num_experts, expert_size, hidden, GLU=weights.glu, BIAS=weights.b_in is not None,
-        ACTIVATION=weights.activation, BLOCK_E=triton.next_power_of_2(num_experts), BLOCK_T=block_t(num_tokens),
-        R=config.rows, BLOCK_K=config.block_k, GRAIN=min(8, expert_size), PDL=pdl,
+        ACTIVATION=ACTIVATIONS[weights.activation], BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_T=block_t(num_tokens), R=config.rows, BLOCK_K=config.block_k, GRAIN=min(8, expert_size), PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(pdl),
     )  # fmt: skip
     return neurons, experts

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunepath_vllm.kernels.common import activate
+from prunepath_vllm.kernels.common import ACTIVATIONS, activate
 from prunepath_vllm.kernels.weights import Weights
 
 
@@ -42,7 +42,7 @@ def gated_activation(pre: Tensor, weights: Weights, gates: Tensor | None = None)
     block = 1024
     gated_activation_kernel[(num_tokens, triton.cdiv(num_neurons, block))](
         pre, gates, neurons, num_neurons, 1 if gates is None else gates.shape[1], GLU=weights.glu,
-        GATED=gates is not None, ACTIVATION=weights.activation, BLOCK=block, num_warps=4,
+        GATED=gates is not None, ACTIVATION=ACTIVATIONS[weights.activation], BLOCK=block, num_warps=4,
     )  # fmt: skip
     return neurons
 

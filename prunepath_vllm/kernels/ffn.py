@@ -22,12 +22,10 @@ from prunepath_vllm.kernels.decode import (
 )
 from prunepath_vllm.kernels.dense import dense_ffn, routed_dense_ffn
 from prunepath_vllm.kernels.grouped import GroupedConfig, grouped_ffn
-from prunepath_vllm.kernels.routing import RouterConfig, route
+from prunepath_vllm.kernels.routing import LIBRARY_TOKENS, RouterConfig, route
 from prunepath_vllm.kernels.weights import Weights
-from prunepath_vllm.kernels.whole import WholeConfig, whole_ffn
 
 PATHS = {
-    "whole": ("whole",),
     "fused": ("router", "fused"),
     "split": ("router", "up", "down"),
     "dense": ("router",),
@@ -41,16 +39,15 @@ class Choice:
     """How batches of up to some number of tokens are computed.
 
     Attributes:
-        path: "whole" (one token, one launch), "fused" (one token), "split" (up and down kernels), "dense" (every
-            expert, multiplied by its gate) or "grouped" (tokens gathered by expert).
+        path: "fused" (one token), "split" (up and down kernels), "dense" (every expert, multiplied by its gate) or
+            "grouped" (tokens gathered by expert).
         pdl: mode of programmatic dependent launch (``common.wait_for_previous``), where the GPU has it.
-        router, whole, fused, up, down, grouped: tile choices of the kernels.
+        router, fused, up, down, grouped: tile choices of the kernels.
     """
 
     path: str
     pdl: int = 0
     router: RouterConfig = field(default_factory=RouterConfig)
-    whole: WholeConfig = field(default_factory=WholeConfig)
     fused: FusedConfig = field(default_factory=FusedConfig)
     up: UpConfig = field(default_factory=UpConfig)
     down: DownConfig = field(default_factory=DownConfig)
@@ -75,20 +72,25 @@ def heuristic_tuning(hidden: int, expert_size: int, glu: bool, element_size: int
     fused = FusedConfig(rows, 16, max(1, min(4, 196608 // step)), 1)
     wide = 1 if element_size == 2 else 2  # float32 tiles take twice the room
     small = UpConfig(64 // wide, 64, 4, 6 // wide, 1)
-    down = DownConfig(128, 64 // wide, 9, 4, 7)
+    down = DownConfig(128, 32, 9, 4, 9 // wide)
+    one = RouterConfig(4, 1, 8, 4, select="pairwise", select_block_e=2)
+    few = RouterConfig(4, 7, 4, 4, select="pairwise", select_block_e=4)
+    grouped = GroupedConfig(128, 64, 4, 3, 8)
     return Tuning(
         (
-            (1, Choice("fused", 1, RouterConfig(4, 1, 8), fused=fused)),
+            (1, Choice("fused", 1, one, fused=fused)),
+            (4, Choice("split", 1, few, up=small, down=down)),
             (8, Choice("split", 1, RouterConfig(split_k=7), up=small, down=down)),
-            (1024, Choice("dense", 0, RouterConfig(split_k=4))),
-            (1 << 30, Choice("grouped", 0, RouterConfig(select_warps=1, select_bits=1))),
+            (LIBRARY_TOKENS, Choice("dense", 0, RouterConfig(split_k=4))),
+            (4095, Choice("dense", 0, RouterConfig(select_warps=1, select_bits=2))),
+            (1 << 30, Choice("grouped", 0, RouterConfig(select_warps=2, select_bits=1), grouped=grouped)),
         )
     )
 
 
 FLOAT32 = heuristic_tuning(8192, 32, True, 4)
 """Choices for float32 models, which tables are not made for. Grouped tiles would not fit."""
-FLOAT32 = Tuning(FLOAT32.choices[:3])
+FLOAT32 = Tuning(FLOAT32.choices[:-1])
 
 
 def shape_key(hidden: int, num_experts: int, expert_size: int, glu: bool) -> str:
@@ -118,7 +120,6 @@ def tuning_from_json(rows: list[dict[str, Any]]) -> Tuning:
     """The inverse of :func:`tuning_to_json`."""
     parts = {
         "router": RouterConfig,
-        "whole": WholeConfig,
         "fused": FusedConfig,
         "up": UpConfig,
         "down": DownConfig,
@@ -184,8 +185,6 @@ def routed_ffn(
     choice = tuning.choice(x.shape[0])
     rule: dict[str, Any] = dict(selection=selection, threshold=threshold, gate=gate, active_counts=active_counts)
     pdl = min(choice.pdl, 2 * default_pdl(x.device))
-    if choice.path == "whole":
-        return whole_ffn(x, tau, router_weight, router_bias, weights, **rule, config=choice.whole, pdl=pdl)
     find_routing = functools.partial(route, x, tau, router_weight, router_bias, **rule, config=choice.router)
     if choice.path == "dense" or host_dense:
         return routed_dense_ffn(x, weights, lambda: find_routing(want_flags=False, pdl=0).gates)

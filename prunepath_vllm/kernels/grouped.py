@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunepath_vllm.kernels.common import activate
+from prunepath_vllm.kernels.common import ACTIVATIONS, activate
 from prunepath_vllm.kernels.dense import second_linear
 from prunepath_vllm.kernels.routing import Routing
 from prunepath_vllm.kernels.weights import Weights
@@ -119,7 +119,7 @@ def grouped_neurons(x: Tensor, weights: Weights, routing: Routing, config: Group
     grouped_up_kernel[(num_experts * tiles,)](
         x, weights.w_in, weights.b_in, routing.gates, tokens, counts, neurons, num_tokens, tiles,
         num_experts, expert_size, hidden, GLU=weights.glu, BIAS=weights.b_in is not None,
-        ACTIVATION=weights.activation, BLOCK_M=config.block_m,
+        ACTIVATION=ACTIVATIONS[weights.activation], BLOCK_M=config.block_m,
         BLOCK_D=max(8 if weights.glu else 16, triton.next_power_of_2(expert_size)), BLOCK_K=config.block_k,
         GROUP=config.group, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip

@@ -1,6 +1,7 @@
 """Router logits and expert selection (eq. 7-9, or LTE's threshold)."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import triton
@@ -16,7 +17,11 @@ LIBRARY_TOKENS = 64
 
 @dataclass(frozen=True)
 class RouterConfig:
-    """Tile choices of the two routing kernels."""
+    """Choices of the two routing kernels.
+
+    Selection is by "radix", one program a token, or "pairwise", each program comparing its few experts of a token with
+    all others: O(E^2) in all, but faster for the first few tokens, which cannot fill the GPU.
+    """
 
     block_e: int = 4
     """Experts a router program takes at one token; from two tokens on it takes 16 (a tensor-core tile)."""
@@ -25,7 +30,10 @@ class RouterConfig:
     num_warps: int = 4
     select_warps: int = 8
     select_bits: int = 3
-    """Bits of the cut found per pass over the probabilities, 1, 2 or 3: fewer passes, or less work in all."""
+    """Radix: bits of the cut found per pass over the probabilities, 1, 2 or 3: fewer passes, or less work in all."""
+    select: str = "radix"
+    select_block_e: int = 4
+    """Pairwise: experts a program decides."""
 
 
 @dataclass(frozen=True)
@@ -134,37 +142,19 @@ def ranked_prefix(p, t, BITS: tl.constexpr):
 
 
 @triton.jit
-def choose(
-    g, e, t, threshold, E: tl.constexpr, DENSE_TAU: tl.constexpr, THRESHOLD: tl.constexpr, BITS: tl.constexpr
-):  # fmt: skip
-    """Which of the experts e a token with logits g (-inf beyond E) and tau t uses."""
-    active = e < E
-    if t < DENSE_TAU:
-        if THRESHOLD:
-            active = tl.sigmoid(g) > threshold
-        else:
-            p = tl.exp(g - tl.max(g, axis=0))
-            active = ranked_prefix(p / tl.sum(p, axis=0), t, BITS) & (e < E)
-    return active
-
-
-@triton.jit
-def select_kernel(
-    logits, bias, tau, gates, flags, active_counts, num_tokens, threshold, E: tl.constexpr, DENSE_TAU: tl.constexpr,
-    SPLIT_K: tl.constexpr, BIAS: tl.constexpr, COUNT: tl.constexpr, THRESHOLD: tl.constexpr, GATE: tl.constexpr,
-    FLAGS: tl.constexpr, BLOCK_E: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One token: gates [T, E] float32, flags [E] int32."""
-    token = tl.program_id(0).to(tl.int64)
-    e = tl.arange(0, BLOCK_E)
-    wait_for_previous(PDL)
-    t = tl.load(tau + token)
+def summed_logits(logits, bias, token, num_tokens, e, E: tl.constexpr, SPLIT_K: tl.constexpr, BIAS: tl.constexpr):
+    """Logits of one token's experts e: the slices' partial sums, always in this order, and the bias; -inf beyond E."""
     g = tl.load(logits + token * E + e, mask=e < E, other=-float("inf"))
-    for s in tl.static_range(1, SPLIT_K):  # partial sums, always in this order
+    for s in tl.static_range(1, SPLIT_K):
         g += tl.load(logits + (s * num_tokens + token) * E + e, mask=e < E, other=0.0)
     if BIAS:
         g += tl.load(bias + e, mask=e < E, other=0.0).to(tl.float32)
-    active = choose(g, e, t, threshold, E, DENSE_TAU, THRESHOLD, BITS)
+    return g
+
+
+@triton.jit
+def store_gates(gates, flags, token, g, e, active, E: tl.constexpr, GATE: tl.constexpr, FLAGS: tl.constexpr):
+    """One token's gates of the experts e with logits g, and the flags of those it uses."""
     if GATE:
         gate = tl.where(active, tl.sigmoid(g), 0.0)
     else:
@@ -172,8 +162,63 @@ def select_kernel(
     tl.store(gates + token * E + e, gate, mask=e < E)
     if FLAGS:
         tl.atomic_or(flags + e, 1, mask=active, sem="relaxed")
+
+
+@triton.jit
+def select_radix_kernel(
+    logits, bias, tau, gates, flags, active_counts, num_tokens, threshold, E: tl.constexpr, DENSE_TAU: tl.constexpr,
+    SPLIT_K: tl.constexpr, BIAS: tl.constexpr, COUNT: tl.constexpr, THRESHOLD: tl.constexpr, GATE: tl.constexpr,
+    FLAGS: tl.constexpr, BLOCK_ALL: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """One token: gates [T, E] float32, flags [E] int32."""
+    token = tl.program_id(0).to(tl.int64)
+    e = tl.arange(0, BLOCK_ALL)
+    wait_for_previous(PDL)
+    t = tl.load(tau + token)
+    g = summed_logits(logits, bias, token, num_tokens, e, E, SPLIT_K, BIAS)
+    active = e < E
+    if t < DENSE_TAU:
+        if THRESHOLD:
+            active &= tl.sigmoid(g) > threshold
+        else:
+            p = tl.exp(g - tl.max(g, axis=0))
+            active &= ranked_prefix(p / tl.sum(p, axis=0), t, BITS)
+    store_gates(gates, flags, token, g, e, active, E, GATE, FLAGS)
     if COUNT:
         tl.store(active_counts + token, tl.load(active_counts + token) + tl.sum(active.to(tl.int32), axis=0))
+
+
+@triton.jit
+def select_pairwise_kernel(
+    logits, bias, tau, gates, flags, active_counts, num_tokens, threshold, E: tl.constexpr, DENSE_TAU: tl.constexpr,
+    SPLIT_K: tl.constexpr, BIAS: tl.constexpr, COUNT: tl.constexpr, THRESHOLD: tl.constexpr, GATE: tl.constexpr,
+    FLAGS: tl.constexpr, BLOCK_ALL: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
+):  # fmt: skip
+    """BLOCK_E experts of one token: gates [T, E] float32, flags [E] int32."""
+    token = tl.program_id(0).to(tl.int64)
+    e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
+    wait_for_previous(PDL)
+    t = tl.load(tau + token)
+    g = summed_logits(logits, bias, token, num_tokens, e, E, SPLIT_K, BIAS)
+    active = e < E
+    if t < DENSE_TAU:
+        if THRESHOLD:
+            active &= tl.sigmoid(g) > threshold
+        else:
+            every = tl.arange(0, BLOCK_ALL)
+            p = summed_logits(logits, bias, token, num_tokens, every, E, SPLIT_K, BIAS)
+            p = tl.exp(p - tl.max(p, axis=0))
+            p = (p / tl.sum(p, axis=0))[None, :]
+            # Taken from p itself, not recomputed: equal probabilities must compare equal.
+            p_mine = tl.sum(tl.where(e[:, None] == every[None, :], p, 0.0), axis=1)[:, None]
+            # Ranked at or before: larger, or equal with an index not above.
+            before = (p > p_mine) | ((p == p_mine) & (every[None, :] <= e[:, None]))
+            mass = tl.sum(tl.where(before, p, 0.0), axis=1)
+            top = tl.sum(before.to(tl.int32), axis=1) == 1
+            active &= (mass < t) | top
+    store_gates(gates, flags, token, g, e, active, E, GATE, FLAGS)
+    if COUNT:
+        tl.atomic_add(active_counts + token, tl.sum(active.to(tl.int32), axis=0), sem="relaxed")
 
 
 def route(
@@ -231,13 +276,18 @@ def route(
         assert flags is None
         logits, split_k = library_logits(x, router_weight), 1
     gates = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
-    select_kernel[(num_tokens,)](
-        logits, router_bias, tau, gates, flags, active_counts, num_tokens, threshold or 0.0, num_experts, DENSE_TAU,
-        SPLIT_K=split_k, BIAS=router_bias is not None, COUNT=active_counts is not None,
-        THRESHOLD=selection == "threshold", GATE=gate == "sigmoid", FLAGS=want_flags,
-        BLOCK_E=triton.next_power_of_2(num_experts), BITS=config.select_bits, PDL=pdl, num_warps=config.select_warps,
-        **launch_options(pdl),
+    arguments = (logits, router_bias, tau, gates, flags, active_counts, num_tokens, threshold or 0.0)
+    options: dict[str, Any] = dict(
+        E=num_experts, DENSE_TAU=DENSE_TAU, SPLIT_K=split_k, BIAS=router_bias is not None,
+        COUNT=active_counts is not None, THRESHOLD=selection == "threshold", GATE=gate == "sigmoid", FLAGS=want_flags,
+        BLOCK_ALL=triton.next_power_of_2(num_experts), PDL=pdl, num_warps=config.select_warps, **launch_options(pdl),
     )  # fmt: skip
+    if config.select == "pairwise":
+        grid = (num_tokens, triton.cdiv(num_experts, config.select_block_e))
+        select_pairwise_kernel[grid](*arguments, **options, BLOCK_E=config.select_block_e)
+    else:
+        assert config.select == "radix", f"unknown selection {config.select!r}; expected pairwise or radix"
+        select_radix_kernel[(num_tokens,)](*arguments, **options, BITS=config.select_bits)
     return Routing(gates, flags)
 
 

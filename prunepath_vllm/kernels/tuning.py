@@ -36,12 +36,11 @@ from prunepath_vllm.kernels.ffn import (
 from prunepath_vllm.kernels.grouped import GroupedConfig
 from prunepath_vllm.kernels.routing import LIBRARY_TOKENS, RouterConfig
 from prunepath_vllm.kernels.weights import Weights
-from prunepath_vllm.kernels.whole import WholeConfig
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 2048, 8192)
 """Batch sizes of a table."""
 
-SWEEP_AT = (1, 4, 16, 64, 256, 2048, 8192)
+SWEEP_AT = (1, 4, 8, 16, 64, 256, 2048, 8192)
 """Batch sizes whose tiles are searched; the next ones take them over."""
 
 SHARES = (1.0, 0.2, 0.1)
@@ -140,16 +139,17 @@ def time_us(step: Callable[[int], Any], layers: int, replays: int = 15) -> float
     return statistics.median(times[3:])
 
 
-ROUTER_ONE = [RouterConfig(e, 1, w, sw, b) for e, w, sw, b in [(4, 8, 8, 3), (4, 4, 8, 3), (2, 4, 4, 3), (4, 8, 16, 3)]]
+ROUTER_ONE = [
+    RouterConfig(e, 1, w, 4, select="pairwise", select_block_e=n)
+    for e, w, n in [(4, 8, 2), (4, 8, 4), (4, 8, 8), (2, 4, 2)]
+]
+ROUTER_ONE += [RouterConfig(e, 1, w, sw, 3) for e, w, sw in [(4, 8, 8), (2, 4, 4)]]
 ROUTER_SOME = [
     RouterConfig(4, s, 4, sw, b)
     for s, sw, b in [(4, 8, 3), (2, 8, 3), (7, 8, 3), (14, 8, 3), (7, 4, 3), (7, 4, 2), (7, 16, 3)]
 ]
+ROUTER_SOME += [RouterConfig(4, s, 4, 4, select="pairwise", select_block_e=n) for s, n in [(7, 4), (4, 4), (7, 16)]]
 ROUTER_MANY = [RouterConfig(4, 1, 4, sw, b) for sw, b in [(1, 1), (2, 1), (1, 2), (4, 2), (4, 3)]]
-WHOLE = [
-    WholeConfig(*c)
-    for c in [(2, 16, 3), (2, 16, 4), (2, 16, 2), (1, 16, 3), (1, 16, 4), (4, 16, 2), (2, 8, 3), (2, 8, 4), (4, 8, 2)]
-]
 FUSED = [
     FusedConfig(*c)
     for c in [(2, 16, 4, 1), (2, 16, 3, 1), (1, 16, 4, 1), (1, 16, 3, 2), (2, 8, 3, 2), (2, 8, 2, 2), (1, 4, 2, 4)]
@@ -180,7 +180,7 @@ GROUPED = [
 def paths_for(num_tokens: int) -> tuple[str, ...]:
     """Paths worth measuring at a batch size."""
     if num_tokens == 1:
-        return ("whole", "fused", "dense")
+        return ("fused", "dense")
     if num_tokens <= LIBRARY_TOKENS:
         return ("split", "dense")
     return ("dense", "grouped") if num_tokens >= 1024 else ("dense",)
@@ -191,7 +191,6 @@ def variants(num_tokens: int, path: str) -> Iterator[tuple[str, list[Any]]]:
     routers = ROUTER_ONE if num_tokens == 1 else ROUTER_SOME if num_tokens <= LIBRARY_TOKENS else ROUTER_MANY
     values: dict[str, list[Any]] = {
         "router": routers,
-        "whole": WHOLE,
         "fused": FUSED,
         "up": UP,
         "down": DOWN,
@@ -199,19 +198,16 @@ def variants(num_tokens: int, path: str) -> Iterator[tuple[str, list[Any]]]:
     }
     for name in reversed(PATHS[path]):
         yield name, values[name]
-    if path in ("fused", "split", "whole"):
+    if path in ("fused", "split"):
         yield "pdl", [0, 1, 2]
 
 
 def start_choice(shape: Shape, num_tokens: int, path: str) -> Choice:
     """Where the search on a path begins."""
     tuning = heuristic_tuning(shape.hidden, shape.size, shape.glu)
-    choice = {"whole": 1, "fused": 1, "split": 2, "dense": 256, "grouped": 8192}[path]
-    found = tuning.choice(choice)
+    found = tuning.choice({"fused": 1, "split": min(max(num_tokens, 2), 8), "dense": 256, "grouped": 8192}[path])
     if path == "dense":
         found = replace(found, router=next(iter(variants(num_tokens, path)))[1][0])
-    if path == "whole":
-        found = replace(found, whole=WholeConfig(rows=found.fused.rows, num_stages=min(3, found.fused.num_stages)))
     return replace(found, path=path)
 
 
@@ -349,7 +345,7 @@ def tune(
     Returns:
         the table.
     """
-    shape = Shape(hidden, num_experts, expert_size, glu, "silu" if glu else "gelu_tanh")
+    shape = Shape(hidden, num_experts, expert_size, glu, "silu" if glu else "gelu_new")
     precompile_all(shape, SWEEP_AT, processes)
     bench = Bench(shape, layers, dtype)
     tuning = tune_bench(bench)

@@ -14,7 +14,7 @@ class Weights:
         b_in: [F] or [2 F], or None.
         w_out_t: [F, H], the second linear transposed: expert e is the rows [e D, (e + 1) D).
         b_out: [H], or None. Added once, never gated.
-        activation: a value of ``common.ACTIVATIONS``.
+        activation: transformers' name, a key of ``common.ACTIVATIONS``.
         glu: whether the first linear has a gate half.
     """
 
