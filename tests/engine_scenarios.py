@@ -126,7 +126,7 @@ def refusals():
     llm = engine(enforce_eager=True)
     before = llm.generate([PROMPTS[0]], params(0.5), use_tqdm=False)[0].outputs[0].token_ids
     said = {}
-    bad = [True, False, "0.8", float("nan"), float("inf"), [0.8], 0, -0.1, 1.06, 10**400]
+    bad = [True, False, "0.8", float("nan"), float("inf"), [0.8], 0, -0.1, 1.06, 10**18]
     for value in bad:
         try:
             llm.generate([PROMPTS[0]], params(value), use_tqdm=False)

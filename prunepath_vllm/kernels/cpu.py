@@ -5,6 +5,7 @@ Shapes: T tokens, H hidden size, E experts, D neurons per expert, F = E * D; wei
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -65,6 +66,8 @@ def routed_ffn(
         scale = expert_weights(logits, tau, selection=selection, threshold=threshold, gate=gate)
         if gather:
             touched = (scale != 0).any(dim=0).nonzero().squeeze(-1)
+            if touched.numel() == 0:  # threshold selection may choose nothing
+                return _add_bias(torch.zeros_like(x), weights.b_out)
             if touched.numel() < GATHER_BELOW * scale.shape[1]:
                 return _add_bias(_gathered(x, scale, touched, weights), weights.b_out)
 

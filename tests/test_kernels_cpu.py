@@ -1,0 +1,67 @@
+"""The CPU path of the routed layer against the reference: gathered, masked, packed products, nothing selected."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from prunepath_vllm.kernels import cpu, reference
+from prunepath_vllm.kernels.weights import Weights
+
+HIDDEN, EXPERTS, SIZE = 48, 12, 8
+NEURONS = EXPERTS * SIZE
+
+
+def layer(glu: bool, bias: bool, activation: str) -> Weights:
+    generator = torch.Generator().manual_seed(0)
+
+    def random(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape, generator=generator) * 0.3
+
+    rows = 2 * NEURONS if glu else NEURONS
+    b_in, b_out = (random(rows), random(HIDDEN)) if bias else (None, None)
+    return Weights(random(rows, HIDDEN), b_in, random(NEURONS, HIDDEN), b_out, activation, glu)
+
+
+def expected(x: torch.Tensor, scale: torch.Tensor, w: Weights) -> torch.Tensor:
+    """Expert by expert."""
+    act = {"silu": F.silu, "gelu_new": lambda v: F.gelu(v, approximate="tanh"), "relu": F.relu}[w.activation]
+    y = torch.zeros_like(x) if w.b_out is None else w.b_out.expand_as(x).clone()
+    pre = F.linear(x, w.w_in, w.b_in)
+    h = act(pre[:, :NEURONS]) * pre[:, NEURONS:] if w.glu else act(pre)
+    for expert in range(EXPERTS):
+        rows = slice(expert * SIZE, (expert + 1) * SIZE)
+        y = y + scale[:, expert, None] * (h[:, rows] @ w.w_out_t[rows])
+    return y
+
+
+@pytest.mark.parametrize("gather", [True, False], ids=["gather", "no-host-reads"])
+@pytest.mark.parametrize("gate", ["none", "sigmoid"])
+@pytest.mark.parametrize("taus", [[0.05], [0.2, 0.3], [0.5, 1.0, 0.9, 1e-6], [1.0, 1.05]], ids=str)
+@pytest.mark.parametrize(("glu", "bias", "activation"), [(True, False, "silu"), (False, True, "gelu_new")])
+def test_every_share_equals_the_experts_one_by_one(glu, bias, activation, taus, gate, gather):
+    w = layer(glu, bias, activation)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(len(taus), HIDDEN, generator=generator)
+    router = torch.randn(EXPERTS, HIDDEN, generator=generator) * 0.3
+    tau = torch.tensor(taus)
+    routing = dict(selection="cumulative_mass", threshold=None, gate=gate)
+    scale = reference.expert_weights(reference.router_logits(x, router), tau, **routing)
+    y = cpu.routed_ffn(x, tau, router, None, w, gather=gather, **routing)
+    torch.testing.assert_close(y, expected(x, scale, w), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_threshold_may_select_nothing(bias):
+    w = layer(False, bias, "relu")
+    x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1))
+    y = cpu.routed_ffn(
+        x,
+        torch.full((3,), 0.5),
+        torch.zeros(EXPERTS, HIDDEN),
+        torch.full((EXPERTS,), -5.0),
+        w,
+        selection="threshold",
+        threshold=0.5,
+        gate="none",
+    )
+    torch.testing.assert_close(y, torch.zeros_like(x) if w.b_out is None else w.b_out.expand_as(x))
