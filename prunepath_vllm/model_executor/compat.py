@@ -87,9 +87,7 @@ def forward_hook(runner: Any, before_forward: Callable[[Tensor], None]) -> None:
         if not hasattr(runner, name):
             raise moved(f"GPUModelRunner.{name}")
 
-    def hooked(
-        input_ids: Tensor | None = None, positions: Tensor | None = None, *args: Any, **kwargs: Any
-    ) -> Any:
+    def hooked(input_ids: Tensor | None = None, positions: Tensor | None = None, *args: Any, **kwargs: Any) -> Any:
         assert positions is not None
         before_forward(positions)
         return forward(input_ids, positions, *args, **kwargs)

@@ -11,6 +11,7 @@ from prunepath_vllm.model_executor.tau import TokenTaus
 
 _ModelState: Any = DefaultModelState if TYPE_CHECKING else object
 
+
 class _TauStateMixin(_ModelState):
     """What both model states add to vLLM's."""
 

@@ -1,8 +1,8 @@
 """The front end: a request's tau is validated before it is admitted, and its prefix-cache blocks are its tau's own.
 
-Offline, tau rides on the engine's parameter objects. Over HTTP, a middleware reads ``tau`` / ``sparsity`` from the body,
-at the top level or under ``vllm_xargs``, before the engine's schemas drop the first and turn booleans into numbers in the
-second; a context variable carries what it read to the point where the engine builds its own request.
+Offline, tau rides on the engine's parameter objects. Over HTTP, a middleware reads ``tau`` / ``sparsity`` from the
+body, at the top level or under ``vllm_xargs``, before the engine's schemas drop the first and turn booleans into
+numbers in the second; a context variable carries what it read to where the engine builds its own request.
 """
 
 import functools
@@ -20,8 +20,8 @@ from vllm.v1.engine.input_processor import InputProcessor
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import TauError
 from prunepath_vllm.model_executor.compat import (
-    VLLMValidationError,
     VllmConfig,
+    VLLMValidationError,
     create_error_response,
     expect_parameters,
     wrap_once,

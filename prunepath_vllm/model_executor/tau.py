@@ -1,8 +1,8 @@
-"""Per-request tau on the worker: from the requests of a step to one float32 per token, at an address graphs may capture.
+"""Per-request tau on the worker: from a step's requests to one float32 per token, at an address graphs may capture.
 
-V2 model runner (the default wherever Triton works): a model state that the model class offers (model_state.py). V1 (CPU):
-a worker class (worker_cpu.py, worker_gpu.py), chosen in engine_config.py, that wraps the runner's forward. Both call
-:meth:`TokenTaus.fill` right before the forward, also before the replay of a captured graph.
+V2 model runner (the default wherever Triton works): a model state that the model class offers (model_state.py). V1
+(CPU): a worker class (worker_cpu.py, worker_gpu.py), chosen in engine_config.py, that wraps the runner's forward. Both
+call :meth:`TokenTaus.fill` right before the forward, also before the replay of a captured graph.
 """
 
 from collections.abc import Callable, Mapping, Sequence

@@ -13,7 +13,6 @@ from prunepath_vllm.model_executor.compat import VllmConfig
 from prunepath_vllm.model_executor.layers.routed_ffn import ExpertRouter, RoutedFFN
 from prunepath_vllm.model_executor.tau import TokenTaus
 
-
 _Model: Any = nn.Module if TYPE_CHECKING else object
 
 
@@ -69,5 +68,3 @@ def _tied_to(model: nn.Module, loaded: set[str]) -> set[str]:
     by_name = dict(model.named_parameters(remove_duplicate=False))
     storages = {by_name[name].data_ptr() for name in loaded if name in by_name}
     return {name for name, parameter in by_name.items() if parameter.data_ptr() in storages}
-
-
