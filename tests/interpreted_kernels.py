@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunepath_vllm.kernels import common, cpu, reference
-from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
+from prunepath_vllm.kernels import common, cpu, expand, reference, tau
+from prunepath_vllm.kernels.decode import FUSED_TOKENS, DownConfig, FusedConfig, UpConfig
 from prunepath_vllm.kernels.dense import dense_ffn
 from prunepath_vllm.kernels.ffn import Choice, Tuning, routed_ffn
 from prunepath_vllm.kernels.grouped import GroupedConfig
@@ -43,7 +43,7 @@ NO_TUNING = {
     for path in ("fused", "split", "dense", "grouped")
 }
 
-EVERY_PATH = [("fused", 1), ("split", 3), ("dense", 3), ("grouped", 3)]
+EVERY_PATH = [("fused", 1), ("fused", 3), ("split", 3), ("dense", 3), ("grouped", 3)]
 
 SELECTS = {
     "radix": RouterConfig(block_e=2, split_k=2),
@@ -107,7 +107,7 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.float() - want).norm() / want.norm())
 
 
-SHAPES = [(1, 37, 8, 48), (1, 5, 32, 80), (3, 20, 4, 64), (5, 37, 8, 48), (17, 9, 16, 96)]
+SHAPES = [(1, 37, 8, 48), (1, 5, 32, 80), (3, 20, 4, 64), (4, 9, 8, 48), (5, 37, 8, 48), (17, 9, 16, 96)]
 SHAPE_IDS = [f"T{t}_E{e}_D{d}_H{h}" for t, e, d, h in SHAPES]
 
 
@@ -151,7 +151,8 @@ def test_route_one_token_without_flags(tau, select):
 @pytest.mark.parametrize("select", SELECTS)
 def test_ties_take_the_lower_index(select):
     x, router, _, _ = make_case(2, 24, 8, 48)
-    router[:] = router[torch.arange(24) // 8]  # three groups of eight equal logits
+    x, router = (x * 8).round() / 8, (router * 8).round() / 8  # exact sums: no order of addition parts a tie
+    router = router[torch.arange(24) // 8]  # three groups of eight equal logits
     tau = torch.tensor([0.3, 0.7])
     got = route(
         x, tau, router, None, selection="cumulative_mass", threshold=None, gate="none", config=SELECTS[select]
@@ -172,8 +173,11 @@ def test_one_token(path, tau, dtype):
     check_layer(path, x, torch.tensor([tau]), router, bias, weights)
 
 
-@pytest.mark.parametrize("path", ["split", "dense", "grouped"])
-@pytest.mark.parametrize("shape", SHAPES[2:], ids=SHAPE_IDS[2:])
+@pytest.mark.parametrize(
+    ("path", "shape"),
+    [(path, shape) for shape in SHAPES[2:] for path in NO_TUNING if path != "fused" or shape[0] <= FUSED_TOKENS],
+    ids=str,
+)
 def test_mixed_taus(path, shape):
     x, router, bias, weights = make_case(*shape)
     check_layer(path, x, mixed_taus(shape[0]), router, bias, weights)
@@ -201,7 +205,7 @@ def test_no_active_expert_leaves_the_bias(path, num_tokens):
     torch.testing.assert_close(y, weights.b_out.expand_as(y))
 
 
-@pytest.mark.parametrize("path", ["split", "dense", "grouped"])
+@pytest.mark.parametrize("path", ["fused", "split", "dense", "grouped"])
 def test_overflow_stays_in_its_token(path):
     """An expert that overflows for one token does not reach a token that did not choose it."""
     x, router, bias, weights = make_case(2, 12, 8, 32)
@@ -221,6 +225,25 @@ def test_overflow_stays_in_its_token(path):
     assert gates[0, 0] == 0
     assert gates[1, 0] != 0
     assert y.isfinite().all()
+
+
+@pytest.mark.parametrize("num_reqs", [1, 5, 150])
+@pytest.mark.parametrize("dense_positions", [0, 2])
+def test_expand_taus(num_reqs, dense_positions):
+    gen = torch.Generator().manual_seed(num_reqs)
+    lengths = torch.randint(1, 6, (num_reqs,), generator=gen)
+    ends = F.pad(lengths.cumsum(0), (1, 0)).int()
+    padded = int(ends[-1]) + 70
+    slots = torch.randperm(num_reqs + 9, generator=gen)[:num_reqs].int()
+    positions = torch.randint(0, 4, (padded,), generator=gen)
+    slot_taus = torch.rand(num_reqs + 9, generator=gen)
+    got, want = torch.empty(padded), torch.empty(padded)
+    expand.expand_taus(slot_taus, slots, ends, positions, got, dense_positions=dense_positions)
+    tau.expand_taus(slot_taus, slots, ends, positions, want, dense_positions=dense_positions)
+    assert torch.equal(got, want)
+    by_token = [slot_taus[slot] for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
+    by_token = torch.where(positions[: ends[-1]] < dense_positions, 1.0, torch.stack(by_token))
+    assert torch.equal(got, F.pad(by_token, (0, 70), value=tau.PADDING_TAU))
 
 
 def test_dense_without_gates():

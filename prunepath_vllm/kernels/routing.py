@@ -291,6 +291,27 @@ def route(
     return Routing(gates, flags)
 
 
+def select_mask(logits: Tensor, tau: Tensor) -> Tensor:
+    """Eq. 8-9 for many tokens at once, as training needs it: a warp a token.
+
+    Args:
+        logits: float32 [..., E] contiguous, on a GPU.
+        tau: float32 [...].
+
+    Returns:
+        bool [..., E].
+    """
+    num_experts = logits.shape[-1]
+    num_tokens = logits.numel() // num_experts
+    gates = torch.empty_like(logits)
+    select_radix_kernel[(num_tokens,)](
+        logits, None, tau.contiguous(), gates, None, None, num_tokens, 0.0, E=num_experts, DENSE_TAU=DENSE_TAU,
+        SPLIT_K=1, BIAS=False, COUNT=False, THRESHOLD=False, GATE=False, FLAGS=False,
+        BLOCK_ALL=triton.next_power_of_2(num_experts), BITS=1, PDL=0, num_warps=1,
+    )  # fmt: skip
+    return gates != 0
+
+
 def library_logits(x: Tensor, router_weight: Tensor) -> Tensor:
     """Float32 [T, E]: half-precision operands, but neither rounded sums nor rounded logits."""
     if x.device.type != "cuda" or router_weight.dtype == torch.float32:

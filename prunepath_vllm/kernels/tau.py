@@ -10,12 +10,19 @@ PADDING_TAU = 1e-6
 
 
 def expand_taus(
-    request_taus: Tensor, query_start_loc: Tensor, positions: Tensor, out: Tensor, *, dense_positions: int
+    slot_taus: Tensor,
+    slots: Tensor,
+    query_start_loc: Tensor,
+    positions: Tensor,
+    out: Tensor,
+    *,
+    dense_positions: int,
 ) -> None:
-    """Write every token's tau.
+    """Write every token's tau. Plain PyTorch: for CPUs, and what ``expand.expand_taus`` is checked against.
 
     Args:
-        request_taus: float32 [num_reqs].
+        slot_taus: float32 [num_slots], by request slot.
+        slots: int32 [num_reqs], the slot of each of the step's requests.
         query_start_loc: int32 [num_reqs + 1]; tokens of request r are [query_start_loc[r], query_start_loc[r + 1]).
         positions: int64 [>= tokens], sequence position of every token.
         out: float32 [padded tokens], written in full: tokens past the last request get PADDING_TAU.
@@ -23,8 +30,8 @@ def expand_taus(
     """
     tokens = torch.arange(out.shape[0], device=out.device, dtype=query_start_loc.dtype)
     request = torch.searchsorted(query_start_loc[1:].contiguous(), tokens, right=True)
-    padded = torch.cat([request_taus, request_taus.new_tensor([PADDING_TAU])])
+    padded = torch.cat([slot_taus[slots], slot_taus.new_tensor([PADDING_TAU])])
     torch.index_select(padded, 0, request, out=out)
     if dense_positions:
-        dense = (positions[: out.shape[0]] < dense_positions) & (request < request_taus.shape[0])
+        dense = (positions[: out.shape[0]] < dense_positions) & (request < slots.shape[0])
         out.masked_fill_(dense, DENSE_TAU)

@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 from prunepath_vllm.kernels import reference
-from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
+from prunepath_vllm.kernels.decode import FUSED_TOKENS, DownConfig, FusedConfig, UpConfig
 from prunepath_vllm.kernels.dense import gated_activation
 from prunepath_vllm.kernels.ffn import (
     PATHS,
@@ -40,7 +40,7 @@ from prunepath_vllm.kernels.weights import Weights
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 2048, 8192)
 """Batch sizes of a table."""
 
-SWEEP_AT = (1, 4, 8, 16, 64, 256, 2048, 8192)
+SWEEP_AT = (1, 2, 4, 8, 16, 64, 256, 2048, 8192)
 """Batch sizes whose tiles are searched; the next ones take them over."""
 
 SHARES = (1.0, 0.2, 0.1)
@@ -154,6 +154,7 @@ FUSED = [
     FusedConfig(*c)
     for c in [(2, 16, 4, 1), (2, 16, 3, 1), (1, 16, 4, 1), (1, 16, 3, 2), (2, 8, 3, 2), (2, 8, 2, 2), (1, 4, 2, 4)]
 ]
+FUSED_FEW = [FusedConfig(*c) for c in [(2, 16, 4, 1), (2, 8, 4, 1), (2, 8, 3, 1), (1, 16, 6, 1), (1, 8, 6, 1)]]
 UP = [
     UpConfig(*c)
     for c in [
@@ -181,6 +182,8 @@ def paths_for(num_tokens: int) -> tuple[str, ...]:
     """Paths worth measuring at a batch size."""
     if num_tokens == 1:
         return ("fused", "dense")
+    if num_tokens <= FUSED_TOKENS:
+        return ("fused", "split", "dense")
     if num_tokens <= LIBRARY_TOKENS:
         return ("split", "dense")
     return ("dense", "grouped") if num_tokens >= 1024 else ("dense",)
@@ -191,7 +194,7 @@ def variants(num_tokens: int, path: str) -> Iterator[tuple[str, list[Any]]]:
     routers = ROUTER_ONE if num_tokens == 1 else ROUTER_SOME if num_tokens <= LIBRARY_TOKENS else ROUTER_MANY
     values: dict[str, list[Any]] = {
         "router": routers,
-        "fused": FUSED,
+        "fused": FUSED if num_tokens == 1 else FUSED_FEW,
         "up": UP,
         "down": DOWN,
         "grouped": GROUPED,
@@ -205,7 +208,9 @@ def variants(num_tokens: int, path: str) -> Iterator[tuple[str, list[Any]]]:
 def start_choice(shape: Shape, num_tokens: int, path: str) -> Choice:
     """Where the search on a path begins."""
     tuning = heuristic_tuning(shape.hidden, shape.size, shape.glu)
-    found = tuning.choice({"fused": 1, "split": min(max(num_tokens, 2), 8), "dense": 256, "grouped": 8192}[path])
+    found = tuning.choice(
+        {"fused": num_tokens, "split": min(max(num_tokens, 2), 8), "dense": 256, "grouped": 8192}[path]
+    )
     if path == "dense":
         found = replace(found, router=next(iter(variants(num_tokens, path)))[1][0])
     return replace(found, path=path)
@@ -371,7 +376,7 @@ def tune_bench(
         verify: given a batch size and each path's choice, returns those whose results are right; never none.
         deadline: the ``time.monotonic()`` after which no further batch size is begun.
     """
-    known: dict[tuple[str, bool], Choice] = {}
+    known: dict[tuple[str, bool, bool], Choice] = {}
     chosen = []
     for num_tokens in tokens:
         if time.monotonic() > deadline:
@@ -381,7 +386,7 @@ def tune_bench(
         for path in paths_for(num_tokens):
             if path in bench.broken:
                 continue
-            key = path, num_tokens > LIBRARY_TOKENS
+            key = path, num_tokens > 1, num_tokens > LIBRARY_TOKENS
             choices[path] = bench.search(num_tokens, path, known.get(key), num_tokens in sweep_at)
             known[key] = choices[path]
         if verify:

@@ -3,11 +3,13 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from torch import Tensor
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.encoder_only import EncoderOnlyModelState
 
-from prunepath_vllm.model_executor.compat import VllmConfig
+from prunepath_vllm.model_executor.compat import VllmConfig, async_tensor_h2d
 from prunepath_vllm.model_executor.tau import TokenTaus
+from prunepath_vllm.tau import DENSE_TAU
 
 _ModelState: Any = DefaultModelState if TYPE_CHECKING else object
 
@@ -19,17 +21,26 @@ class _TauStateMixin(_ModelState):
         super().__init__(vllm_config, *args, **kwargs)
         self.token_taus = TokenTaus.of(vllm_config)
         self.slot_taus = np.ones(self.max_num_reqs, dtype=np.float32)
+        self.device_taus: Tensor | None = None
+        """slot_taus on the device; None where a request has come since the last copy."""
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
         self.slot_taus[req_index] = self.token_taus.resolve(new_req_data.sampling_params, new_req_data.pooling_params)
+        self.device_taus = None
 
     def prepare_inputs(self, input_batch: Any, req_states: Any) -> dict[str, Any]:
+        num_reqs = input_batch.num_reqs
+        if self.device_taus is None:
+            # A new tensor: the last step, still under way perhaps, reads the old one.
+            self.device_taus = async_tensor_h2d(self.slot_taus.copy(), device=self.token_taus.values.device)
         self.token_taus.fill(
-            self.slot_taus[input_batch.idx_mapping_np[: input_batch.num_reqs]],
-            input_batch.query_start_loc[: input_batch.num_reqs + 1],
+            self.device_taus,
+            input_batch.idx_mapping[:num_reqs],
+            input_batch.query_start_loc[: num_reqs + 1],
             input_batch.positions,
             input_batch.num_tokens_after_padding,
+            dense_step=bool((self.slot_taus[input_batch.idx_mapping_np[:num_reqs]] >= DENSE_TAU).all()),
         )
         return super().prepare_inputs(input_batch, req_states)
 

@@ -16,6 +16,7 @@ from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.kernels.tau import expand_taus
 from prunepath_vllm.model_executor.compat import VllmConfig, async_tensor_h2d, forward_hook
 from prunepath_vllm.model_executor.engine_config import server_default_tau
+from prunepath_vllm.model_executor.layers.routed_ffn import triton_kernels
 from prunepath_vllm.tau import DENSE_TAU, resolve_tau
 
 _CONTEXT_KEY = "prunepath.token_taus"
@@ -52,18 +53,32 @@ class TokenTaus:
             requested = pooling_params.extra_kwargs if pooling_params is not None else None
         return resolve_tau(requested, default_tau=self.default_tau, tau_curve=self.prunepath.tau_curve)
 
-    def fill(self, request_taus: np.ndarray, query_start_loc: Tensor, positions: Tensor, num_padded: int) -> None:
+    def fill(
+        self,
+        slot_taus: Tensor,
+        slots: Tensor,
+        query_start_loc: Tensor,
+        positions: Tensor,
+        num_padded: int,
+        *,
+        dense_step: bool,
+    ) -> None:
         """Write this step's taus.
 
         Args:
-            request_taus: float32 [num_reqs], in batch order, on the host.
+            slot_taus: float32 [num_slots], by request slot.
+            slots: int32 [num_reqs], the slot of each of the step's requests.
             query_start_loc: int32 [num_reqs + 1], cumulative scheduled tokens.
             positions: int64 [>= tokens], sequence position of every token.
             num_padded: tokens the forward runs on, padding included.
+            dense_step: whether every request's tau is one that takes every expert.
         """
-        self.dense_step.fill_(bool((request_taus >= DENSE_TAU).all()))
-        expand_taus(
-            async_tensor_h2d(request_taus, device=self.values.device),
+        self.dense_step.fill_(dense_step)
+        kernels = triton_kernels() if self.values.is_cuda else None
+        expand = expand_taus if kernels is None else kernels.expand_taus
+        expand(
+            slot_taus,
+            slots,
             query_start_loc,
             positions,
             self.values[:num_padded],
@@ -84,7 +99,10 @@ class _V1RunnerTaus:
         req_ids: Sequence[str] = batch.req_ids
         taus = np.array([self._tau(req_id) for req_id in req_ids], dtype=np.float32)
         query_start_loc = self.runner.query_start_loc.gpu[: len(req_ids) + 1]
-        self.token_taus.fill(taus, query_start_loc, positions, positions.shape[-1])
+        device_taus = async_tensor_h2d(taus, device=query_start_loc.device)
+        slots = torch.arange(len(req_ids), dtype=torch.int32, device=query_start_loc.device)
+        dense_step = bool((taus >= DENSE_TAU).all())
+        self.token_taus.fill(device_taus, slots, query_start_loc, positions, positions.shape[-1], dense_step=dense_step)
 
     def _tau(self, req_id: str) -> float:
         request = self.runner.requests[req_id]
