@@ -39,8 +39,10 @@ def engine(**options):
     """A small engine: steps of 64 tokens, so that prompts are chunked, and few sequences at a time."""
     defaults = dict(
         max_model_len=256, dtype=OPTIONS.get("dtype", "float32"), max_num_batched_tokens=64, max_num_seqs=6,
-        block_size=32, seed=0, gpu_memory_utilization=0.3 if RUNNER == "cuda" else 0.92,
+        block_size=32, seed=0,
     )  # fmt: skip
+    if RUNNER == "cuda":  # a fixed, small share, whatever else runs on the GPU
+        defaults |= dict(gpu_memory_utilization=0.05, kv_cache_memory_bytes=1 << 28)
     return LLM(CHECKPOINT, **{**defaults, **options})
 
 
@@ -82,6 +84,21 @@ def decoder():
         "shared_prefix": [row(output, tau) for output, tau in zip(shared, order, strict=True)],
         "n3": row(several, 0.5),
         "default": row(default, None),
+    }
+
+
+def graphs():
+    """Mixed taus twice in one batch, and alone, under the graph mode of the options."""
+    llm = engine(
+        compilation_config={"cudagraph_mode": OPTIONS["cudagraph_mode"]}, enable_prefix_caching=False, max_num_seqs=9
+    )
+    taus = [TAUS[i % len(TAUS)] for i in range(len(PROMPTS))]
+    many = [params(tau, max_tokens=40) for tau in taus]
+    first, second = (llm.generate(PROMPTS, many, use_tqdm=False) for _ in range(2))
+    lone = [llm.generate([p], q, use_tqdm=False)[0] for p, q in zip(PROMPTS, many, strict=True)]
+    return {
+        name: [row(output, tau) for output, tau in zip(outputs, taus, strict=True)]
+        for name, outputs in {"first": first, "second": second, "lone": lone}.items()
     }
 
 

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunepath_vllm.kernels import common, cpu, expand, reference, tau
-from prunepath_vllm.kernels.decode import FUSED_TOKENS, DownConfig, FusedConfig, UpConfig
+from prunepath_vllm.kernels import common, cpu, expand, reference
+from prunepath_vllm.kernels import tau as taus
+from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
 from prunepath_vllm.kernels.dense import dense_ffn
 from prunepath_vllm.kernels.ffn import Choice, Tuning, routed_ffn
 from prunepath_vllm.kernels.grouped import GroupedConfig
@@ -43,7 +44,7 @@ NO_TUNING = {
     for path in ("fused", "split", "dense", "grouped")
 }
 
-EVERY_PATH = [("fused", 1), ("fused", 3), ("split", 3), ("dense", 3), ("grouped", 3)]
+EVERY_PATH = [("fused", 1), ("split", 1), ("split", 3), ("dense", 3), ("grouped", 3)]
 
 SELECTS = {
     "radix": RouterConfig(block_e=2, split_k=2),
@@ -175,7 +176,7 @@ def test_one_token(path, tau, dtype):
 
 @pytest.mark.parametrize(
     ("path", "shape"),
-    [(path, shape) for shape in SHAPES[2:] for path in NO_TUNING if path != "fused" or shape[0] <= FUSED_TOKENS],
+    [(path, shape) for shape in SHAPES[2:] for path in NO_TUNING if path != "fused"],
     ids=str,
 )
 def test_mixed_taus(path, shape):
@@ -205,7 +206,7 @@ def test_no_active_expert_leaves_the_bias(path, num_tokens):
     torch.testing.assert_close(y, weights.b_out.expand_as(y))
 
 
-@pytest.mark.parametrize("path", ["fused", "split", "dense", "grouped"])
+@pytest.mark.parametrize("path", ["split", "dense", "grouped"])
 def test_overflow_stays_in_its_token(path):
     """An expert that overflows for one token does not reach a token that did not choose it."""
     x, router, bias, weights = make_case(2, 12, 8, 32)
@@ -227,6 +228,22 @@ def test_overflow_stays_in_its_token(path):
     assert y.isfinite().all()
 
 
+@pytest.mark.parametrize("path", ["split", "dense", "grouped"])
+@pytest.mark.parametrize("selection", ["cumulative_mass", "threshold"])
+def test_padding_rows_choose_nothing_and_move_nothing(path, selection):
+    x, router, bias, weights = make_case(5, 37, 8, 48)
+    rule = dict(selection=selection, threshold=0.5, gate="none", tuning=NO_TUNING[path])
+    tau = torch.tensor([0.5, 0.3, 0.7, 0.0, 0.0])
+    results = []
+    for filler in (1.0, -7.0):
+        counts = torch.zeros(5, dtype=torch.int32)
+        x[3:] = filler
+        results.append(routed_ffn(x, tau, router, bias, weights, **rule, active_counts=counts)[:3])
+        assert counts[3:].tolist() == [0, 0]
+        assert (counts[:3] > 0).all()
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("num_reqs", [1, 5, 150])
 @pytest.mark.parametrize("dense_positions", [0, 2])
 def test_expand_taus(num_reqs, dense_positions):
@@ -239,11 +256,11 @@ def test_expand_taus(num_reqs, dense_positions):
     slot_taus = torch.rand(num_reqs + 9, generator=gen)
     got, want = torch.empty(padded), torch.empty(padded)
     expand.expand_taus(slot_taus, slots, ends, positions, got, dense_positions=dense_positions)
-    tau.expand_taus(slot_taus, slots, ends, positions, want, dense_positions=dense_positions)
+    taus.expand_taus(slot_taus, slots, ends, positions, want, dense_positions=dense_positions)
     assert torch.equal(got, want)
     by_token = [slot_taus[slot] for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
     by_token = torch.where(positions[: ends[-1]] < dense_positions, 1.0, torch.stack(by_token))
-    assert torch.equal(got, F.pad(by_token, (0, 70), value=tau.PADDING_TAU))
+    assert torch.equal(got, F.pad(by_token, (0, 70), value=taus.PADDING_TAU))
 
 
 def test_dense_without_gates():

@@ -1,12 +1,11 @@
 """The routed feed-forward layer for a decode step: every listed expert's weights are read once.
 
-Up to four tokens: one kernel reads gate, up and down rows of each neuron together and keeps the outputs in registers,
-so that nothing waits between the two linears. More: an up kernel and a down kernel on tensor cores. Both leave float32
-partial outputs that a last kernel adds in a fixed order: the result does not change from run to run.
+One token: one kernel reads gate, up and down rows of each neuron together and keeps the output in registers, so that
+nothing waits between the two linears. Several tokens: an up kernel and a down kernel on tensor cores. Both leave
+float32 partial outputs that a last kernel adds in a fixed order: the result does not change from run to run.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -25,13 +24,10 @@ from prunepath_vllm.kernels.common import (
 from prunepath_vllm.kernels.routing import Routing
 from prunepath_vllm.kernels.weights import Weights
 
-FUSED_TOKENS = 4
-"""Most tokens of the kernel that reads gate, up and down rows together."""
-
 
 @dataclass(frozen=True)
 class FusedConfig:
-    """Tile choices of the kernels for one and for two to four tokens."""
+    """Tile choices of the one-token kernel."""
 
     rows: int = 2
     """Neurons per step; each is a row of gate, of up and of down."""
@@ -100,89 +96,7 @@ def fused_decode_kernel(
     tl.store(partial + pid * H + cols, acc, mask=cols < H)
 
 
-@triton.jit
-def add_of_four(a0, a1, a2, a3, b0, b1, b2, b3):
-    """The combining function of :func:`dots_of_four`."""
-    return a0 + b0, a1 + b1, a2 + b2, a3 + b3
-
-
-@triton.jit
-def dots_of_four(w, x0, x1, x2, x3):
-    """Products of the rows w [R, H] with four tokens [1, H]: four [R], reduced together, so that threads meet once."""
-    return tl.reduce((w * x0, w * x1, w * x2, w * x3), 1, add_of_four)
-
-
-@triton.jit
-def gated_neuron(h, u, gates, token, num_tokens, expert, E: tl.constexpr, GLU: tl.constexpr, ACTIVATION: tl.constexpr):
-    """[R, 1]: what one token's neurons h (and u, for a GLU) of one expert multiply the output rows with."""
-    h = activate(h, ACTIVATION)
-    if GLU:
-        h *= u
-    gate = tl.load(gates + token * E + expert, mask=token < num_tokens, other=0.0)
-    # Not a product with 0: an overflow in an expert the token did not choose must not reach it.
-    return tl.where(gate != 0.0, h * gate, 0.0)[:, None]
-
-
-@triton.jit
-def load_token(x, token, num_tokens, cols, H: tl.constexpr):
-    """float32 [1, BLOCK_H]; zeros past the last token."""
-    return tl.load(x + token * H + cols, mask=(cols < H) & (token < num_tokens), other=0.0).to(tl.float32)[None, :]
-
-
-@triton.jit
-def fused_four_kernel(
-    x, w_in, b_in, w_out_t, gates, flags, experts, partial, num_tokens, E: tl.constexpr, D: tl.constexpr,
-    H: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """Two to four tokens: partial [programs, T, H], the same sums as :func:`fused_decode_kernel`.
-
-    Tensor cores would pad four tokens to sixteen and leave no registers for a whole output row of each.
-    """
-    pid, num_programs = tl.program_id(0), tl.num_programs(0)
-    cols = tl.arange(0, BLOCK_H)
-    in_h = (cols < H)[None, :]
-    STEPS: tl.constexpr = D // R
-    wait_for_previous(PDL)
-    begin, end = take_share(flags, experts, pid, num_programs, E, BLOCK_E, STEPS)
-    x0 = load_token(x, 0, num_tokens, cols, H)
-    x1 = load_token(x, 1, num_tokens, cols, H)
-    x2 = load_token(x, 2, num_tokens, cols, H)
-    x3 = load_token(x, 3, num_tokens, cols, H)
-    acc0 = tl.zeros([BLOCK_H], dtype=tl.float32)
-    acc1 = tl.zeros([BLOCK_H], dtype=tl.float32)
-    acc2 = tl.zeros([BLOCK_H], dtype=tl.float32)
-    acc3 = tl.zeros([BLOCK_H], dtype=tl.float32)
-    for unit in tl.range(begin, end, num_stages=STAGES):
-        expert = tl.load(experts + unit // STEPS)
-        rows = expert.to(tl.int64) * D + (unit % STEPS) * R + tl.arange(0, R)
-        tile = rows[:, None] * H + cols[None, :]
-        w1 = tl.load(w_in + tile, mask=in_h, other=0.0, eviction_policy="evict_first")
-        if GLU:
-            w2 = tl.load(w_in + E * D * H + tile, mask=in_h, other=0.0, eviction_policy="evict_first")
-        wd = tl.load(w_out_t + tile, mask=in_h, other=0.0, eviction_policy="evict_first").to(tl.float32)
-        h0, h1, h2, h3 = dots_of_four(w1.to(tl.float32), x0, x1, x2, x3)
-        if BIAS:
-            b = tl.load(b_in + rows).to(tl.float32)
-            h0, h1, h2, h3 = h0 + b, h1 + b, h2 + b, h3 + b
-        u0, u1, u2, u3 = h0, h1, h2, h3
-        if GLU:
-            u0, u1, u2, u3 = dots_of_four(w2.to(tl.float32), x0, x1, x2, x3)
-            if BIAS:
-                b = tl.load(b_in + E * D + rows).to(tl.float32)
-                u0, u1, u2, u3 = u0 + b, u1 + b, u2 + b, u3 + b
-        acc0 += tl.sum(gated_neuron(h0, u0, gates, 0, num_tokens, expert, E, GLU, ACTIVATION) * wd, axis=0)
-        acc1 += tl.sum(gated_neuron(h1, u1, gates, 1, num_tokens, expert, E, GLU, ACTIVATION) * wd, axis=0)
-        acc2 += tl.sum(gated_neuron(h2, u2, gates, 2, num_tokens, expert, E, GLU, ACTIVATION) * wd, axis=0)
-        acc3 += tl.sum(gated_neuron(h3, u3, gates, 3, num_tokens, expert, E, GLU, ACTIVATION) * wd, axis=0)
-    out = partial + pid * num_tokens * H + cols
-    tl.store(out, acc0, mask=cols < H)
-    tl.store(out + H, acc1, mask=(cols < H) & (num_tokens > 1))
-    tl.store(out + 2 * H, acc2, mask=(cols < H) & (num_tokens > 2))
-    tl.store(out + 3 * H, acc3, mask=(cols < H) & (num_tokens > 3))
-
-
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def up_kernel(
     x, w_in, b_in, gates, flags, experts, neurons, num_tokens, E: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
@@ -229,7 +143,7 @@ def up_kernel(
         tl.store(neurons + tokens[None, :].to(tl.int64) * (E * D) + row[:, None], acc, mask=out)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def down_kernel(
     neurons, w_out_t, experts, partial, num_tokens, E: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
@@ -281,26 +195,21 @@ def reduce_kernel(
 def fused_partials(
     x: Tensor, weights: Weights, routing: Routing, config: FusedConfig, pdl: int | None = None
 ) -> Tensor:
-    """Up to four tokens' outputs as float32 partial sums [programs, T, H]. x: [T, H]."""
-    num_tokens, hidden = x.shape
+    """One token's output as float32 partial sums [programs, 1, H]. x: [1, H]."""
+    hidden = x.shape[1]
     num_experts = routing.gates.shape[1]
     expert_size = weights.w_out_t.shape[0] // num_experts
     pdl = default_pdl(x.device) if pdl is None else pdl
     programs = num_sms(x.device) * config.programs_per_sm
     experts = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
-    partial = torch.empty(programs, num_tokens, hidden, dtype=torch.float32, device=x.device)
-    tensors = (x, weights.w_in, weights.b_in, weights.w_out_t, routing.gates, routing.flags, experts, partial)
-    options: dict[str, Any] = dict(
-        E=num_experts, D=expert_size, H=hidden, GLU=weights.glu, BIAS=weights.b_in is not None,
+    partial = torch.empty(programs, 1, hidden, dtype=torch.float32, device=x.device)
+    fused_decode_kernel[(programs,)](
+        x, weights.w_in, weights.b_in, weights.w_out_t, routing.gates, routing.flags, experts, partial,
+        num_experts, expert_size, hidden, GLU=weights.glu, BIAS=weights.b_in is not None,
         ACTIVATION=ACTIVATIONS[weights.activation], BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK_H=triton.next_power_of_2(hidden), R=min(config.rows, expert_size), STAGES=config.num_stages, PDL=pdl,
         num_warps=config.num_warps, **launch_options(pdl),
     )  # fmt: skip
-    if num_tokens == 1:
-        fused_decode_kernel[(programs,)](*tensors, **options)
-    else:
-        assert num_tokens <= FUSED_TOKENS, f"{num_tokens} tokens; the fused kernel takes at most {FUSED_TOKENS}"
-        fused_four_kernel[(programs,)](*tensors, num_tokens, **options)
     return partial
 
 

@@ -42,7 +42,7 @@ class Choice:
     """How batches of up to some number of tokens are computed.
 
     Attributes:
-        path: "fused" (up to four tokens), "split" (up and down kernels), "dense" (every expert, multiplied by its
+        path: "fused" (one token), "split" (up and down kernels), "dense" (every expert, multiplied by its
             gate) or "grouped" (tokens gathered by expert).
         pdl: mode of programmatic dependent launch (``common.wait_for_previous``), where the GPU has it.
         router, fused, up, down, grouped: tile choices of the kernels.
@@ -73,7 +73,6 @@ def heuristic_tuning(hidden: int, expert_size: int, glu: bool, element_size: int
     rows = min(2, expert_size)
     step = rows * (3 if glu else 2) * triton.next_power_of_2(hidden) * element_size
     fused = FusedConfig(rows, 16, max(1, min(4, 196608 // step)), 1)
-    fused_few = FusedConfig(1, 8, max(1, min(4, 196608 // (step // rows))), 1)
     wide = 1 if element_size == 2 else 2  # float32 tiles take twice the room
     small = UpConfig(64 // wide, 64, 4, 6 // wide, 1)
     down = DownConfig(128, 32, 9, 4, 9 // wide)
@@ -83,7 +82,7 @@ def heuristic_tuning(hidden: int, expert_size: int, glu: bool, element_size: int
     return Tuning(
         (
             (1, Choice("fused", 1, one, fused=fused)),
-            (4, Choice("split", 1, few, fused=fused_few, up=small, down=down)),
+            (4, Choice("split", 1, few, up=small, down=down)),
             (8, Choice("split", 1, RouterConfig(split_k=7), up=small, down=down)),
             (LIBRARY_TOKENS, Choice("dense", 0, RouterConfig(split_k=4))),
             (4095, Choice("dense", 0, RouterConfig(select_warps=1, select_bits=2))),
@@ -166,7 +165,7 @@ def routed_ffn(
 
     Args:
         x: [T, H] contiguous, bf16, fp16 or fp32; H divisible by 16.
-        tau: float32 [T]; padding rows carry a tiny one, which selects a single expert.
+        tau: float32 [T]; padding rows carry 0, which selects no expert.
         router_weight: [E, H].
         router_bias: [E] or None.
         weights: the layer's weights, :class:`Weights`.

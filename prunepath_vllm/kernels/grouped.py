@@ -31,7 +31,7 @@ class GroupedConfig:
     """Token tiles of every expert in turn: few keep the tokens in cache, many the weights."""
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def list_tokens_kernel(
     gates, tokens, counts, num_tokens, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
 ):
@@ -58,7 +58,7 @@ def list_tokens_kernel(
     tl.store(counts + e, before + tl.sum(flag, axis=0), mask=(e < E) & last)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens", "tiles"])
 def grouped_up_kernel(
     x, w_in, b_in, gates, tokens, counts, neurons, num_tokens, tiles, E: tl.constexpr, D: tl.constexpr,
     H: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,

@@ -64,7 +64,7 @@ def select_experts(logits: Tensor, tau: Tensor, *, selection: str, threshold: fl
 
     Args:
         logits: float32 [..., E].
-        tau: float32, broadcastable to [...].
+        tau: float32, broadcastable to [...]; 0 marks a padding row, which has no active expert.
         selection: "cumulative_mass" or "threshold".
         threshold: LTE's delta, with "threshold".
 
@@ -73,8 +73,10 @@ def select_experts(logits: Tensor, tau: Tensor, *, selection: str, threshold: fl
     """
     if selection == "threshold":
         assert threshold is not None
-        return select_threshold(logits, tau, threshold)
-    return select_cumulative_mass(logits, tau)
+        active = select_threshold(logits, tau, threshold)
+    else:
+        active = select_cumulative_mass(logits, tau)
+    return active & (tau > 0).unsqueeze(-1)
 
 
 def gate_weights(logits: Tensor, active: Tensor, *, gate: str) -> Tensor:

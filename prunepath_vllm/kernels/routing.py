@@ -79,7 +79,7 @@ def router_logits_kernel_gemv(
         tl.store(flags + experts, tl.zeros_like(experts), mask=(experts < E) & (pid_k == 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def router_logits_kernel_dot(
     x, weight, logits, flags, tau, num_tokens, E: tl.constexpr, H: tl.constexpr, DENSE_TAU: tl.constexpr,
     BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_K: tl.constexpr, SLICE_K: tl.constexpr, NEEDED: tl.constexpr,
@@ -164,7 +164,7 @@ def store_gates(gates, flags, token, g, e, active, E: tl.constexpr, GATE: tl.con
         tl.atomic_or(flags + e, 1, mask=active, sem="relaxed")
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def select_radix_kernel(
     logits, bias, tau, gates, flags, active_counts, num_tokens, threshold, E: tl.constexpr, DENSE_TAU: tl.constexpr,
     SPLIT_K: tl.constexpr, BIAS: tl.constexpr, COUNT: tl.constexpr, THRESHOLD: tl.constexpr, GATE: tl.constexpr,
@@ -176,7 +176,7 @@ def select_radix_kernel(
     wait_for_previous(PDL)
     t = tl.load(tau + token)
     g = summed_logits(logits, bias, token, num_tokens, e, E, SPLIT_K, BIAS)
-    active = e < E
+    active = e < tl.where(t > 0.0, E, 0)  # none at a padding row
     if t < DENSE_TAU:
         if THRESHOLD:
             active &= tl.sigmoid(g) > threshold
@@ -188,7 +188,7 @@ def select_radix_kernel(
         tl.store(active_counts + token, tl.load(active_counts + token) + tl.sum(active.to(tl.int32), axis=0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def select_pairwise_kernel(
     logits, bias, tau, gates, flags, active_counts, num_tokens, threshold, E: tl.constexpr, DENSE_TAU: tl.constexpr,
     SPLIT_K: tl.constexpr, BIAS: tl.constexpr, COUNT: tl.constexpr, THRESHOLD: tl.constexpr, GATE: tl.constexpr,
@@ -200,7 +200,7 @@ def select_pairwise_kernel(
     wait_for_previous(PDL)
     t = tl.load(tau + token)
     g = summed_logits(logits, bias, token, num_tokens, e, E, SPLIT_K, BIAS)
-    active = e < E
+    active = e < tl.where(t > 0.0, E, 0)  # none at a padding row
     if t < DENSE_TAU:
         if THRESHOLD:
             active &= tl.sigmoid(g) > threshold
@@ -239,7 +239,7 @@ def route(
 
     Args:
         x: [T, H] contiguous.
-        tau: float32 [T].
+        tau: float32 [T]; 0 at padding rows.
         router_weight: [E, H] contiguous.
         router_bias: [E] or None.
         selection: "cumulative_mass" or "threshold".

@@ -5,8 +5,8 @@ from torch import Tensor
 
 from prunepath_vllm.tau import DENSE_TAU
 
-PADDING_TAU = 1e-6
-"""Padding rows select one expert: the least work that routing allows."""
+PADDING_TAU = 0.0
+"""Padding rows select no expert: what they hold must not move the order in which other rows are summed."""
 
 
 def expand_taus(

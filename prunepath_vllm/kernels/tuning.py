@@ -21,7 +21,7 @@ import triton
 from torch import Tensor
 
 from prunepath_vllm.kernels import reference
-from prunepath_vllm.kernels.decode import FUSED_TOKENS, DownConfig, FusedConfig, UpConfig
+from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
 from prunepath_vllm.kernels.dense import gated_activation
 from prunepath_vllm.kernels.ffn import (
     PATHS,
@@ -154,7 +154,6 @@ FUSED = [
     FusedConfig(*c)
     for c in [(2, 16, 4, 1), (2, 16, 3, 1), (1, 16, 4, 1), (1, 16, 3, 2), (2, 8, 3, 2), (2, 8, 2, 2), (1, 4, 2, 4)]
 ]
-FUSED_FEW = [FusedConfig(*c) for c in [(2, 16, 4, 1), (2, 8, 4, 1), (2, 8, 3, 1), (1, 16, 6, 1), (1, 8, 6, 1)]]
 UP = [
     UpConfig(*c)
     for c in [
@@ -181,8 +180,6 @@ GROUPED = [
 def paths_for(num_tokens: int) -> tuple[str, ...]:
     """Paths worth measuring at a batch size."""
     if num_tokens == 1:
-        return ("fused", "dense")
-    if num_tokens <= FUSED_TOKENS:
         return ("fused", "split", "dense")
     if num_tokens <= LIBRARY_TOKENS:
         return ("split", "dense")
@@ -194,7 +191,7 @@ def variants(num_tokens: int, path: str) -> Iterator[tuple[str, list[Any]]]:
     routers = ROUTER_ONE if num_tokens == 1 else ROUTER_SOME if num_tokens <= LIBRARY_TOKENS else ROUTER_MANY
     values: dict[str, list[Any]] = {
         "router": routers,
-        "fused": FUSED if num_tokens == 1 else FUSED_FEW,
+        "fused": FUSED,
         "up": UP,
         "down": DOWN,
         "grouped": GROUPED,
@@ -208,11 +205,9 @@ def variants(num_tokens: int, path: str) -> Iterator[tuple[str, list[Any]]]:
 def start_choice(shape: Shape, num_tokens: int, path: str) -> Choice:
     """Where the search on a path begins."""
     tuning = heuristic_tuning(shape.hidden, shape.size, shape.glu)
-    found = tuning.choice(
-        {"fused": num_tokens, "split": min(max(num_tokens, 2), 8), "dense": 256, "grouped": 8192}[path]
-    )
-    if path == "dense":
-        found = replace(found, router=next(iter(variants(num_tokens, path)))[1][0])
+    found = tuning.choice({"fused": 1, "split": min(max(num_tokens, 2), 8), "dense": 256, "grouped": 8192}[path])
+    if path == "dense" or (path == "split" and num_tokens == 1):
+        found = replace(found, router=dict(variants(num_tokens, path))["router"][0])
     return replace(found, path=path)
 
 
@@ -265,8 +260,10 @@ class Bench:
         xs, _ = self.inputs(num_tokens, 1.0)
         return time_us(lambda i: plain_dense(xs[i], self.layers[i]), len(xs))
 
-    def search(self, num_tokens: int, path: str, begin: Choice | None = None, sweep: bool = True) -> Choice:
-        """The fastest choice on a path, one field at a time."""
+    def search(
+        self, num_tokens: int, path: str, dense: float, begin: Choice | None = None, sweep: bool = True
+    ) -> Choice:
+        """The fastest choice on a path, one field at a time; first those that `dense` us seldom beats."""
         best = begin or start_choice(self.shape, num_tokens, path)
         data = [self.inputs(num_tokens, share) for share in SHARES]
         for name, values in variants(num_tokens, path) if sweep else ():
@@ -274,7 +271,14 @@ class Bench:
             for value in dict.fromkeys([getattr(best, name), *values]):
                 times[value] = [self.time(replace(best, **{name: value}), d) for d in data]
             least = [min(column) for column in zip(*times.values(), strict=True)]
-            ranked = sorted(times.items(), key=lambda item: sum(t / m for t, m in zip(item[1], least, strict=True)))
+
+            def rank(
+                value: Any, times: dict[Any, list[float]] = times, least: list[float] = least
+            ) -> tuple[bool, float]:
+                slow = max(times[value]) > MAX_SLOWDOWN * dense
+                return slow, sum(t / m for t, m in zip(times[value], least, strict=True))
+
+            ranked = sorted(times.items(), key=lambda item: rank(item[0]))
             best = replace(best, **{name: ranked[0][0]})
             self.sweeps.append(dict(tokens=num_tokens, path=path, field=name, us=[[str(v), t] for v, t in ranked]))
         return best
@@ -306,7 +310,7 @@ def precompile(shape: Shape, num_tokens: int, choice: Choice) -> None:
     )
     with suppress(*TOO_LARGE):  # the search meets it again
         routed_ffn(
-            zeros(num_tokens, shape.hidden), torch.full((num_tokens,), 1e-6, device="cuda"),
+            zeros(num_tokens, shape.hidden), torch.zeros(num_tokens, device="cuda"),
             zeros(shape.experts, shape.hidden), None, weights,
             selection="cumulative_mass", threshold=None, gate="sigmoid", tuning=Tuning(((1, choice),)),
         )  # fmt: skip
@@ -387,7 +391,7 @@ def tune_bench(
             if path in bench.broken:
                 continue
             key = path, num_tokens > 1, num_tokens > LIBRARY_TOKENS
-            choices[path] = bench.search(num_tokens, path, known.get(key), num_tokens in sweep_at)
+            choices[path] = bench.search(num_tokens, path, dense, known.get(key), num_tokens in sweep_at)
             known[key] = choices[path]
         if verify:
             choices = verify(num_tokens, choices)
