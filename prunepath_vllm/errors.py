@@ -32,3 +32,7 @@ class UnsupportedFeatureError(PrunePathError):
 
 class UsageError(PrunePathError):
     """A command called with arguments that make no sense; exit code 2."""
+
+
+class TrainingError(PrunePathError):
+    """A training that cannot go on: it has diverged."""

@@ -8,6 +8,8 @@ from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.tau import MAX_TAU
 
 CARD_FILE = "README.md"
+QUALITY_FILE = "quality.json"
+"""What a training measured of its result, beside the weights: {data, points: [{tau, ffn_sparsity, perplexity, ...}]}."""
 
 
 def write_model_card(path: str | Path) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from prunepath_vllm import __version__
 from prunepath_vllm.errors import PrunePathError, TauError, UsageError
 
-COMMANDS = ("convert", "calibrate", "inspect", "generate", "serve", "eval", "check")
+COMMANDS = ("convert", "calibrate", "inspect", "generate", "serve", "train", "prune", "eval", "bench", "fetch", "check")
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2

@@ -2,8 +2,10 @@
 
 import functools
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from importlib import resources
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -96,6 +98,10 @@ FLOAT32 = heuristic_tuning(8192, 32, True, 4)
 FLOAT32 = Tuning(FLOAT32.choices[:-1])
 
 
+TUNING_DIR = "PRUNEPATH_TUNING_DIR"
+"""Environment variable: a directory of tables made by ``prunepath bench tune``, looked into first."""
+
+
 def shape_key(hidden: int, num_experts: int, expert_size: int, glu: bool) -> str:
     """A shape's name in a table."""
     return f"H{hidden}_E{num_experts}_D{expert_size}_{'glu' if glu else 'plain'}"
@@ -108,15 +114,19 @@ def table_name(gpu: str) -> str:
 
 @functools.cache
 def load_tuning(gpu: str, hidden: int, num_experts: int, expert_size: int, glu: bool) -> Tuning:
-    """The shipped table of this GPU and shape (kernels/configs/<gpu>.json), or the heuristic.
+    """The table of this GPU and shape, <gpu>.json in $PRUNEPATH_TUNING_DIR or as shipped, or else the heuristic.
 
     Args:
         gpu: ``torch.cuda.get_device_name()``.
     """
-    file = resources.files("prunepath_vllm.kernels") / "configs" / table_name(gpu)
-    tables = json.loads(file.read_text()) if file.is_file() else {}
-    rows = tables.get(shape_key(hidden, num_experts, expert_size, glu))
-    return heuristic_tuning(hidden, expert_size, glu) if rows is None else tuning_from_json(rows)
+    folders = [resources.files("prunepath_vllm.kernels") / "configs"]
+    if own := os.environ.get(TUNING_DIR):
+        folders.insert(0, Path(own))
+    for file in (folder / table_name(gpu) for folder in folders):
+        tables = json.loads(file.read_text()) if file.is_file() else {}
+        if rows := tables.get(shape_key(hidden, num_experts, expert_size, glu)):
+            return tuning_from_json(rows)
+    return heuristic_tuning(hidden, expert_size, glu)
 
 
 def tuning_from_json(rows: list[dict[str, Any]]) -> Tuning:

@@ -104,7 +104,12 @@ def pack_for_cpu(weight: Tensor) -> Any | None:
     Returns:
         A handler to keep alive; its ``handler_tensor`` (int64 scalar) goes to :func:`packed_matmul`.
     """
-    return vllm_ops.create_onednn_mm(weight, 32) if getattr(vllm_ops, "_supports_onednn", False) else None
+    if not getattr(vllm_ops, "_supports_onednn", False):
+        return None
+    try:
+        return vllm_ops.create_onednn_mm(weight, 32)
+    except RuntimeError:  # no product in this dtype on this processor, such as bfloat16 without AVX-512
+        return None
 
 
 def packed_matmul(x: Tensor, handler_tensor: Tensor, columns: int, bias: Tensor | None) -> Tensor:

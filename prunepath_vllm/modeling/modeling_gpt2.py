@@ -5,7 +5,6 @@ from typing import Any
 from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block, GPT2LMHeadModel, GPT2Model
 
-from prunepath_vllm.kernels.reference import scale_neurons
 from prunepath_vllm.modeling.configuration_gpt2 import PrunePathGPT2Config
 from prunepath_vllm.modeling.modeling_utils import ROUTING_OUTPUTS, RoutedCausalLM, RoutedDecoder
 from prunepath_vllm.modeling.routing import Router
@@ -20,9 +19,8 @@ class PrunePathGPT2MLP(GPT2MLP):
 
     def forward(self, x: Tensor, tau: Tensor) -> Tensor:
         """x [B, S, H] and tau float32 [B, S] to [B, S, H]."""
-        weights, _, _ = self.router(x, tau)
         neurons = self.act(self.c_fc(x))
-        return self.dropout(self.c_proj(scale_neurons(neurons, weights)))
+        return self.dropout(self.c_proj(self.router.scale(x, neurons, tau)))
 
 
 class PrunePathGPT2Block(GPT2Block):

@@ -11,7 +11,6 @@ from transformers.models.roberta.modeling_roberta import (
 )
 from transformers.utils import can_return_tuple
 
-from prunepath_vllm.kernels.reference import scale_neurons
 from prunepath_vllm.modeling.configuration_roberta import PrunePathRobertaConfig
 from prunepath_vllm.modeling.modeling_utils import (
     ROUTING_OUTPUTS,
@@ -32,8 +31,7 @@ class PrunePathRobertaIntermediate(RobertaIntermediate):
 
     def forward(self, hidden_states: Tensor, tau: Tensor) -> Tensor:
         """Hidden states [B, S, H] and tau float32 [B, S] to neurons [B, S, F]."""
-        weights, _, _ = self.router(hidden_states, tau)
-        return scale_neurons(super().forward(hidden_states), weights)
+        return self.router.scale(hidden_states, super().forward(hidden_states), tau)
 
 
 class PrunePathRobertaLayer(RobertaLayer):

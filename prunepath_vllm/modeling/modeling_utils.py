@@ -69,9 +69,8 @@ class RoutedGLU(nn.Module):
 
     def forward(self, x: Tensor, tau: Tensor) -> Tensor:
         """x [B, S, H] and tau float32 [B, S] to [B, S, H]."""
-        weights, _, _ = self.router(x, tau)
         neurons = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(reference.scale_neurons(neurons, weights))
+        return self.down_proj(self.router.scale(x, neurons, tau))
 
 
 class RoutedDecoderLayer(GradientCheckpointingLayer):

@@ -28,6 +28,24 @@ class Router(nn.Module):
         self.selection, self.threshold, self.gate = prunepath.selection, prunepath.threshold, prunepath.gate
         self.weight = nn.Parameter(torch.zeros(prunepath.num_experts, hidden_size))
         self.bias = nn.Parameter(torch.zeros(prunepath.num_experts)) if bias else None
+        self.observer: nn.Module | None = None
+        """Sees (logits, active experts, neurons) of every forward; how training collects its loss terms."""
+
+    def scale(self, x: Tensor, neurons: Tensor, tau: Tensor) -> Tensor:
+        """Route every token and multiply its neurons by their experts' weights.
+
+        Args:
+            x: input of the feed-forward layer, [B, S, H].
+            neurons: activations after the non-linearity, [B, S, F].
+            tau: float32 [B, S].
+
+        Returns:
+            [B, S, F] in the dtype of `neurons`.
+        """
+        weights, logits, active = self(x, tau)
+        if self.observer is not None:
+            self.observer(logits, active, neurons)
+        return reference.scale_neurons(neurons, weights)
 
     def forward(self, x: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route every token.
@@ -39,9 +57,40 @@ class Router(nn.Module):
         Returns:
             (expert weights float32 [B, S, E], router logits float32 [B, S, E], active experts bool [B, S, E]).
         """
-        logits = reference.router_logits(x, self.weight, self.bias)
-        active = reference.select_experts(logits, tau, selection=self.selection, threshold=self.threshold)
+        # Autocast would round the logits to bfloat16 and, with them, the ranking.
+        with torch.autocast(x.device.type, enabled=False):
+            logits = reference.router_logits(x, self.weight, self.bias)
+        if self.selection == "cumulative_mass":
+            active = select_by_mass(logits.detach(), tau)
+        else:
+            active = reference.select_experts(logits, tau, selection=self.selection, threshold=self.threshold)
         return reference.gate_weights(logits, active, gate=self.gate), logits, active
+
+
+@torch.library.custom_op("prunepath::select_by_mass", mutates_args=())
+def select_by_mass(logits: Tensor, tau: Tensor) -> Tensor:
+    """:func:`reference.select_cumulative_mass` as one opaque op: torch.compile does not look inside.
+
+    On a GPU it is the serving kernel's selection, a search over the bits of the probabilities instead of a sort: the
+    same set but where rounding of their sum decides.
+
+    Args:
+        logits: float32 [..., E], without gradient.
+        tau: float32 [...].
+
+    Returns:
+        bool [..., E].
+    """
+    if not logits.is_cuda:
+        return reference.select_cumulative_mass(logits, tau)
+    from prunepath_vllm.kernels.routing import select_mask  # triton, which only a GPU needs
+
+    return select_mask(logits, tau)
+
+
+@select_by_mass.register_fake
+def _(logits: Tensor, tau: Tensor) -> Tensor:
+    return torch.empty_like(logits, dtype=torch.bool)
 
 
 def parse_taus(tau: Tau) -> float | Tensor:

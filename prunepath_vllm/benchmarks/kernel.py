@@ -1,0 +1,101 @@
+"""``prunepath bench kernel``: the routed layer alone against the dense one, as the engine would run it."""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from prunepath_vllm.benchmarks import layer, options, report, shapes
+from prunepath_vllm.benchmarks.report import BenchmarkError
+from prunepath_vllm.kernels.ffn import load_tuning
+from prunepath_vllm.kernels.tuning import Bench
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument(
+        "models", nargs="*", metavar="CKPT|SHAPE", help=f"checkpoints or {', '.join(shapes.SHAPES)} (default: qwen2-7b)"
+    )
+    parser.add_argument(
+        "--tokens", type=options.numbers(int), default=[1, 2, 4, 8, 16, 64, 2048], metavar="LIST",
+        help="batch sizes (default: 1,2,4,8,16,64,2048)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--share", type=options.shares, default=[1.0, 0.5, 0.2, 0.1, 0.05], metavar="LIST",
+        help="active shares of experts (default: 1.0,0.5,0.2,0.1,0.05)",
+    )  # fmt: skip
+    parser.add_argument("--expert-size", type=int, default=32, metavar="N", help="of a shape (default: 32)")
+    parser.add_argument("--layers", type=int, default=8, metavar="N", help="with weights of their own (default: 8)")
+    options.add_output(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check, time, print; exit code 1, and no speed, where a choice is wrong."""
+    layer.require_gpu()
+    if args.plot:
+        report.require_matplotlib()
+    bandwidth = layer.copy_bandwidth()
+    torch.cuda.empty_cache()
+    result = {"copy_TBps": bandwidth * 1e-6, "models": {}, "versions": report.versions()}
+    for model in args.models or ["qwen2-7b"]:
+        rows, checks = measure(model, args, bandwidth)
+        result["models"][model] = {"rows": rows, "checks": checks}
+        print(f"{model}: {len(checks)} checks passed, worst relative RMS {max(c['error'] for c in checks):.1e}")
+        print(table(rows), "\n")
+    if args.output:
+        Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+    if args.plot:
+        lines = {
+            f"{model}, {tokens} tokens": [
+                (r["share"], r["dense_us"] / r["us"]) for r in part["rows"] if r["tokens"] == tokens
+            ]
+            for model, part in result["models"].items()
+            for tokens in args.tokens
+        }
+        report.plot_speedups(args.plot, "feed-forward layer", lines)
+    return 0
+
+
+def measure(
+    model: str, args: argparse.Namespace, bandwidth: float
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """One model's rows {tokens, share, path, us, dense_us, of_copy} and the checks that came first.
+
+    Raises:
+        BenchmarkError: a choice gives wrong results.
+    """
+    bench = Bench(layer.shape_of(model, args.expert_size), args.layers)
+    shape = bench.shape
+    tuning = load_tuning(torch.cuda.get_device_name(), shape.hidden, shape.experts, shape.size, shape.glu)
+    checks: list[dict[str, Any]] = []
+    for tokens in args.tokens:
+        choice = tuning.choice(tokens)
+        if not layer.check_all(bench, {choice.path: choice}, tokens, checks):
+            raise BenchmarkError(f"{model}, {tokens} tokens: the {choice.path} path is wrong; no speed is reported")
+    rows = []
+    weight = 2.0 * shape.hidden * shape.experts
+    for tokens in tqdm(args.tokens, desc=model):
+        dense = bench.time_dense(tokens)
+        for share in args.share:
+            us = bench.time(tuning.choice(tokens), bench.inputs(tokens, share), gate="none")
+            union = 1 - (1 - share) ** tokens
+            touched = weight * (1 + shape.size * (3 if shape.glu else 2) * union)
+            path = tuning.choice(tokens).path
+            rows.append(
+                dict(tokens=tokens, share=share, path=path, us=us, dense_us=dense, of_copy=touched / us / bandwidth)
+            )
+    return rows, checks
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """A line a batch size: the dense layer's time, then each share's with its ratio."""
+    shares = list(dict.fromkeys(row["share"] for row in rows))
+    lines = []
+    for tokens in dict.fromkeys(row["tokens"] for row in rows):
+        mine = [row for row in rows if row["tokens"] == tokens]
+        cells = [f"{row['us']:.1f}{report.ratio(row['dense_us'], row['us'])}" for row in mine]
+        lines.append([str(tokens), mine[0]["path"], f"{mine[0]['dense_us']:.1f}", *cells])
+    return report.table(["tokens", "path", "dense, us", *(f"share {share:g}" for share in shares)], lines)

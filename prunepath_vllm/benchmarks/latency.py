@@ -1,0 +1,386 @@
+"""``vllm bench latency``, dense and at several taus in one run.
+
+The loop that is timed is vLLM's own. One engine is started per model, in a process of its own, and every tau is
+measured on it: tau belongs to the request, so a start per tau would change nothing but the time a run takes. Beside
+vLLM's figures: the decode step, (time of N tokens - time of N / 4) / (3 N / 4), because the requests of a batch start a
+few steps apart, and the prefill of one long prompt.
+
+From a script, piece by piece: :func:`parse`, :func:`start_engine`, :func:`measure`.
+"""
+
+import argparse
+import copy
+import fcntl
+import itertools
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import vllm
+from tqdm import tqdm
+from vllm import LLM, SamplingParams
+from vllm.benchmarks import latency as vllm_latency
+from vllm.engine.arg_utils import EngineArgs
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+from prunepath_vllm.benchmarks import options, report, shapes
+from prunepath_vllm.benchmarks.report import BenchmarkError
+from prunepath_vllm.checkpoint import validate_checkpoint
+from prunepath_vllm.entrypoints.engine_defaults import runs_on_cpu, set_server_defaults
+from prunepath_vllm.errors import UsageError
+
+TOLERANCE = {"bfloat16": 5e-3, "float16": 5e-3, "float32": 1e-3}
+"""Relative RMS error of the routed layer, by the model's dtype, from which on no speed is reported."""
+
+PROBE = "prunepath_vllm.benchmarks.probe.BenchmarkProbe"
+
+Point = dict[str, float | None]
+"""{"tau", "share"}: where on the dial to measure, and the share of active experts expected there (None: unknown)."""
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """Our arguments and every flag of ``vllm bench latency``, under vLLM's names.
+
+    Raises:
+        UsageError: arguments that make no sense together.
+        TauError: a tau out of range.
+    """
+    parser = FlexibleArgumentParser(
+        prog="prunepath bench latency",
+        conflict_handler="resolve",
+        description="The engine's own latency benchmark, dense and at several taus in one run.",
+    )
+    vllm_latency.add_cli_args(parser)
+    parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="PrunePath checkpoint directory")
+    parser.add_argument("--shape", choices=shapes.SHAPES, help="random weights of a published shape, instead of CKPT")
+    parser.add_argument("--expert-size", type=int, default=32, metavar="N", help="with --shape (default: 32)")
+    parser.add_argument("--dense", metavar="DIR", help="the dense model; --shape brings its own")
+    parser.add_argument("--tau", type=options.taus, metavar="LIST", help="(default: 1.0,0.8,0.5)")
+    parser.add_argument(
+        "--share", type=options.shares, metavar="LIST", help="with --shape: active shares of experts, instead of --tau"
+    )
+    parser.add_argument("--batch-size", type=options.numbers(int), default=[1, 4, 16, 64], metavar="LIST")
+    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of the decode step (default: 3)")
+    parser.add_argument("--prefill", type=int, default=0, metavar="N", help="also time the prefill of N tokens")
+    parser.add_argument(
+        "--lock", metavar="FILE", help="start this run's engines together, and measure only while holding this file"
+    )
+    parser.add_argument(
+        "--num-iters", type=int, default=30, help="iterations of vLLM's loop; 0: decode steps and prefill alone"
+    )
+    parser.add_argument("--output", "--output-json", dest="output", metavar="FILE", help="write the results as JSON")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw the speed-up against the active share")
+    # One engine, measured in this process, its figures written to FILE: what the command starts for each.
+    parser.add_argument("--engine", choices=("dense", "sparse"), help=argparse.SUPPRESS)
+    parser.add_argument("--part", metavar="FILE", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if (args.checkpoint is None) == (args.shape is None):
+        raise UsageError("expected a checkpoint or --shape, and not both")
+    if args.share and (args.tau or not args.shape):
+        raise UsageError("--share: expected with --shape, instead of --tau")
+    if args.dense and args.shape:
+        raise UsageError("--dense: expected with a checkpoint; --shape brings its own dense model")
+    if args.use_beam_search or args.profile:
+        raise UsageError("--use-beam-search (which carries no tau) and --profile: expected with `vllm bench latency`")
+    if args.output_len < 2 or args.repeats < 1 or args.num_iters < 0:
+        raise UsageError("expected --output-len of 2 or more, --repeats of 1 or more and --num-iters of 0 or more")
+    if args.plot:
+        report.require_matplotlib()
+    return args
+
+
+def operating_points(args: argparse.Namespace) -> list[Point]:
+    """What --tau or --share ask for. A checkpoint's shares come from its tau curve."""
+    if args.shape:
+        config = shapes.dense_config(args.shape)
+        num_experts = shapes.shape_family(args.shape).intermediate_size(config) // args.expert_size
+        if args.share:
+            return [{"tau": shapes.tau_of_share(share, num_experts), "share": share} for share in args.share]
+        return [{"tau": tau, "share": shapes.share_of_tau(tau, num_experts)} for tau in args.tau or (1.0, 0.8, 0.5)]
+    curve = validate_checkpoint(args.checkpoint).prunepath.tau_curve
+    return [{"tau": tau, "share": share_on_curve(curve, tau)} for tau in args.tau or (1.0, 0.8, 0.5)]
+
+
+def share_on_curve(curve: Sequence[tuple[float, float]] | None, tau: float) -> float | None:
+    """Active share at `tau` by linear interpolation in a measured curve; None without one, or beyond its ends."""
+    if tau >= 1:
+        return 1.0
+    if not curve:
+        return None
+    points = sorted(curve)
+    for (low, more), (high, less) in itertools.pairwise(points):
+        if low <= tau <= high:
+            return 1 - (more + (less - more) * (tau - low) / (high - low))
+    return None
+
+
+def start_engine(args: argparse.Namespace, engine: str) -> tuple[LLM, dict[str, Any]]:
+    """Start one engine and check its routed layer.
+
+    Args:
+        args: from :func:`parse`.
+        engine: "dense" or "sparse".
+
+    Returns:
+        the engine, and {"load_seconds", "layer_error"} (None for a dense model).
+
+    Raises:
+        BenchmarkError: the routed layer of the running engine is not what float32 arithmetic gives.
+    """
+    set_server_defaults()
+    args = copy.copy(args)
+    with tempfile.TemporaryDirectory() as folder:
+        if args.shape:
+            path = shapes.write_config(
+                args.shape, Path(folder) / "model", sparse=engine == "sparse", expert_size=args.expert_size
+            )
+            args.skip_tokenizer_init = True
+            args.max_model_len = args.max_model_len or max(1024, args.input_len + args.output_len, args.prefill + 1)
+            if runs_on_cpu():
+                shapes.write_weights(path)
+            else:
+                args.load_format = "dummy"
+        else:
+            path = args.checkpoint if engine == "sparse" else args.dense
+        args.model, args.worker_extension_cls, args.disable_log_stats = str(path), PROBE, True
+        args.max_num_seqs = args.max_num_seqs or max(args.batch_size)
+        if args.max_num_batched_tokens is None and not runs_on_cpu():
+            args.max_num_batched_tokens = max(8192, args.prefill)
+        start = time.perf_counter()
+        llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
+        facts: dict[str, Any] = {"load_seconds": time.perf_counter() - start}
+    if args.load_format == "dummy":
+        llm.collective_rpc("prunepath_randomise")
+    facts["layer_error"] = _check(llm)
+    return llm, facts
+
+
+def _check(llm: LLM) -> float | None:
+    results = [result for result in llm.collective_rpc("prunepath_check_layer") if result is not None]
+    for error, dtype in results:
+        if not error < TOLERANCE[dtype]:
+            raise BenchmarkError(
+                f"the routed layer is off by {error:.1e} relative RMS, expected less than {TOLERANCE[dtype]:.0e} in "
+                f"{dtype}: no speed is reported"
+            )
+    return max((error for error, _ in results), default=None)
+
+
+def measure(llm: LLM, args: argparse.Namespace, points: Sequence[Point]) -> dict[str, Any]:
+    """Time an engine that :func:`start_engine` gave.
+
+    Args:
+        llm: the engine.
+        args: from :func:`parse`.
+        points: for a dense engine one point whose tau is None.
+
+    Returns:
+        {"rows", "prefill", "peak_gib"}. A row has tau, share, batch_size, what ``vllm bench latency`` writes
+        (avg_latency and latencies in seconds, percentiles), and decode_step_ms with its repeats.
+    """
+    rows, prefill = [], []
+    cells = [(point, batch) for point in points for batch in args.batch_size]
+    for point, batch in tqdm(cells, desc="tau x batch size", file=sys.stderr):
+        row = {**point, "batch_size": batch}
+        row |= _engine_loop(llm, args, point["tau"], batch) if args.num_iters else {}
+        _seconds(llm, args, point["tau"], batch, 8)
+        steps = [_decode_step_ms(llm, args, point["tau"], batch) for _ in range(args.repeats)]
+        rows.append({**row, "decode_step_ms": statistics.median(steps), "decode_steps_ms": steps})
+    for point in points if args.prefill else ():
+        times = [1e3 * _seconds(llm, args, point["tau"], 1, 1, args.prefill) for _ in range(args.repeats + 1)][1:]
+        prefill.append({**point, "tokens": args.prefill, "prefill_ms": statistics.median(times), "times_ms": times})
+    peaks = [peak for peak in llm.collective_rpc("prunepath_peak_gib") if peak is not None]
+    return {"rows": rows, "prefill": prefill, "peak_gib": max(peaks, default=None)}
+
+
+class _EngineAt:
+    """A running engine, in the place of the class that vLLM's benchmark starts one from; requests get a tau."""
+
+    def __init__(self, llm: LLM, tau: float | None) -> None:
+        self.llm_engine = llm.llm_engine
+        self._llm = llm
+        self._extra = None if tau is None else {"tau": tau}
+        self._vocabulary = llm.llm_engine.model_config.get_vocab_size()
+
+    def from_engine_args(self, engine_args: EngineArgs) -> "_EngineAt":
+        return self
+
+    def generate(self, prompts: list[Any], sampling_params: SamplingParams, use_tqdm: bool) -> None:
+        # vLLM draws token ids below 10,000, which a small vocabulary does not have.
+        inside = [
+            {"prompt_token_ids": [token % self._vocabulary for token in prompt["prompt_token_ids"]]}
+            for prompt in prompts
+        ]
+        sampling_params.extra_args = self._extra
+        self._llm.generate(inside, sampling_params, use_tqdm=use_tqdm)  # type: ignore[arg-type]
+
+
+def _engine_loop(llm: LLM, args: argparse.Namespace, tau: float | None, batch: int) -> dict[str, Any]:
+    """``vllm bench latency`` on an engine that runs already: what it writes as JSON."""
+    args = copy.copy(args)
+    original = vllm.LLM
+    with tempfile.TemporaryDirectory() as folder:
+        args.batch_size, args.output_json = batch, str(Path(folder) / "latency.json")
+        args.disable_detokenize = args.disable_detokenize or args.shape is not None
+        # vLLM's benchmark imports the class when it is called: the one place to hand it an engine.
+        vllm.LLM = _EngineAt(llm, tau)  # type: ignore[misc,assignment]
+        try:
+            vllm_latency.main(args)
+        finally:
+            vllm.LLM = original  # type: ignore[misc]
+        result = json.loads(Path(args.output_json).read_text())
+    del result["model_id"]
+    return result
+
+
+def _decode_step_ms(llm: LLM, args: argparse.Namespace, tau: float | None, batch: int) -> float:
+    short = max(1, args.output_len // 4)
+    seconds = _seconds(llm, args, tau, batch, args.output_len) - _seconds(llm, args, tau, batch, short)
+    return 1e3 * seconds / (args.output_len - short)
+
+
+_prompts = torch.Generator().manual_seed(0)
+
+
+def _seconds(
+    llm: LLM, args: argparse.Namespace, tau: float | None, batch: int, new_tokens: int, prompt_tokens: int | None = None
+) -> float:
+    """Seconds for a batch of fresh random prompts, greedy."""
+    vocabulary = min(50000, llm.llm_engine.model_config.get_vocab_size())
+    tokens = torch.randint(10, vocabulary, (batch, prompt_tokens or args.input_len), generator=_prompts).tolist()
+    params = SamplingParams(
+        temperature=0,
+        max_tokens=new_tokens,
+        ignore_eos=True,
+        detokenize=False,
+        extra_args=None if tau is None else {"tau": tau},
+    )
+    begin = time.perf_counter()
+    llm.generate([{"prompt_token_ids": prompt} for prompt in tokens], params, use_tqdm=False)
+    return time.perf_counter() - begin
+
+
+@contextmanager
+def turn(lock: str | None, *, alone: bool) -> Iterator[None]:
+    """Hold `lock` with others that start engines, or alone, to measure. A lock of None is always free."""
+    if lock is None:
+        yield
+        return
+    with open(lock, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX if alone else fcntl.LOCK_SH)
+        try:
+            yield
+        finally:
+            # By hand: processes forked meanwhile hold the file open.
+            fcntl.flock(file, fcntl.LOCK_UN)
+
+
+def run_engine(args: argparse.Namespace) -> dict[str, Any]:
+    """Start, check and measure the engine that ``args.engine`` names, in this process."""
+    with turn(args.lock, alone=False):
+        llm, facts = start_engine(args, args.engine)
+    points: list[Point] = [{"tau": None, "share": None}]
+    if args.engine == "sparse":
+        points = operating_points(args)
+    with turn(args.lock, alone=True):
+        return {**facts, **measure(llm, args, points)}
+
+
+def run(argv: Sequence[str]) -> int:
+    """The command: every engine in a process of its own, then one table, JSON and plot."""
+    args = parse(argv)
+    if args.engine:
+        Path(args.part).write_text(json.dumps(run_engine(args)))
+        return 0
+    operating_points(args)  # a bad checkpoint is named before an engine starts
+    engines = ["dense", "sparse"] if args.shape or args.dense else ["sparse"]
+    with tempfile.TemporaryDirectory() as folder:
+        parts = {engine: Path(folder) / f"{engine}.json" for engine in engines}
+        processes = []
+        for engine, part in parts.items():
+            command = [sys.executable, "-m", "prunepath_vllm.entrypoints.cli", "bench", "latency", *argv]
+            # The engine logs to stdout, which is for results.
+            processes.append(
+                subprocess.Popen([*command, "--engine", engine, "--part", str(part)], stdout=sys.stderr.fileno())
+            )
+            if not args.lock and processes[-1].wait():
+                break
+        if failed := [code for process in processes if (code := process.wait())]:
+            return failed[0]
+        measured = {engine: json.loads(part.read_text()) for engine, part in parts.items()}
+    result = {
+        "model": args.shape or args.checkpoint,
+        "input_len": args.input_len,
+        "output_len": args.output_len,
+        **measured,
+        "versions": report.versions(),
+    }
+    if args.output:
+        Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+    print(tables(result))  # noqa: T201
+    if args.plot:
+        report.plot_speedups(args.plot, f"decode step, {os.path.basename(result['model'])}", speedups(result))
+    return 0
+
+
+def tables(result: dict[str, Any]) -> str:
+    """Decode steps, average latencies and prefill: a line for dense and one a tau."""
+    sparse, dense = result["sparse"], result.get("dense", {"rows": [], "prefill": []})
+    batches = list(dict.fromkeys(row["batch_size"] for row in sparse["rows"]))
+    known = {row["batch_size"]: row for row in dense["rows"]}
+    said = [f"{result['model']}: routed layer within {sparse['layer_error']:.1e} (relative RMS) of float32"]
+    for key, title, unit in [("decode_step_ms", "decode step", 1.0), ("avg_latency", "average latency", 1e3)]:
+        if key not in sparse["rows"][0]:
+            continue
+        shown = []
+        for line in ([dense["rows"]] if known else []) + [
+            [row for row in sparse["rows"] if row["tau"] == tau]
+            for tau in dict.fromkeys(row["tau"] for row in sparse["rows"])
+        ]:
+            cells = [_label(line[0]), _share(line[0])]
+            for row in line:
+                reference = known[row["batch_size"]][key] if known and row["tau"] is not None else None
+                cells.append(f"{unit * row[key]:.3f}{report.ratio(reference, row[key])}")
+            shown.append(cells)
+        header = ["tau", "share", *(f"batch {batch}" for batch in batches)]
+        said.append(f"{title}, ms\n{report.table(header, shown)}")
+    if sparse["prefill"]:
+        reference = dense["prefill"][0]["prefill_ms"] if dense["prefill"] else None
+        shown = [
+            [
+                _label(row),
+                _share(row),
+                f"{row['prefill_ms']:.1f}{report.ratio(None if row['tau'] is None else reference, row['prefill_ms'])}",
+            ]
+            for row in dense["prefill"] + sparse["prefill"]
+        ]
+        said.append(report.table(["tau", "share", f"prefill of {sparse['prefill'][0]['tokens']}, ms"], shown))
+    return "\n\n".join(said)
+
+
+def _label(row: dict[str, Any]) -> str:
+    return "dense" if row["tau"] is None else f"{row['tau']:.3g}"
+
+
+def _share(row: dict[str, Any]) -> str:
+    return "" if row["share"] is None else f"{row['share']:.2f}"
+
+
+def speedups(result: dict[str, Any]) -> dict[str, list[tuple[float, float]]]:
+    """Decode-step speed-up over dense against active share, a line a batch size."""
+    dense = {row["batch_size"]: row["decode_step_ms"] for row in result.get("dense", {"rows": []})["rows"]}
+    lines: dict[str, list[tuple[float, float]]] = {}
+    for row in result["sparse"]["rows"]:
+        batch = row["batch_size"]
+        if batch in dense and row["share"] is not None:
+            lines.setdefault(f"batch {batch}", []).append((row["share"], dense[batch] / row["decode_step_ms"]))
+    return lines

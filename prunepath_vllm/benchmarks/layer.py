@@ -1,0 +1,142 @@
+"""The routed feed-forward layer alone on a CUDA GPU: is it right, and how fast beside the dense one.
+
+Times are medians over CUDA-graph replays (kernels/tuning.py). Inputs route at random, so that T tokens together touch
+1 - (1 - share)^T of the experts.
+"""
+
+import sys
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from prunepath_vllm.benchmarks import shapes
+from prunepath_vllm.benchmarks.report import BenchmarkError
+from prunepath_vllm.checkpoint import load_prunepath_config
+from prunepath_vllm.families import Family
+from prunepath_vllm.kernels import reference
+from prunepath_vllm.kernels.ffn import Choice
+from prunepath_vllm.kernels.routing import LIBRARY_TOKENS
+from prunepath_vllm.kernels.tuning import Bench, Shape, graph_of
+
+TOLERANCE = 5e-3
+"""Relative RMS error against float32 arithmetic on the same bf16 inputs."""
+
+ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_new": lambda v: F.gelu(v, approximate="tanh")}
+
+
+def expected(bench: Bench, i: int, x: Tensor, gates: Tensor) -> Tensor:
+    """Output [T, H] of layer i in float32."""
+    w = bench.layers[i].weights
+    pre = F.linear(x.float(), w.w_in.float(), None if w.b_in is None else w.b_in.float())
+    act = ACTIVATIONS[w.activation]
+    if w.glu:
+        gate, value = pre.chunk(2, dim=-1)
+        neurons = act(gate) * value
+    else:
+        neurons = act(pre)
+    y = reference.scale_neurons(neurons, gates) @ w.w_out_t.float()
+    return y if w.b_out is None else y + w.b_out.float()
+
+
+def check(bench: Bench, num_tokens: int, share: float, choice: Choice, gate: str = "sigmoid") -> dict[str, Any]:
+    """Every token's number of experts, its output, and the same bits from every replay of a graph."""
+    xs, taus = bench.inputs(num_tokens, share)
+    last = len(xs) - 1
+    counts = torch.zeros(num_tokens, dtype=torch.int32, device="cuda")
+    bench.run(last, xs[last], taus[last], choice, gate=gate, active_counts=counts)
+    active = max(1, round(share * bench.shape.experts))
+    wrong = int((counts != active).sum())
+    out: list[Tensor] = []
+    graph = graph_of(
+        lambda: out.extend(bench.run(i, x, t, choice, gate=gate) for i, (x, t) in enumerate(zip(xs, taus, strict=True)))
+    )
+    first = None
+    same = True
+    for _ in range(20 if num_tokens <= LIBRARY_TOKENS else 3):
+        for t in out:
+            t.fill_(float("nan"))
+        graph.replay()
+        torch.cuda.synchronize()
+        outputs = torch.stack(out[-len(xs) :])
+        same = same and (first is None or torch.equal(first, outputs))
+        first = outputs
+    assert first is not None
+    error = 0.0
+    for i in {0, last}:
+        logits = F.linear(xs[i].double(), bench.layers[i].router.double()).float()
+        gates = reference.expert_weights(logits, taus[i], selection="cumulative_mass", threshold=None, gate=gate)
+        y = expected(bench, i, xs[i], gates)
+        difference = float((first[i].float() - y).norm() / y.norm())
+        error = max(error, difference) if difference == difference else float("inf")
+    del graph
+    out.clear()
+    if num_tokens >= 256:
+        torch.cuda.empty_cache()
+    # Rounding may move a near-tie in thousands of tokens.
+    ok = wrong <= num_tokens // 1000 and error < TOLERANCE and same
+    return dict(tokens=num_tokens, share=share, path=choice.path, gate=gate, wrong=wrong, error=error, same=same, ok=ok)
+
+
+def failed(bench: Bench, num_tokens: int, choice: Choice, what: str) -> None:
+    """Say on stderr which choice is wrong."""
+    print(f"wrong: {bench.shape}, {num_tokens} tokens, {choice}: {what}", file=sys.stderr, flush=True)
+
+
+def check_all(
+    bench: Bench, choices: dict[str, Choice], num_tokens: int, log: list[dict[str, Any]]
+) -> dict[str, Choice]:
+    """The choices that pass, by path; the others are named on stderr. `log` gets a record of every check."""
+    good = {}
+    for path, choice in choices.items():
+        cases = [(1.0, "sigmoid"), (0.2, "sigmoid"), (0.2, "none"), (1.0, "none"), (1 / bench.shape.experts, "sigmoid")]
+        if num_tokens > LIBRARY_TOKENS:
+            cases = cases[:2]
+        try:
+            results = [check(bench, num_tokens, share, choice, gate) for share, gate in cases]
+        except Exception as error:
+            failed(bench, num_tokens, choice, f"{type(error).__name__} {str(error)[:300]}")
+            log.append(dict(tokens=num_tokens, path=path, ok=False, exception=str(error)[:500]))
+            continue
+        log += results
+        if all(r["ok"] for r in results):
+            good[path] = choice
+        else:
+            failed(bench, num_tokens, choice, str([r for r in results if not r["ok"]]))
+    return good
+
+
+def copy_bandwidth() -> float:
+    """Bytes per microsecond (TB/s * 1e6) of a device-to-device copy, read plus written."""
+    source = torch.randint(0, 255, (2**32,), dtype=torch.uint8, device="cuda")
+    target = torch.empty_like(source)
+    milliseconds = triton.testing.do_bench(lambda: target.copy_(source), warmup=20, rep=100, return_mode="median")
+    return 2 * source.numel() / (milliseconds * 1e3)
+
+
+def require_gpu() -> None:
+    """Refuse to measure the kernels elsewhere.
+
+    Raises:
+        BenchmarkError: there is no CUDA GPU.
+    """
+    if not torch.cuda.is_available():
+        raise BenchmarkError("the kernels are measured on a CUDA GPU; expected one, found none")
+
+
+def shape_of(name: str, expert_size: int = 32) -> Shape:
+    """The layer of a published shape, or of a PrunePath checkpoint's directory."""
+    if name in shapes.SHAPES:
+        config = shapes.dense_config(name)
+        family = shapes.shape_family(name)
+        return _layer(family, config, family.intermediate_size(config) // expert_size, expert_size)
+    family, prunepath, config = load_prunepath_config(name)
+    return _layer(family, config, prunepath.num_experts, prunepath.expert_size)
+
+
+def _layer(family: Family, config: dict[str, Any], experts: int, size: int) -> Shape:
+    glu = family.gate is not None
+    bias = not glu  # of the families, those without a gate have biases
+    return Shape(family.hidden_size(config), experts, size, glu, family.activation(config), bias)

@@ -1,0 +1,92 @@
+"""What a benchmark asks of the engine's workers: vLLM adds this class to the worker's own (``worker_extension_cls``).
+
+Its methods are called by name through ``LLM.collective_rpc``; nothing is pickled.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vllm.distributed import tensor_model_parallel_all_reduce
+
+from prunepath_vllm.benchmarks.shapes import randomise
+from prunepath_vllm.kernels import reference
+from prunepath_vllm.kernels.cpu import ACTIVATIONS
+from prunepath_vllm.model_executor.layers.routed_ffn import ExpertInputs, ExpertOutputs, ExpertRouter, RoutedFFN
+
+CHECKED_TOKENS = (1, 4, 16, 64, 256)
+CHECKED_TAUS = (0.3, 1.0, 0.7, 0.05)
+
+
+class BenchmarkProbe:
+    """Methods of a worker."""
+
+    get_model: Any
+
+    @torch.inference_mode()
+    def prunepath_randomise(self) -> None:
+        """Fill the model with random weights, in place."""
+        randomise(self.get_model())
+
+    @torch.inference_mode()
+    def prunepath_check_layer(self) -> tuple[float, str] | None:
+        """Relative RMS error of the first routed layer against float32 arithmetic, the worst of several batch sizes.
+
+        Returns:
+            the error and the layer's dtype; None where the model has no routed layer.
+        """
+        return check_first_layer(self.get_model())
+
+    def prunepath_peak_gib(self) -> float | None:
+        """Most GPU memory this worker has reserved so far; None on a CPU."""
+        return torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
+
+
+def check_first_layer(model: nn.Module) -> tuple[float, str] | None:
+    """See :meth:`BenchmarkProbe.prunepath_check_layer`. Tokens of one batch have taus of their own."""
+    for block in model.modules():
+        parts: dict[type, Any] = {type(child): child for child in block.children()}
+        if {ExpertInputs, ExpertOutputs, ExpertRouter, RoutedFFN} <= set(parts):
+            break
+    else:
+        return None
+    ffn, router, inputs = parts[RoutedFFN], parts[ExpertRouter], parts[ExpertInputs]
+    saved, weight = ffn.tau.clone(), inputs.weight
+    generator = torch.Generator(weight.device).manual_seed(0)
+    worst = 0.0
+    for tokens in sorted({min(tokens, len(ffn.tau)) for tokens in CHECKED_TOKENS}):
+        x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
+        taus = torch.tensor(CHECKED_TAUS, device=weight.device).repeat(1 + tokens // len(CHECKED_TAUS))[:tokens]
+        ffn.tau[:tokens] = taus
+        ffn.dense_step.fill_(False)
+        y = block(x).float()
+        expected = _in_float32(x, taus, ffn.settings, router, inputs, parts[ExpertOutputs])
+        if ffn.world > 1:
+            expected = tensor_model_parallel_all_reduce(expected)
+        error = ((y - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+        worst = max(worst, error if error == error else float("inf"))
+    ffn.tau.copy_(saved)
+    return worst, str(weight.dtype).removeprefix("torch.")
+
+
+def _in_float32(
+    x: Tensor,
+    taus: Tensor,
+    settings: dict[str, Any],
+    router: ExpertRouter,
+    inputs: ExpertInputs,
+    outputs: ExpertOutputs,
+) -> Tensor:
+    """Eq. 7-10 on one rank's neurons, in float32."""
+    logits = reference.router_logits(x, router.weight, router.bias)
+    rule = {name: settings[name] for name in ("selection", "threshold", "gate")}
+    pre = F.linear(x.float(), inputs.weight.float(), None if inputs.bias is None else inputs.bias.float())
+    act = ACTIVATIONS[settings["activation"]]
+    if settings["glu"]:
+        gate, up = pre.chunk(2, dim=-1)
+        neurons = act(gate) * up
+    else:
+        neurons = act(pre)
+    y = reference.scale_neurons(neurons, reference.expert_weights(logits, taus, **rule)) @ outputs.weight.float()
+    return y if outputs.bias is None else y + outputs.bias.float()

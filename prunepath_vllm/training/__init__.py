@@ -1,0 +1,1 @@
+"""Training: losses, recipes, the trainer, baselines. Needs neither vLLM nor Triton."""

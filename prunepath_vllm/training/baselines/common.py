@@ -1,0 +1,85 @@
+"""What the pruning baselines share: the calibration text and the directory they write."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from prunepath_vllm.checkpoint import read_config
+from prunepath_vllm.conversion.text import read_sequences
+from prunepath_vllm.errors import UsageError
+from prunepath_vllm.families import Family
+from prunepath_vllm.sources.packages import build_directory
+
+SEQUENCES = 128
+CONTEXT = 512
+RECORD_FILE = "pruning.json"
+
+
+def check_arguments(dst: Path, sparsity: float, device: str) -> None:
+    """Refuse a target that exists, a sparsity outside (0, 1) and a GPU that is not there.
+
+    Raises:
+        UsageError: names the argument.
+    """
+    if not 0 < sparsity < 1:
+        raise UsageError(f"sparsity: {sparsity}; expected a number in (0, 1)")
+    if dst.exists():
+        raise UsageError(f"{dst}: already there; expected a new directory")
+    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+        raise UsageError(f"device: {device!r}, but no CUDA GPU is visible; expected 'cpu'")
+
+
+def calibration_sequences(src: str | Path, text: str | Path, sequences: int) -> Tensor:
+    """The beginning of a text for the model in `src`: int64 [sequences or fewer, up to 512].
+
+    Raises:
+        UsageError: the text is missing or has not one sequence.
+    """
+    config = read_config(src)
+    positions = int(config.get("max_position_embeddings", config.get("n_positions", CONTEXT + 2)))
+    length = min(CONTEXT, positions - 2)  # RoBERTa's position table starts behind the padding's row
+    tokenizer = AutoTokenizer.from_pretrained(src)
+    return read_sequences(tokenizer, text, length=length, max_tokens=sequences * length)
+
+
+def compute_dtype(model: Any) -> Any:
+    """The model as it computes best: in float32 on a CPU, many of which are slow in half precision."""
+    return model.float() if model.device.type == "cpu" else model
+
+
+@torch.inference_mode()
+def run_layer_by_layer(model: Any, family: Family, layers: int, tokens: Tensor, **options: Any) -> None:
+    """One forward of the backbone over all of `tokens` [N, S] together, with progress by layer."""
+    progress = tqdm(total=layers, desc="pruning", unit="layer")
+
+    def count(*_: object) -> None:
+        progress.update()
+
+    handles = [model.get_submodule(family.output(layer)).register_forward_hook(count) for layer in range(layers)]
+    with progress:
+        model.base_model(input_ids=tokens.to(model.device), **options)
+    for handle in handles:
+        handle.remove()
+
+
+def write_checkpoint(dst: Path, src: str | Path, save: Callable[[Path], None], record: dict[str, Any]) -> None:
+    """A dense checkpoint with its tokenizer and what was done to it, complete or not at all."""
+
+    def build(folder: Path) -> None:
+        save(folder)
+        AutoTokenizer.from_pretrained(src).save_pretrained(folder)
+        (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    build_directory(dst, build)
+
+
+def share_of_zeros(modules: list[nn.Module]) -> float:
+    """Share of weights that are zero."""
+    weights: list[Any] = [module.weight for module in modules]
+    return sum(int((weight == 0).sum()) for weight in weights) / sum(weight.numel() for weight in weights)

@@ -1,0 +1,194 @@
+"""The loss terms of training (arXiv 2605.28283, eq. 12-17), and the ranking loss of this project.
+
+Every term is a float32 scalar of one layer; :class:`RouterTerms` computes them where the layer computes, so that
+torch.compile fuses them with it, and :func:`mean_terms` averages them over layers. Padding counts nowhere.
+
+What a term can move: entropy, balance, gate and contribution are functions of the router logits, so they reach the
+router and, through its input, the layers below. Selection has no gradient. Under the gate "none" the task loss reaches
+no router at all; under "sigmoid" it does through the gates of active experts.
+
+Shapes: B sequences, S tokens each, E experts, D neurons per expert, F = E * D, L layers.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from prunepath_vllm.modeling.routing import Router
+
+TERMS = ("entropy", "balance", "gate", "contribution", "efficiency", "separation")
+"""What a recipe can weigh, in the order of :attr:`RouterTerms.terms`; the last two are LTE's."""
+
+EPS = 1e-8
+
+
+def masked_mean(values: Tensor, mask: Tensor | None) -> Tensor:
+    """Mean over tokens: `values` [B, S, ...] to [...]; `mask` float32 [B, S], 0 at padding, None for no padding."""
+    if mask is None:
+        return values.mean(dim=(0, 1))
+    weights = mask / mask.sum().clamp_min(1)
+    return torch.einsum("bs...,bs->...", values, weights)
+
+
+def entropy_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Eq. 12: L_ent = - mean over tokens of sum_j p_j log(p_j + eps), p = softmax(logits). Low: sharp per token.
+
+    Args:
+        logits: router logits, float32 [B, S, E].
+        mask: float32 [B, S], 0 at padding.
+    """
+    p = logits.softmax(dim=-1)
+    return masked_mean(-(p * (p + EPS).log()).sum(dim=-1), mask)
+
+
+def balance_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Eq. 13: L_bal = E * sum_j (mean over tokens of p_j)^2. 1 where the batch uses all experts alike, E at worst.
+
+    Args:
+        logits: router logits, float32 [B, S, E].
+        mask: float32 [B, S], 0 at padding.
+    """
+    return logits.shape[-1] * masked_mean(logits.softmax(dim=-1), mask).square().sum()
+
+
+def gate_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Eq. 17: L_gate = mean over tokens and experts of sigmoid(logits).
+
+    Args:
+        logits: router logits, float32 [B, S, E].
+        mask: float32 [B, S], 0 at padding.
+    """
+    return masked_mean(logits.sigmoid().mean(dim=-1), mask)
+
+
+def contribution_shares(neurons: Tensor, column_norms: Tensor, num_experts: int) -> Tensor:
+    """Each expert's share of the layer's squared contribution, as a target: no gradient.
+
+    ||FFN_e(x)||^2 is taken as the sum over the expert's neurons of (neuron * norm of its output column)^2: the cross
+    terms between the neurons of an expert are left out. On SmolLM2-135M these shares are within 0.005 nats (KL) of the
+    exact ones, at expert sizes 8 and 32, and cost one pass over the neurons instead of a product with Gram matrices.
+
+    Args:
+        neurons: activations after the non-linearity, before routing, [..., F].
+        column_norms: Euclidean norm of each neuron's column of the second linear, [F].
+        num_experts: E.
+
+    Returns:
+        float32 [..., E], summing to 1 (0 where no neuron fires).
+    """
+    with torch.no_grad():
+        squares = (neurons.float() * column_norms.float()).square().unflatten(-1, (num_experts, -1)).sum(dim=-1)
+        return squares / squares.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+
+
+def contribution_loss(logits: Tensor, shares: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Cross-entropy of softmax(logits) to `shares` (ours, no counterpart in the paper). Teaches the ranking itself.
+
+    Args:
+        logits: router logits, float32 [B, S, E].
+        shares: of :func:`contribution_shares`, float32 [B, S, E].
+        mask: float32 [B, S], 0 at padding.
+    """
+    return masked_mean(-(shares * logits.log_softmax(dim=-1)).sum(dim=-1), mask)
+
+
+def efficiency_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
+    """LTE's efficiency loss (arXiv 2402.06126): mean over tokens and experts of G^2, G = sigmoid(logits).
+
+    Args:
+        logits: router logits, float32 [B, S, E].
+        mask: float32 [B, S], 0 at padding.
+    """
+    return masked_mean(logits.sigmoid().square().mean(dim=-1), mask)
+
+
+def separation_loss(logits: Tensor, threshold: float, mask: Tensor | None = None) -> Tensor:
+    """LTE's separability loss: mean over tokens and experts of 1 / (G - threshold)^2, G = sigmoid(logits).
+
+    Args:
+        logits: router logits, float32 [B, S, E].
+        threshold: delta.
+        mask: float32 [B, S], 0 at padding.
+    """
+    # Not from the paper: an expert exactly at the threshold would give infinity. 1e-4 is a distance of 0.01.
+    distance = (logits.sigmoid() - threshold).square().clamp_min(1e-4)
+    return masked_mean((1 / distance).mean(dim=-1), mask)
+
+
+class RouterTerms(nn.Module):
+    """Computes one router's loss terms during the forward and keeps them until the trainer collects them.
+
+    It holds no parameters. ``wanted`` says which terms are computed; the others are 0.
+    """
+
+    def __init__(self, num_experts: int, *, output_weight: Callable[[], Tensor], dim: int) -> None:
+        """Watch one layer.
+
+        Args:
+            num_experts: E.
+            output_weight: gives the second linear's weight as it is now.
+            dim: its dimension that is not the neurons'.
+        """
+        super().__init__()
+        self.wanted: frozenset[str] = frozenset()
+        """Names out of :data:`TERMS`."""
+        self.threshold = 0.5
+        """LTE's delta."""
+        self.num_experts = num_experts
+        self.mask: Tensor | None = None
+        """float32 [B, S], 0 at padding; set before each forward."""
+        self.column_norms: Tensor | None = None
+        self.terms: Tensor | None = None
+        """float32 [len(TERMS)], with gradient, of the last forward."""
+        self.usage: Tensor | None = None
+        """float32 [E]: share of tokens that used each expert in the last forward."""
+        self.spread: Tensor | None = None
+        """float32 []: entropy of the routers' softmax in the last forward, without gradient."""
+        self._output = (output_weight, dim)
+
+    def prepare(self, mask: Tensor | None) -> None:
+        """Before a forward: take its mask, and the output columns' norms as they are now."""
+        self.mask = mask
+        if "contribution" in self.wanted:
+            weight, dim = self._output
+            with torch.no_grad():
+                self.column_norms = torch.linalg.vector_norm(weight(), dim=dim)
+
+    def clear(self) -> None:
+        """After a backward: let go of the graph."""
+        self.terms = None
+
+    def forward(self, logits: Tensor, active: Tensor, neurons: Tensor) -> None:
+        """Called by the router: logits float32 [B, S, E], active bool [B, S, E], neurons [B, S, F] before routing."""
+        mask = self.mask
+        zero = logits.new_zeros(())
+        terms = [zero] * len(TERMS)
+        if "entropy" in self.wanted:
+            terms[0] = entropy_loss(logits, mask)
+        if "balance" in self.wanted:
+            terms[1] = balance_loss(logits, mask)
+        if "gate" in self.wanted:
+            terms[2] = gate_loss(logits, mask)
+        if "contribution" in self.wanted:
+            assert self.column_norms is not None
+            shares = contribution_shares(neurons, self.column_norms, self.num_experts)
+            terms[3] = contribution_loss(logits, shares, mask)
+        if "efficiency" in self.wanted:
+            terms[4] = efficiency_loss(logits, mask)
+        if "separation" in self.wanted:
+            terms[5] = separation_loss(logits, self.threshold, mask)
+        self.terms = torch.stack(terms)
+        with torch.no_grad():
+            self.usage = masked_mean(active.float(), mask)
+            self.spread = entropy_loss(logits, mask)
+
+
+def mean_terms(observers: Sequence[RouterTerms]) -> Tensor:
+    """The terms of the last forward averaged over layers: float32 [len(TERMS)], with gradient."""
+    return torch.stack([observer.terms for observer in observers if observer.terms is not None]).mean(dim=0)
+
+
+def routers_of(model: nn.Module) -> list[Router]:
+    """The model's routers, from the first layer up."""
+    return [module for module in model.modules() if isinstance(module, Router)]

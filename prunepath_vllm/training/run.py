@@ -1,0 +1,285 @@
+"""A recipe from start to end: convert, load, train, export, measure. What ``prunepath train`` runs."""
+
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+
+from prunepath_vllm.checkpoint import read_config, validate_checkpoint
+from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.conversion.calibrate import CURVE_TAUS, calibrate
+from prunepath_vllm.conversion.convert import convert
+from prunepath_vllm.conversion.model_card import QUALITY_FILE, write_model_card
+from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
+from prunepath_vllm.conversion.text import read_sequences
+from prunepath_vllm.errors import UsageError
+from prunepath_vllm.families import Family, family_of
+from prunepath_vllm.training.adapter import neuron_order, save_adapter
+from prunepath_vllm.training.data import Sequences, labelled_texts, load_training_data, pack, read_rows
+from prunepath_vllm.training.low_rank import add_low_rank, merge_low_rank
+from prunepath_vllm.training.measure import Batch, Point, measure
+from prunepath_vllm.training.model import TrainingModel
+from prunepath_vllm.training.recipe import Conversion, Recipe, Source, save_recipe
+from prunepath_vllm.training.reports import LOG_FILE, Reports
+from prunepath_vllm.training.trainer import PARTIAL, PrunePathTrainer, checkpoints, routing_of
+
+START = "start"
+"""Directory in the output of what a dense model was converted to."""
+RESULT = "model"
+ADAPTER = "adapter.safetensors"
+ROUTER_DEVIATION = 0.02
+HELD_OUT_BATCH = 8
+
+
+def train(recipe: Recipe, *, resume: bool = False) -> Path:
+    """Train as a recipe says.
+
+    Args:
+        recipe: what to do.
+        resume: continue from the last checkpoint in the recipe's output, if there is one.
+
+    Returns:
+        The directory of the result: a PrunePath checkpoint, or a dense one where a dense model was trained.
+
+    Raises:
+        UsageError: a recipe whose parts do not fit together, data or an output directory that cannot be used.
+        TrainingError: the training diverged; the last checkpoint written stays.
+        ConfigError, CheckpointError: the model is not one of ours, or broken.
+    """
+    from accelerate import PartialState
+
+    output = Path(recipe.output)
+    last = (checkpoints(output) or [None])[-1] if resume else None
+    processes = PartialState(cpu=recipe.runtime.device == "cpu")
+    with _main_first(processes):
+        if processes.is_main_process:
+            _prepare_output(output, resume=resume)
+            save_recipe(recipe, output)
+            if recipe.model.convert is not None and not (output / START).exists():
+                _convert(recipe, recipe.model.convert, output / START)
+    start = output / START if recipe.model.convert is not None else Path(recipe.model.path)
+    tokenizer = AutoTokenizer.from_pretrained(start)
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    set_seed(recipe.seed)
+    model = load_model(recipe, start, tokenizer)
+    on_gpu = recipe.runtime.device == "auto" and torch.cuda.is_available()
+    if on_gpu:
+        torch.set_float32_matmul_precision("high")  # the routers' products; TF32 holds bfloat16 inputs exactly
+    compiled = recipe.runtime.compile and on_gpu
+    if recipe.model.rank is not None:
+        add_low_rank(model, recipe.model.rank)
+    if recipe.runtime.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    training = TrainingModel(
+        model,
+        teacher=_teacher(recipe, on_gpu),
+        teacher_share=recipe.distillation.share if recipe.distillation else 0.0,
+        compiled=compiled,
+    )
+    with _main_first(processes):
+        data = load_training_data(recipe.data, tokenizer, pad_to_length=compiled)
+    per_step = recipe.batch.sequences * processes.num_processes
+    if len(data) < per_step:  # type: ignore[arg-type]
+        raise UsageError(f"data.train: {len(data)} sequences; expected at least {per_step}, one batch")  # type: ignore[arg-type]
+
+    trainer = PrunePathTrainer(recipe, training, data, tokenizer)
+    wanted = recipe.evaluation.point_tokens if recipe.evaluation.points and processes.is_main_process else 0
+    trainer.add_callback(Reports(trainer, held_out_batches(recipe, tokenizer, wanted) if wanted else []))
+    trainer.train(resume_from_checkpoint=str(last) if last else None)
+    result = output / RESULT
+    with _main_first(processes):
+        if processes.is_main_process:
+            _export(trainer, start, result, tokenizer)
+    return result
+
+
+@contextmanager
+def _main_first(processes: Any) -> Iterator[None]:
+    """The main process runs the block first, the others when it is done."""
+    with processes.main_process_first():
+        yield
+
+
+def _prepare_output(output: Path, *, resume: bool) -> None:
+    if not resume and (checkpoints(output) or (output / RESULT).exists() or (output / LOG_FILE).exists()):
+        raise UsageError(f"output {output}: holds another run; expected a new directory, or --resume")
+    output.mkdir(parents=True, exist_ok=True)
+    shutil.rmtree(output / PARTIAL, ignore_errors=True)
+
+
+def _convert(recipe: Recipe, options: Conversion, destination: Path) -> None:
+    """The starting checkpoint; appears complete or not at all."""
+    device = "cuda" if recipe.runtime.device == "auto" and torch.cuda.is_available() else "cpu"
+    calibrated = options.router == "calibrated"
+    if (calibrated or options.split == "coactivation") and options.text is None:
+        raise UsageError("model.convert.text: null; expected a text file for calibrated routers or co-activation")
+    staging = destination.with_name(f".{destination.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    convert(
+        recipe.model.path,
+        staging,
+        expert_size=options.expert_size,
+        split=options.split,
+        gate=options.gate,
+        calibration_text=options.text if options.split == "coactivation" else None,
+        seed=recipe.seed,
+        device=device,
+    )
+    if calibrated:
+        assert options.text is not None
+        calibrate(
+            staging,
+            options.text,
+            max_tokens=options.tokens,
+            dense_positions=options.dense_positions,
+            seed=recipe.seed,
+            device=device,
+        )
+    else:
+        summary = validate_checkpoint(staging)
+        routers: dict[str, Tensor | None] = {}
+        generator = torch.Generator().manual_seed(recipe.seed)
+        for layer in range(summary.num_layers if options.router == "random" else 0):
+            name = f"{summary.family.router(layer)}.weight"
+            routers[name] = torch.randn(summary.tensors[name].shape, generator=generator) * ROUTER_DEVIATION
+        rewrite_checkpoint(summary, routers, dense_positions=options.dense_positions)
+    os.replace(staging, destination)
+
+
+def load_model(recipe: Recipe, start: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+    """The starting model in float32, on the CPU.
+
+    Raises:
+        UsageError: it does not do the recipe's task.
+    """
+    import transformers
+
+    from prunepath_vllm.modeling import register_auto_classes
+
+    register_auto_classes()
+    family = _family(start)
+    task_class = "AutoModelForSequenceClassification" if recipe.data.task == "classification" else "AutoModelForCausalLM"
+    if family.auto_class != task_class:
+        raise UsageError(f"data.task: {recipe.data.task!r}, but {start} is a {family.architecture}")
+    options: dict[str, Any] = {}
+    if recipe.model.labels is not None:
+        options = dict(num_labels=recipe.model.labels, ignore_mismatched_sizes=True)
+    if recipe.model.rank is not None and recipe.model.dense is None and recipe.model.convert is None:
+        raise UsageError("model.dense: null; expected the dense model that model.path was converted from, with rank")
+    model = getattr(transformers, task_class).from_pretrained(start, dtype=torch.float32, **options)
+    if model.config.pad_token_id is None:
+        model.config.pad_token_id = tokenizer.pad_token_id
+    return model.train()
+
+
+def _family(path: Path) -> Family:
+    config = read_config(path)
+    return family_of(config, converted="prunepath_config" in config)
+
+
+def _teacher(recipe: Recipe, on_gpu: bool) -> PreTrainedModel | None:
+    if recipe.distillation is None:
+        return None
+    from transformers import AutoModelForCausalLM
+
+    dtype = torch.bfloat16 if on_gpu else torch.float32
+    teacher = AutoModelForCausalLM.from_pretrained(recipe.distillation.teacher, dtype=dtype)
+    return teacher.requires_grad_(False).eval().to("cuda" if on_gpu else "cpu")
+
+
+def held_out_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Batch]:
+    """The recipe's held-out data in batches: equally long sequences, or labelled texts.
+
+    Raises:
+        UsageError: it cannot be read, or is too short.
+    """
+    path = recipe.evaluation.data
+    if path is None:
+        return []
+    data: Any
+    if recipe.data.task == "classification":
+        rows = list(read_rows(Source(path=path)))
+        data = labelled_texts(rows, tokenizer, recipe.data.sequence_length, pad_to_length=False)
+    elif path.endswith((".jsonl", ".jsonl.gz", ".npy")):
+        limited = recipe.data.model_copy(update=dict(max_tokens=max_tokens))
+        tokens, labels = pack(Source(path=path), tokenizer, limited)
+        data = Sequences(tokens, labels)
+    else:
+        sequences = read_sequences(tokenizer, path, length=recipe.data.sequence_length, max_tokens=max_tokens)
+        data = Sequences(sequences.numpy())
+    starts = range(0, len(data), HELD_OUT_BATCH)
+    return [data.collate([data[i] for i in range(at, min(at + HELD_OUT_BATCH, len(data)))]) for at in starts]
+
+
+def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Write the trained model in its starting dtype, measure it, write the card; the directory appears complete."""
+    recipe, model = trainer.recipe, trainer.training.model
+    dtype = getattr(torch, str(read_config(start).get("dtype") or read_config(start).get("torch_dtype") or "float32"))
+    staging = result.with_name(f".{result.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    staging.mkdir()
+    routing = None
+    if trainer.block is not None:
+        routing = routing_of(recipe, len(recipe.stages) - 1, trainer.block)
+        block = PrunePathConfig.parse(trainer.block.to_json() | routing | {"tau_curve": None})
+        model.config.prunepath_config = block.to_json()
+    adapter = None
+    if recipe.model.rank is not None:
+        dense = recipe.model.dense or recipe.model.path
+        adapter = (neuron_order(dense, start), {n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+        merge_low_rank(model.base_model)
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+    model.config.dtype = dtype
+    model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    save_recipe(recipe, staging)
+    exported = TrainingModel(model.eval())
+    if routing is not None:
+        exported.set_routing(**routing)
+    batches = held_out_batches(recipe, tokenizer, recipe.evaluation.max_tokens)
+    points = _measure(exported, batches, routing) if batches else []
+    curve = tau_curve(points) if routing is not None and routing["selection"] == "cumulative_mass" else None
+    if points:
+        measured = dict(data=Path(str(recipe.evaluation.data)).name, points=[asdict(point) for point in points])
+        (staging / QUALITY_FILE).write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    if routing is not None:
+        config = read_config(staging)
+        config["prunepath_config"]["tau_curve"] = curve
+        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        validate_checkpoint(staging, check_values=True)
+        write_model_card(staging)
+    if adapter is not None:
+        save_adapter(staging, *adapter, destination=result.parent / ADAPTER)
+    aside = result.with_name(f".{result.name}.old")
+    if result.exists():
+        os.replace(result, aside)
+    os.replace(staging, result)
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def _measure(exported: TrainingModel, batches: list[Batch], routing: dict[str, Any] | None) -> list[Point]:
+    taus: list[float | None] = [None]
+    if routing is not None:
+        # Under threshold selection tau only tells every expert from the selected ones.
+        taus = list(CURVE_TAUS) if routing["selection"] == "cumulative_mass" else [0.5, 1.0]
+    return measure(exported, batches, taus, progress=True)
+
+
+def tau_curve(points: list[Point]) -> list[list[float]] | None:
+    """The (tau, FFN sparsity) pairs of a checkpoint's configuration: what is noise against monotony is levelled."""
+    curve: list[list[float]] = []
+    for point in points:
+        assert point.tau is not None
+        bound = curve[-1][1] if curve else 1.0
+        curve.append([point.tau, round(min(point.ffn_sparsity, bound), 4)])
+    return curve or None
