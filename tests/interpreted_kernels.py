@@ -14,7 +14,7 @@ from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
 from prunepath_vllm.kernels.dense import dense_ffn
 from prunepath_vllm.kernels.ffn import Choice, Tuning, routed_ffn
 from prunepath_vllm.kernels.grouped import GroupedConfig
-from prunepath_vllm.kernels.routing import RouterConfig, route
+from prunepath_vllm.kernels.routing import RouterConfig, route, select_mask
 from prunepath_vllm.kernels.weights import Weights
 
 ACTIVATIONS = {
@@ -285,3 +285,13 @@ def check_layer(path: str, x: Tensor, tau: Tensor, router: Tensor, bias: Tensor 
         gates = reference.expert_weights(reference.router_logits(x, router, bias), tau, **rule)
         assert y.dtype == x.dtype
         assert error(y, reference_ffn(x, gates, weights)) < TOLERANCE[x.dtype]
+
+
+@pytest.mark.parametrize("num_experts", [12, 592])
+def test_select_mask_of_training(num_experts):
+    """A warp a token; ties, tau at and above 1, and a tau that only the top expert stays below."""
+    generator = torch.Generator().manual_seed(8)
+    logits = torch.randn(2, 5, num_experts, generator=generator) * 3
+    logits[0, 1] = logits[0, 1].round()
+    taus = torch.tensor([[0.3, 0.6, 0.9, 1.0, 1.05], [1e-4, 0.5, 0.2, 0.99, 0.7]])
+    assert torch.equal(select_mask(logits, taus), reference.select_cumulative_mass(logits, taus))

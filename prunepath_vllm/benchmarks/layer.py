@@ -17,14 +17,13 @@ from prunepath_vllm.benchmarks.report import BenchmarkError
 from prunepath_vllm.checkpoint import load_prunepath_config
 from prunepath_vllm.families import Family
 from prunepath_vllm.kernels import reference
+from prunepath_vllm.kernels.cpu import ACTIVATIONS
 from prunepath_vllm.kernels.ffn import Choice
 from prunepath_vllm.kernels.routing import LIBRARY_TOKENS
 from prunepath_vllm.kernels.tuning import Bench, Shape, graph_of
 
 TOLERANCE = 5e-3
 """Relative RMS error against float32 arithmetic on the same bf16 inputs."""
-
-ACTIVATIONS = {"silu": F.silu, "relu": F.relu, "gelu": F.gelu, "gelu_new": lambda v: F.gelu(v, approximate="tanh")}
 
 
 def expected(bench: Bench, i: int, x: Tensor, gates: Tensor) -> Tensor:

@@ -4,6 +4,8 @@ import argparse
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from prunepath_vllm.checkpoint import CheckpointSummary, validate_checkpoint
+from prunepath_vllm.errors import TauError, UsageError
 from prunepath_vllm.tau import parse_tau
 
 Number = TypeVar("Number", int, float)
@@ -25,12 +27,11 @@ def numbers(kind: Callable[[str], Number]) -> Callable[[str], list[Number]]:
 
 
 def taus(text: str) -> list[float]:
-    """An argparse type: taus separated by commas.
-
-    Raises:
-        TauError: one is out of range.
-    """
-    return [parse_tau(value) for value in numbers(float)(text)]
+    """An argparse type: taus separated by commas."""
+    try:
+        return [parse_tau(value) for value in numbers(float)(text)]
+    except TauError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
 
 
 def shares(text: str) -> list[float]:
@@ -41,7 +42,24 @@ def shares(text: str) -> list[float]:
     return values
 
 
+def causal_checkpoint(path: str) -> CheckpointSummary:
+    """A valid checkpoint that generates text.
+
+    Raises:
+        UsageError: its family does not.
+    """
+    found = validate_checkpoint(path)
+    if found.family.auto_class != "AutoModelForCausalLM":
+        raise UsageError(f"{path}: expected a causal language model, got {found.family.architecture}")
+    return found
+
+
 def add_output(parser: Any) -> None:
     """--output, --plot."""
     parser.add_argument("--output", metavar="FILE", help="write the results as JSON too")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the speed-up against the active share")
+
+
+def add_debug(parser: Any) -> None:
+    """--debug, which every command takes; the command line reads it."""
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")

@@ -30,20 +30,20 @@ class BenchmarkProbe:
         randomise(self.get_model())
 
     @torch.inference_mode()
-    def prunepath_check_layer(self) -> tuple[float, str] | None:
+    def prunepath_check_layer(self) -> list[float | str] | None:
         """Relative RMS error of the first routed layer against float32 arithmetic, the worst of several batch sizes.
 
         Returns:
             the error and the layer's dtype; None where the model has no routed layer.
         """
-        return check_first_layer(self.get_model())
+        return check_first_layer(self.get_model())  # a list: what goes over HTTP as it is
 
     def prunepath_peak_gib(self) -> float | None:
         """Most GPU memory this worker has reserved so far; None on a CPU."""
         return torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
 
 
-def check_first_layer(model: nn.Module) -> tuple[float, str] | None:
+def check_first_layer(model: nn.Module) -> list[float | str] | None:
     """See :meth:`BenchmarkProbe.prunepath_check_layer`. Tokens of one batch have taus of their own."""
     for block in model.modules():
         parts: dict[type, Any] = {type(child): child for child in block.children()}
@@ -67,7 +67,7 @@ def check_first_layer(model: nn.Module) -> tuple[float, str] | None:
         error = ((y - expected).norm() / expected.norm().clamp(min=1e-30)).item()
         worst = max(worst, error if error == error else float("inf"))
     ffn.tau.copy_(saved)
-    return worst, str(weight.dtype).removeprefix("torch.")
+    return [worst, str(weight.dtype).removeprefix("torch.")]
 
 
 def _in_float32(

@@ -3,16 +3,54 @@
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 from typing import Any
 
 from prunepath_vllm import __version__
-from prunepath_vllm.errors import PrunePathError
+from prunepath_vllm.entrypoints.engine_defaults import runs_on_cpu
+from prunepath_vllm.errors import PrunePathError, UsageError
 
 
 class BenchmarkError(PrunePathError):
     """A benchmark that cannot give figures, or must not: what it measures is wrong."""
+
+
+PROBE = "prunepath_vllm.benchmarks.probe.BenchmarkProbe"
+"""Added to the engine's workers (``worker_extension_cls``)."""
+
+CHECK = "prunepath_check_layer"
+"""Its method that checks a layer."""
+
+TOLERANCE = {"bfloat16": 5e-3, "float16": 5e-3, "float32": 1e-3}
+"""Relative RMS error of the routed layer, by the model's dtype, from which on no speed is reported."""
+
+CPU_TOLERANCE = {**TOLERANCE, "bfloat16": 1e-2}
+"""There PyTorch rounds every intermediate result to the model's dtype, which the GPU's kernels keep in float32."""
+
+
+def judge_layer(results: Sequence[Sequence[Any] | None]) -> float | None:
+    """The worst error of the workers' routed layers, where it is small enough.
+
+    Args:
+        results: what ``CHECK`` gave in each worker: [relative RMS error, dtype], or None without a routed layer.
+
+    Returns:
+        the error; None for a dense model.
+
+    Raises:
+        BenchmarkError: it is too large.
+    """
+    found = [result for result in results if result is not None]
+    for error, dtype in found:
+        allowed = (CPU_TOLERANCE if runs_on_cpu() else TOLERANCE)[dtype]
+        if not error < allowed:
+            raise BenchmarkError(
+                f"the routed layer is off by {error:.1e} relative RMS, expected less than {allowed:.0e} in {dtype}: "
+                "no speed is reported"
+            )
+    return max((error for error, _ in found), default=None)
 
 
 def versions() -> dict[str, str | None]:
@@ -82,7 +120,6 @@ def plot_speedups(
         lines: label -> [(active share, speed-up), ...].
         xlabel: of the horizontal axis.
     """
-    require_matplotlib()
     from matplotlib.figure import Figure
 
     axes: Any
@@ -96,13 +133,17 @@ def plot_speedups(
     figure.savefig(path, dpi=150)
 
 
-def require_matplotlib() -> None:
+def check_plot(*, dense: bool) -> None:
     """Refuse --plot before anything is measured where it could not be drawn.
 
+    Args:
+        dense: whether a dense model is measured too.
+
     Raises:
+        UsageError: there is nothing to draw a speed-up over.
         BenchmarkError: matplotlib is not installed.
     """
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise BenchmarkError("--plot needs matplotlib; expected prunepath-vllm[eval]") from None
+    if not dense:
+        raise UsageError("--plot: expected --dense, which the speed-up is over")
+    if find_spec("matplotlib") is None:
+        raise BenchmarkError("--plot needs matplotlib; expected prunepath-vllm[eval]")

@@ -1,8 +1,10 @@
 """Published shapes, checkpoints of them with random weights, and the tau at which random routing keeps a share."""
 
 import functools
+import itertools
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -123,3 +125,16 @@ def tau_of_share(share: float, num_experts: int) -> float:
         middle = (low + high) / 2
         low, high = (middle, high) if share_of_tau(middle, num_experts) < share else (low, middle)
     return low or high
+
+
+def share_on_curve(curve: Sequence[tuple[float, float]] | None, tau: float) -> float | None:
+    """Active share at `tau` by linear interpolation in a measured curve; None without one, or beyond its ends."""
+    if tau >= 1:
+        return 1.0
+    if not curve:
+        return None
+    points = sorted(curve)
+    for (low, more), (high, less) in itertools.pairwise(points):
+        if low <= tau <= high:
+            return 1 - (more + (less - more) * (tau - low) / (high - low))
+    return None

@@ -3,6 +3,7 @@
 import argparse
 import os
 import time
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -23,8 +24,11 @@ from prunepath_vllm.kernels.tuning import (
 )
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command's arguments."""
+    parser = argparse.ArgumentParser(
+        prog="prunepath bench tune", description="Make the table of tile choices and crossovers for this GPU."
+    )
     parser.add_argument("models", nargs="+", metavar="CKPT|SHAPE", help=f"checkpoints or {', '.join(shapes.SHAPES)}")
     parser.add_argument(
         "--output", metavar="DIR", default=os.environ.get(TUNING_DIR) or ".",
@@ -35,10 +39,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, default=8, metavar="N", help="with weights of their own (default: 8)")
     parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="compilers")
     parser.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="begin nothing after this")
+    options.add_debug(parser)
+    return parser.parse_args(argv)
 
 
-def run(args: argparse.Namespace) -> int:
+def run(argv: Sequence[str]) -> int:
     """Search each shape's tiles and write them down; a path whose results are wrong is left out."""
+    args = parse(argv)
     layer.require_gpu()
     deadline = time.monotonic() + args.seconds
     os.makedirs(args.output, exist_ok=True)

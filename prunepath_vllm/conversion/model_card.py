@@ -3,13 +3,13 @@
 import json
 from pathlib import Path
 
-from prunepath_vllm.checkpoint import load_prunepath_config
+from prunepath_vllm.checkpoint import load_prunepath_config, read_json
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.tau import MAX_TAU
 
 CARD_FILE = "README.md"
 QUALITY_FILE = "quality.json"
-"""What a training measured of its result, beside the weights: {data, points: [{tau, ffn_sparsity, perplexity, ...}]}."""
+"""What a training measured of its result: {data, points: [{tau, ffn_sparsity, loss, perplexity, accuracy}]}."""
 
 
 def write_model_card(path: str | Path) -> Path:
@@ -31,7 +31,7 @@ def write_model_card(path: str | Path) -> Path:
             "run with `tau`: 1 is the dense model's function, less is sparser. The method is "
             "[PrunePath](https://arxiv.org/abs/2605.28283).",
             _facts(prunepath, family.num_layers(config), family.model_type),
-            "## Quality and sparsity\n\n" + _curve(prunepath),
+            "## Quality and sparsity\n\n" + (_quality(path, prunepath) or _curve(prunepath)),
             "## Use\n\n" + _usage(prunepath, causal),
             "## Limits\n\n" + _limits(prunepath),
         ]
@@ -65,6 +65,30 @@ def _facts(prunepath: PrunePathConfig, layers: int, model_type: str) -> str:
 
 def _threshold(prunepath: PrunePathConfig) -> str:
     return "" if prunepath.threshold is None else f", {prunepath.threshold:g}"
+
+
+def _quality(path: Path, prunepath: PrunePathConfig) -> str | None:
+    """The table of QUALITY_FILE; None where there is none, or the tau curve was measured anew since."""
+    if not (path / QUALITY_FILE).is_file():
+        return None
+    measured = read_json(path / QUALITY_FILE)
+    points = measured["points"]
+    curve = prunepath.tau_curve or []
+    if curve and [point["tau"] for point in points] != [tau for tau, _ in curve]:
+        return None
+    if any(abs(point["ffn_sparsity"] - sparsity) > 0.01 for point, (_, sparsity) in zip(points, curve, strict=False)):
+        return None
+    name = "perplexity" if points[0]["perplexity"] is not None else "accuracy"
+    rows = [f"| {point['tau']:.3g} | {point['ffn_sparsity']:.1%} | {point[name]:.4g} |" for point in points]
+    return "\n".join(
+        [
+            f"FFN sparsity (share of experts left out) and {name} on {measured['data']}, measured after training.",
+            "",
+            f"| tau | FFN sparsity | {name} |",
+            "|---|---|---|",
+            *rows,
+        ]
+    )
 
 
 def _curve(prunepath: PrunePathConfig) -> str:

@@ -57,8 +57,12 @@ def expect_parameters(function: Callable[..., Any], *names: str) -> None:
         raise moved(f"{function.__qualname__}({', '.join(names)}, ...); it takes ({', '.join(found)})")
 
 
-def wrap_once(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
+def wrap_once(
+    owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]], mark: str = "_prunepath"
+) -> None:
     """Replace ``owner.name`` by ``wrapper(original)``, the first time only.
+
+    A second wrapper around the first has a `mark` of its own, and ``functools.wraps`` to keep the first one's.
 
     Raises:
         EngineVersionError: the attribute is gone.
@@ -66,10 +70,10 @@ def wrap_once(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Cal
     original = getattr(owner, name, None)
     if original is None:
         raise moved(f"{getattr(owner, '__name__', owner)}.{name}")
-    if getattr(original, "_prunepath", False):
+    if getattr(original, mark, False):
         return
     replacement = wrapper(original)
-    replacement._prunepath = True  # type: ignore[attr-defined]
+    setattr(replacement, mark, True)
     setattr(owner, name, replacement)
 
 

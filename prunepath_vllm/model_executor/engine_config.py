@@ -1,12 +1,16 @@
 """What the engine's configuration must look like for a PrunePath model: checked and completed once, at start-up."""
 
 import os
+from dataclasses import dataclass, fields
 from typing import Any
 
+import numpy as np
+
 from prunepath_vllm.checkpoint import validate_checkpoint
+from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import ConfigError, UnsupportedFeatureError
 from prunepath_vllm.model_executor.compat import VerifyAndUpdateConfig, VllmConfig, current_platform
-from prunepath_vllm.tau import parse_tau
+from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, parse_tau
 
 _WORKERS = {
     "cpu": "prunepath_vllm.model_executor.worker_cpu.PrunePathCPUWorker",
@@ -27,7 +31,7 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
             CheckpointError: names the tensor.
         """
         model_config = vllm_config.model_config
-        server_default_tau(vllm_config)
+        server_options(vllm_config)
         _refuse_unsupported(vllm_config)
         if os.path.isdir(model_config.model) and vllm_config.load_config.load_format != "dummy":
             validate_checkpoint(model_config.model)
@@ -38,23 +42,71 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
         install_request_hooks()
 
 
-def server_default_tau(vllm_config: VllmConfig) -> float:
-    """The tau of requests that name none: the server's ``--additional-config``, else the checkpoint's.
+@dataclass(frozen=True)
+class ServerOptions:
+    """The operator's word on tau: the ``prunepath`` object of ``--additional-config``.
+
+    Attributes:
+        default_tau: the tau of requests that name none; the checkpoint's unless given.
+        min_tau, max_tau: what a request may ask for, both ends included.
+        prefill_tau: prompts are computed at this tau whatever their request's, so that they share prefix-cache blocks;
+            None computes them at the request's.
+    """
+
+    default_tau: float
+    min_tau: float = 0.0
+    max_tau: float = MAX_TAU
+    prefill_tau: float | None = None
+
+
+def server_options(vllm_config: VllmConfig) -> ServerOptions:
+    """Read and check the ``prunepath`` object of ``--additional-config``.
 
     Raises:
-        ConfigError: an unknown key under ``prunepath``.
-        TauError: a default_tau out of range.
+        ConfigError: an unknown key, bounds that leave nothing, a default outside them, or prefill_tau with a model that
+            generates nothing.
+        TauError: a value that is no tau.
     """
-    prunepath = vllm_config.model_config.hf_config.prunepath
+    where = "additional_config.prunepath"
     additional = vllm_config.additional_config
-    options: Any = additional.get("prunepath", {}) if isinstance(additional, dict) else {}
-    if not isinstance(options, dict):
-        raise ConfigError(f"additional_config.prunepath: expected an object, got {options!r}")
-    if unknown := set(options) - {"default_tau"}:
-        raise ConfigError(f"additional_config.prunepath: unknown key {sorted(unknown)[0]!r}; expected 'default_tau'")
-    if "default_tau" not in options:
-        return prunepath.unset_tau
-    return parse_tau(options["default_tau"], "additional_config.prunepath.default_tau")
+    given: Any = additional.get("prunepath", {}) if isinstance(additional, dict) else {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where}: expected an object, got {given!r}")
+    known = [field.name for field in fields(ServerOptions)]
+    if unknown := set(given) - set(known):
+        raise ConfigError(f"{where}: unknown key {min(unknown)!r}; expected one of {', '.join(known)}")
+    taus = {name: parse_tau(value, f"{where}.{name}") for name, value in given.items()}
+    options = ServerOptions(**{"default_tau": vllm_config.model_config.hf_config.prunepath.unset_tau, **taus})
+    if options.min_tau > options.max_tau:
+        raise ConfigError(f"{where}.min_tau: {options.min_tau} is above max_tau {options.max_tau}")
+    source = "" if "default_tau" in given else " (the checkpoint's)"
+    if not options.min_tau <= options.default_tau <= options.max_tau:
+        raise ConfigError(
+            f"{where}.default_tau: {options.default_tau}{source} is "
+            f"outside [{options.min_tau}, {options.max_tau}] (min_tau, max_tau); expected one that requests may ask for"
+        )
+    if options.prefill_tau is not None and vllm_config.model_config.runner_type == "pooling":
+        raise ConfigError(f"{where}.prefill_tau: this model is all prompt and generates nothing; expected it unset")
+    return options
+
+
+def server_default_tau(vllm_config: VllmConfig) -> float:
+    """The tau of requests that name none; see :func:`server_options`."""
+    return server_options(vllm_config).default_tau
+
+
+def sparsity_curve(prunepath: PrunePathConfig) -> np.ndarray | None:
+    """The checkpoint's tau_curve as float64 [2, points], taus above sparsities; None where it has none."""
+    if prunepath.tau_curve is None:
+        return None
+    # Under threshold selection every tau below 1 selects the same experts.
+    points = prunepath.tau_curve[:1] if prunepath.selection == "threshold" else prunepath.tau_curve
+    return np.array(points, dtype=np.float64).T
+
+
+def expected_sparsity(taus: np.ndarray, curve: np.ndarray) -> np.ndarray:
+    """FFN sparsity, float64 [n], that :func:`sparsity_curve` gives for `taus`, [n]."""
+    return np.where(taus >= DENSE_TAU, 0.0, np.interp(taus, *curve))
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:

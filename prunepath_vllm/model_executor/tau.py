@@ -5,17 +5,21 @@ V2 model runner (the default wherever Triton works): a model state that the mode
 call :meth:`TokenTaus.fill` right before the forward, also before the replay of a captured graph.
 """
 
+import functools
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
+from prometheus_client import Counter
 from torch import Tensor
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.kernels.tau import expand_taus
 from prunepath_vllm.model_executor.compat import VllmConfig, async_tensor_h2d, forward_hook
-from prunepath_vllm.model_executor.engine_config import server_default_tau
+from prunepath_vllm.model_executor.engine_config import expected_sparsity, server_options, sparsity_curve
 from prunepath_vllm.model_executor.layers.routed_ffn import triton_kernels
 from prunepath_vllm.tau import DENSE_TAU, resolve_tau
 
@@ -32,7 +36,12 @@ class TokenTaus:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.prunepath: PrunePathConfig = vllm_config.model_config.hf_config.prunepath
-        self.default_tau = server_default_tau(vllm_config)
+        options = server_options(vllm_config)
+        self.default_tau = options.default_tau
+        self.prefill_tau = options.prefill_tau
+        # One rank counts for all, and only where the server's /metrics can read another process.
+        counts = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
+        self.counters = _StepCounters(self.prunepath) if counts and "PROMETHEUS_MULTIPROC_DIR" in os.environ else None
         # Dense until the first step: profiling then measures the peak that serving can reach.
         self.values = torch.ones(vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.float32)
         self.dense_step = torch.ones((), dtype=torch.bool, device="cpu")
@@ -53,6 +62,32 @@ class TokenTaus:
             requested = pooling_params.extra_kwargs if pooling_params is not None else None
         return resolve_tau(requested, default_tau=self.default_tau, tau_curve=self.prunepath.tau_curve)
 
+    def plan(
+        self, taus: np.ndarray, computed: np.ndarray, scheduled: np.ndarray, prompt_lens: np.ndarray
+    ) -> tuple[bool, Tensor | None]:
+        """What the host knows of a step before its forward.
+
+        Args:
+            taus: float32 [num_reqs].
+            computed: int [num_reqs], tokens whose keys and values are there already.
+            scheduled: int [num_reqs], tokens of this step.
+            prompt_lens: int [num_reqs].
+
+        Returns:
+            Whether every token of the step uses every expert, and what :meth:`fill` takes as `prompt_lens`.
+        """
+        lens: Tensor | None = None
+        if self.prefill_tau is not None and (prefilling := computed < prompt_lens).any():
+            # A request resumed after preemption may run prompt and generated tokens in one step: the lower tau of the
+            # two is on the safe side.
+            both = computed + scheduled > prompt_lens
+            taus = np.where(prefilling, np.where(both, np.minimum(taus, self.prefill_tau), self.prefill_tau), taus)
+            lens = async_tensor_h2d(prompt_lens.astype(np.int64), device=self.values.device)
+        dense_step = bool((taus >= DENSE_TAU).all())
+        if self.counters is not None:
+            self.counters.add(taus, scheduled, dense_step)
+        return dense_step, lens
+
     def fill(
         self,
         slot_taus: Tensor,
@@ -62,6 +97,7 @@ class TokenTaus:
         num_padded: int,
         *,
         dense_step: bool,
+        prompt_lens: Tensor | None = None,
     ) -> None:
         """Write this step's taus.
 
@@ -71,7 +107,9 @@ class TokenTaus:
             query_start_loc: int32 [num_reqs + 1], cumulative scheduled tokens.
             positions: int64 [>= tokens], sequence position of every token.
             num_padded: tokens the forward runs on, padding included.
-            dense_step: whether every request's tau is one that takes every expert.
+            dense_step: whether every token's tau is one that takes every expert.
+            prompt_lens: int64 [num_reqs]; tokens at positions below it get prefill_tau. None in steps without any:
+                decode costs nothing more.
         """
         self.dense_step.fill_(dense_step)
         kernels = triton_kernels() if self.values.is_cuda else None
@@ -84,6 +122,56 @@ class TokenTaus:
             self.values[:num_padded],
             dense_positions=self.prunepath.dense_positions,
         )
+        if prompt_lens is not None:
+            assert self.prefill_tau is not None
+            tokens = torch.arange(num_padded, dtype=query_start_loc.dtype, device=query_start_loc.device)
+            request = torch.searchsorted(query_start_loc[1:].contiguous(), tokens, right=True)
+            prompt_len = torch.nn.functional.pad(prompt_lens, (0, 1))[request]  # padding rows have no prompt
+            position = positions[:num_padded]
+            in_prompt = (position >= self.prunepath.dense_positions) & (position < prompt_len)
+            self.values[:num_padded].masked_fill_(in_prompt, self.prefill_tau)
+
+
+class _StepCounters:
+    """What the worker tells Prometheus of its steps, from host values alone."""
+
+    def __init__(self, prunepath: PrunePathConfig) -> None:
+        counters = _counters()
+        self.tokens = counters["tokens"]
+        self.steps = [counters["steps"].labels(kind=kind) for kind in ("routed", "dense")]
+        self.curve = sparsity_curve(prunepath)
+        self.inactive = counters["inactive"] if self.curve is not None else None
+        self.last_step: tuple[bytes, bytes] | None = None
+        self.step_tokens, self.step_inactive = 0, 0.0
+
+    def add(self, taus: np.ndarray, scheduled: np.ndarray, dense_step: bool) -> None:
+        """Count one step: `taus` float32 [num_reqs], `scheduled` int [num_reqs] tokens."""
+        step = (taus.tobytes(), scheduled.tobytes())
+        if step != self.last_step:  # decode repeats itself: most steps only add what the last one added
+            self.last_step = step
+            self.step_tokens = int(scheduled.sum())
+            if self.curve is not None:
+                self.step_inactive = float(expected_sparsity(taus, self.curve) @ scheduled)
+        self.tokens.inc(self.step_tokens)
+        self.steps[dense_step].inc()
+        if self.inactive is not None:
+            self.inactive.inc(self.step_inactive)
+
+
+@functools.cache
+def _counters() -> dict[str, Counter]:
+    """Prometheus refuses a name twice in a process, and a process may build several models."""
+    return {
+        "tokens": Counter("prunepath:tokens", "Tokens that went through the model."),
+        "steps": Counter(
+            "prunepath:steps", "Engine steps; in those of kind dense every token uses every expert.", ["kind"]
+        ),
+        "inactive": Counter(
+            "prunepath:expected_ffn_sparsity_tokens",
+            "Sum over tokens of the FFN sparsity that the checkpoint's tau_curve gives for their tau; divided by "
+            "prunepath:tokens_total it is the expected mean.",
+        ),
+    }
 
 
 class _V1RunnerTaus:
@@ -101,8 +189,21 @@ class _V1RunnerTaus:
         query_start_loc = self.runner.query_start_loc.gpu[: len(req_ids) + 1]
         device_taus = async_tensor_h2d(taus, device=query_start_loc.device)
         slots = torch.arange(len(req_ids), dtype=torch.int32, device=query_start_loc.device)
-        dense_step = bool((taus >= DENSE_TAU).all())
-        self.token_taus.fill(device_taus, slots, query_start_loc, positions, positions.shape[-1], dense_step=dense_step)
+        dense_step, prompt_lens = self.token_taus.plan(
+            taus,
+            batch.num_computed_tokens_cpu[: len(req_ids)],
+            np.diff(self.runner.query_start_loc.np[: len(req_ids) + 1]),
+            batch.num_prompt_tokens[: len(req_ids)],
+        )
+        self.token_taus.fill(
+            device_taus,
+            slots,
+            query_start_loc,
+            positions,
+            positions.shape[-1],
+            dense_step=dense_step,
+            prompt_lens=prompt_lens,
+        )
 
     def _tau(self, req_id: str) -> float:
         request = self.runner.requests[req_id]

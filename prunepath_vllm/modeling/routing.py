@@ -85,7 +85,7 @@ def select_by_mass(logits: Tensor, tau: Tensor) -> Tensor:
         return reference.select_cumulative_mass(logits, tau)
     from prunepath_vllm.kernels.routing import select_mask  # triton, which only a GPU needs
 
-    return select_mask(logits, tau)
+    return select_mask(logits.contiguous(), tau)
 
 
 @select_by_mass.register_fake

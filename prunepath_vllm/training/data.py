@@ -23,6 +23,7 @@ from prunepath_vllm.training.recipe import Data, Source
 
 BLOCK_CHARACTERS = 65536
 """A long text is tokenised in blocks of about this many characters, cut at ends of lines."""
+TEXT_SUFFIXES = (".txt", ".txt.gz", ".raw.gz")
 BATCH = 256
 """Texts tokenised at a time."""
 
@@ -86,7 +87,7 @@ def load_training_data(data: Data, tokenizer: PreTrainedTokenizerBase, *, pad_to
         UsageError: a source that cannot be read, has the wrong fields, or is too short for one sequence.
     """
     if data.task == "classification":
-        rows = [row for source in data.train for row in list(read_rows(source)) * source.repeat]
+        rows = [row for source in data.train for row in read_labelled(source) * source.repeat]
         return labelled_texts(rows, tokenizer, data.sequence_length, pad_to_length=pad_to_length)
     parts = [pack(source, tokenizer, data) for source in data.train]
     repeated = [part for part, source in zip(parts, data.train, strict=True) for _ in range(source.repeat)]
@@ -98,7 +99,7 @@ def load_training_data(data: Data, tokenizer: PreTrainedTokenizerBase, *, pad_to
 def labelled_texts(
     rows: Iterable[Row], tokenizer: PreTrainedTokenizerBase, length: int, *, pad_to_length: bool
 ) -> LabelledTexts:
-    """Tokenise rows with "text" (and "text_pair") and "label", cut to `length` tokens."""
+    """Tokenise rows of :func:`read_labelled`, cut to `length` tokens."""
     rows = list(rows)
     tokens: list[list[int]] = []
     for start in tqdm(range(0, len(rows), BATCH), desc="tokenising", unit="batch"):
@@ -152,9 +153,9 @@ def _tokenised(
         for number, row in enumerate(read_rows(source), 1):
             yield tokenise_answers(row, tokenizer, where=f"{source.path}, row {number}")
     else:
-        documents = _blocks(source) if source.path.endswith((".txt", ".txt.gz", ".raw.gz")) else None
-        texts = documents if documents is not None else _documents(source, tokenizer)
-        end = [] if documents is not None else [tokenizer.eos_token_id]
+        whole = source.path.endswith(TEXT_SUFFIXES)
+        texts = _blocks(source) if whole else _documents(source, tokenizer)
+        end = [tokenizer.eos_token_id] if source.eos and not whole else []
         for batch in _batches(texts):
             for ids in tokenizer(batch, add_special_tokens=False)["input_ids"]:
                 yield np.array(ids + end, dtype=np.int32), np.ones(len(ids) + len(end), dtype=bool)
@@ -187,6 +188,21 @@ def tokenise_answers(
     return np.array(ids, dtype=np.int32), np.array(learned, dtype=bool)
 
 
+def save_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> int:
+    """Tokenise a source once, into a .npy file that is a source itself, and return the number of tokens.
+
+    For machines that the text would be too large to send to: two bytes a token where the vocabulary allows it.
+
+    Raises:
+        UsageError: the source cannot be read.
+    """
+    parts = [ids for ids, _ in _tokenised(source, tokenizer, answers_only=False)]
+    kind = np.uint16 if len(tokenizer) <= 2**16 else np.int32
+    tokens = np.concatenate(parts).astype(kind)
+    np.save(path, tokens, allow_pickle=False)
+    return len(tokens)
+
+
 def read_rows(source: Source) -> Iterator[Row]:
     """Rows of a .jsonl file or a Hugging Face data set.
 
@@ -205,6 +221,29 @@ def read_rows(source: Source) -> Iterator[Row]:
             if not isinstance(row, dict):
                 raise UsageError(f"data {source.path}, line {number}: expected a JSON object")
             yield row
+
+
+def read_labelled(source: Source) -> list[Row]:
+    """Rows with "text", "label" and, where the source names one, "text_pair".
+
+    Raises:
+        UsageError: a column that the source names is missing.
+    """
+    rows: list[Row] = []
+    for number, row in enumerate(read_rows(source), 1):
+        where = f"{source.path}, row {number}"
+        made = dict(text=_made(source.text, row, where), label=_field(row, "label", where))
+        if source.text_pair is not None:
+            made["text_pair"] = _made(source.text_pair, row, where)
+        rows.append(made)
+    return rows
+
+
+def _made(template: str, row: Row, where: str) -> str:
+    try:
+        return template.format_map(row)
+    except KeyError as error:
+        raise UsageError(f"data {where}: fields {', '.join(sorted(row))}; expected {error.args[0]!r}") from None
 
 
 def _hub_rows(source: Source) -> Iterator[Row]:
@@ -227,7 +266,7 @@ def _documents(source: Source, tokenizer: PreTrainedTokenizerBase) -> Iterator[s
         if "messages" in row:
             yield str(tokenizer.apply_chat_template(row["messages"], tokenize=False))
         else:
-            yield _field(row, "text", f"{source.path}, row {number}")
+            yield _made(source.text, row, f"{source.path}, row {number}")
 
 
 def _blocks(source: Source) -> Iterator[str]:

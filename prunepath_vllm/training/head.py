@@ -51,9 +51,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
         teacher_weight: Tensor | None,
         share: float,
         compiled: bool,
+        needs_gradient: bool,
     ) -> Tensor:
         chunk_loss = _compiled_chunk_loss if compiled else _chunk_loss
-        needs_gradient = any(ctx.needs_input_grad[:2])
         count = (labels != IGNORED).sum().clamp_min(1)
         head = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
@@ -77,7 +77,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         (scale,) = gradients
-        return hidden * scale.to(hidden.dtype), weight * scale.to(weight.dtype), None, None, None, None, None
+        return hidden * scale.to(hidden.dtype), weight * scale.to(weight.dtype), None, None, None, None, None, None
 
 
 def linear_cross_entropy(
@@ -106,7 +106,9 @@ def linear_cross_entropy(
     """
     states, head = teacher if teacher is not None else (None, None)
     with torch.autocast(hidden.device.type, enabled=False):
-        return _LinearCrossEntropy.apply(hidden, weight, labels, states, head, share, compiled)
+        # Inside the function gradients are always off.
+        needed = torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad)
+        return _LinearCrossEntropy.apply(hidden, weight, labels, states, head, share, compiled, needed)
 
 
 def shifted(labels: Tensor) -> Tensor:

@@ -111,8 +111,8 @@ def separation_loss(logits: Tensor, threshold: float, mask: Tensor | None = None
         threshold: delta.
         mask: float32 [B, S], 0 at padding.
     """
-    # Not from the paper: an expert exactly at the threshold would give infinity. 1e-4 is a distance of 0.01.
-    distance = (logits.sigmoid() - threshold).square().clamp_min(1e-4)
+    # Not from the paper: at the threshold the term and its gradient are infinite. 1e-3 is a distance of 0.03.
+    distance = (logits.sigmoid() - threshold).square().clamp_min(1e-3)
     return masked_mean((1 / distance).mean(dim=-1), mask)
 
 

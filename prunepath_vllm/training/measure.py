@@ -45,9 +45,10 @@ def measure(
     device = next(training.parameters()).device
     points: list[Point] = []
     taus = list(taus)
-    with torch.compiler.set_stance("force_eager"), tqdm(
-        total=len(taus) * len(batches), desc="measuring quality", unit="batch", disable=not progress
-    ) as bar:
+    with (
+        torch.compiler.set_stance("force_eager"),
+        tqdm(total=len(taus) * len(batches), desc="measuring quality", unit="batch", disable=not progress) as bar,
+    ):
         for tau in taus:
             loss, sparsity, hits, count = 0.0, 0.0, 0, 0
             for batch in batches:

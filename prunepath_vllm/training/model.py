@@ -42,21 +42,23 @@ class TrainingModel(nn.Module):
         self.compiled = compiled
         self.routers = [module for module in model.modules() if isinstance(module, Router)]
         self.observers = [self._observe(layer, router) for layer, router in enumerate(self.routers)]
+        self.term_weights: Tensor
         self.register_buffer("term_weights", torch.zeros(len(TERMS)), persistent=False)
         if compiled:
             # One graph for all layers, compiled once: seconds instead of minutes for the whole model's.
-            for module in model.modules():
-                if isinstance(module, GradientCheckpointingLayer):
-                    module.compile(fullgraph=True, dynamic=False)
-            if teacher is not None:
-                teacher.compile(dynamic=False)
+            for part in (model, teacher):
+                for module in part.modules() if part is not None else ():
+                    if isinstance(module, GradientCheckpointingLayer):
+                        module.compile(fullgraph=True, dynamic=False)
 
     def _observe(self, layer: int, router: Router) -> RouterTerms:
         output: Any = self.model.get_submodule(self.family.output(layer))
+
+        def weight() -> Tensor:
+            return output.weight
+
         experts = router.weight.shape[0]
-        router.observer = RouterTerms(
-            experts, output_weight=lambda: output.weight, dim=1 if self.family.conv1d else 0
-        )
+        router.observer = RouterTerms(experts, output_weight=weight, dim=1 if self.family.conv1d else 0)
         return router.observer
 
     def set_terms(self, weights: Mapping[str, float], *, threshold: float | None) -> None:
@@ -67,7 +69,7 @@ class TrainingModel(nn.Module):
             observer.wanted = frozenset(name for name in TERMS if weights.get(name))
             observer.threshold = observer.threshold if threshold is None else threshold
 
-    def set_routing(self, *, selection: str, gate: str, threshold: float | None) -> None:
+    def set_routing(self, *, selection: Any, gate: Any, threshold: float | None) -> None:
         """Change every router's selection rule and gate."""
         for router in self.routers:
             router.selection, router.gate, router.threshold = selection, gate, threshold

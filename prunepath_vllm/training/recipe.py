@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.tau import MAX_TAU
@@ -23,76 +23,100 @@ class Section(BaseModel):
 class Conversion(Section):
     """How a dense model becomes the starting point."""
 
-    expert_size: int = Field(8, gt=0, description="neurons per expert")
-    split: Literal["kmeans", "coactivation", "random"] = Field("kmeans", description="how neurons are grouped")
-    gate: Literal["none", "sigmoid"] = Field("none", description="whether expert outputs are multiplied by sigmoid(g)")
-    router: Literal["calibrated", "zero", "random"] = Field(
-        "calibrated", description="routers at the start: fitted to `text`, zero, or normal with deviation 0.02"
+    expert_size: int = Field(default=8, gt=0, description="neurons per expert")
+    split: Literal["kmeans", "coactivation", "random"] = Field(default="kmeans", description="how neurons are grouped")
+    gate: Literal["none", "sigmoid"] = Field(
+        default="none", description="whether expert outputs are multiplied by sigmoid(g)"
     )
-    text: str | None = Field(None, description="text file for calibrated routers and the co-activation split")
-    tokens: int = Field(32768, gt=0, description="how much of `text` calibration reads")
-    dense_positions: int = Field(1, ge=0, description="tokens at positions below it use every expert")
+    router: Literal["calibrated", "zero", "random"] = Field(
+        default="calibrated", description="routers at the start: fitted to `text`, zero, or normal with deviation 0.02"
+    )
+    text: str | None = Field(default=None, description="text file for calibrated routers and the co-activation split")
+    tokens: int = Field(default=32768, gt=0, description="how much of `text` calibration reads")
+    dense_positions: int = Field(default=1, ge=0, description="tokens at positions below it use every expert")
 
 
 class Model(Section):
     """What is trained."""
 
     path: str = Field(description="PrunePath checkpoint, or dense model (directory or Hugging Face name) to convert")
-    convert: Conversion | None = Field(None, description="how to convert a dense `path`; null trains `path` as it is")
-    rank: int | None = Field(None, gt=0, description="low-rank updates of this rank instead of full fine-tuning")
-    dense: str | None = Field(None, description="dense model the checkpoint was converted from; needed with `rank`")
-    labels: int | None = Field(None, gt=1, description="classes of a new classification head; null keeps the head")
+    convert: Conversion | None = Field(
+        default=None, description="how to convert a dense `path`; null trains `path` as it is"
+    )
+    scratch: dict[str, Any] | None = Field(
+        default=None, description="config.json fields of a new random dense model; `path` then gives its tokenizer"
+    )
+    rank: int | None = Field(
+        default=None, gt=0, description="low-rank updates of this rank instead of full fine-tuning"
+    )
+    dense: str | None = Field(
+        default=None, description="dense model the checkpoint was converted from; needed with `rank`"
+    )
+    labels: int | None = Field(
+        default=None, gt=1, description="classes of a new classification head; null keeps the head"
+    )
 
 
 class Source(Section):
     """One data set."""
 
     path: str = Field(description=".txt, .jsonl (both also .gz), .npy of token ids, or a Hugging Face data set's name")
-    config: str | None = Field(None, description="configuration of a Hugging Face data set")
-    split: str = Field("train", description="split of a Hugging Face data set")
-    repeat: int = Field(1, gt=0, description="passes over it in one epoch")
+    config: str | None = Field(default=None, description="configuration of a Hugging Face data set")
+    split: str = Field(default="train", description="split of a Hugging Face data set")
+    text: str = Field(default="{text}", description="a row's text, made of its columns (labelled texts, documents)")
+    text_pair: str | None = Field(default=None, description="a labelled row's second text, likewise")
+    eos: bool = Field(default=True, description="end every document with the EOS token")
+    repeat: int = Field(default=1, gt=0, description="passes over it in one epoch")
 
 
 class Data(Section):
     """What it is trained on."""
 
     task: Literal["causal", "chat", "classification"] = Field(
-        "causal", description="packed text; packed conversations with loss on answers only; labelled texts"
+        default="causal", description="packed text; packed conversations with loss on answers only; labelled texts"
     )
     train: list[Source] = Field(min_length=1, description="training data sets, mixed")
-    sequence_length: int = Field(1024, gt=1, description="tokens per sequence")
-    max_tokens: int | None = Field(None, gt=0, description="tokens taken of each data set at most; null takes all")
+    sequence_length: int = Field(default=1024, gt=1, description="tokens per sequence")
+    max_tokens: int | None = Field(
+        default=None, gt=0, description="tokens taken of each data set at most; null takes all"
+    )
 
 
 class Losses(Section):
     """Weights of the loss terms beside the task's, each averaged over layers."""
 
-    entropy: float = Field(0.0, ge=0, description="eta, eq. 12: sharp per token")
-    balance: float = Field(0.0, ge=0, description="lambda, eq. 13: spread over the batch")
-    gate: float = Field(0.0, ge=0, description="gamma, eq. 17: small gates")
-    contribution: float = Field(0.0, ge=0, description="cross-entropy to each expert's share of squared contribution")
-    efficiency: float = Field(0.0, ge=0, description="LTE's eta: mean sigmoid(g)^2")
-    separation: float = Field(0.0, ge=0, description="LTE's lambda: mean 1 / (sigmoid(g) - threshold)^2")
+    entropy: float = Field(default=0.0, ge=0, description="eta, eq. 12: sharp per token")
+    balance: float = Field(default=0.0, ge=0, description="lambda, eq. 13: spread over the batch")
+    gate: float = Field(default=0.0, ge=0, description="gamma, eq. 17: small gates")
+    contribution: float = Field(
+        default=0.0, ge=0, description="cross-entropy to each expert's share of squared contribution"
+    )
+    efficiency: float = Field(default=0.0, ge=0, description="LTE's eta: mean sigmoid(g)^2")
+    separation: float = Field(default=0.0, ge=0, description="LTE's lambda: mean 1 / (sigmoid(g) - threshold)^2")
 
 
 class Stage(Section):
     """A part of the run with its own tau, losses and routing."""
 
-    name: str = Field("train", description="shown in logs")
-    share: float = Field(1.0, gt=0, description="of the run, relative to the other stages' shares")
+    name: str = Field(default="train", description="shown in logs")
+    share: float = Field(default=1.0, gt=0, description="of the run, relative to the other stages' shares")
     tau: Literal["fixed", "path", "uniform"] = Field(
-        "uniform",
+        default="uniform",
         description="tau_start throughout; from tau_start to tau_end in `rounds`; or drawn per sequence between them",
     )
-    tau_start: float = Field(1.0, gt=0, le=MAX_TAU, description="highest tau; 1 and above is every expert")
-    tau_end: float = Field(0.25, gt=0, le=MAX_TAU, description="lowest tau")
-    rounds: int = Field(10, gt=0, description="T of the sparsity path")
-    losses: Losses = Field(default_factory=lambda: Losses(), description="weights of the loss terms")
-    gate: Literal["none", "sigmoid"] | None = Field(None, description="null keeps the checkpoint's")
-    selection: Literal["cumulative_mass", "threshold"] | None = Field(None, description="null keeps the checkpoint's")
-    threshold: float | None = Field(None, gt=0, lt=1, description="LTE's delta, with selection 'threshold'")
-    train_routers: bool = Field(True, description="false freezes the routers")
-    new_schedule: bool = Field(False, description="warm-up and decay of the learning rate begin anew with this stage")
+    tau_start: float = Field(default=1.0, gt=0, le=MAX_TAU, description="highest tau; 1 and above is every expert")
+    tau_end: float = Field(default=0.25, gt=0, le=MAX_TAU, description="lowest tau")
+    rounds: int = Field(default=10, gt=0, description="T of the sparsity path")
+    losses: Losses = Field(default_factory=Losses, description="weights of the loss terms")
+    gate: Literal["none", "sigmoid"] | None = Field(default=None, description="null keeps the checkpoint's")
+    selection: Literal["cumulative_mass", "threshold"] | None = Field(
+        default=None, description="null keeps the checkpoint's"
+    )
+    threshold: float | None = Field(default=None, gt=0, lt=1, description="LTE's delta, with selection 'threshold'")
+    train_routers: bool = Field(default=True, description="false freezes the routers")
+    new_schedule: bool = Field(
+        default=False, description="warm-up and decay of the learning rate begin anew with this stage"
+    )
 
     @model_validator(mode="after")
     def _threshold_goes_with_selection(self) -> "Stage":
@@ -104,26 +128,30 @@ class Stage(Section):
 class Optimizer(Section):
     """AdamW, in groups."""
 
-    lr: float = Field(3e-4, gt=0, description="peak learning rate of the weights")
-    weight_decay: float = Field(0.0, ge=0, description="of weights with two dimensions")
-    router_lr: float = Field(1e-3, gt=0, description="peak learning rate of the routers")
-    router_weight_decay: float = Field(0.0, ge=0, description="of the routers")
-    beta1: float = Field(0.9, ge=0, lt=1, description="AdamW's beta1")
-    beta2: float = Field(0.95, ge=0, lt=1, description="AdamW's beta2")
-    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
+    lr: float = Field(default=3e-4, gt=0, description="peak learning rate of the weights")
+    weight_decay: float = Field(default=0.0, ge=0, description="of weights with two dimensions")
+    router_lr: float = Field(default=1e-3, gt=0, description="peak learning rate of the routers")
+    router_weight_decay: float = Field(default=0.0, ge=0, description="of the routers")
+    beta1: float = Field(default=0.9, ge=0, lt=1, description="AdamW's beta1")
+    beta2: float = Field(default=0.95, ge=0, lt=1, description="AdamW's beta2")
+    max_grad_norm: float = Field(default=1.0, gt=0, description="gradients are clipped to this norm")
 
 
 class Schedule(Section):
     """How long, and the learning rate on the way."""
 
-    epochs: float | None = Field(None, gt=0, description="passes over the data; null where a limit below ends the run")
-    max_steps: int | None = Field(None, gt=0, description="optimizer steps")
-    max_minutes: float | None = Field(
-        None, gt=0, description="minutes of training; rate and stages follow the clock, so that the run ends annealed"
+    epochs: float | None = Field(
+        default=None, gt=0, description="passes over the data; null where a limit below ends the run"
     )
-    warmup: float = Field(0.03, ge=0, lt=1, description="share of the run (or stage) with a rising rate")
-    decay: Literal["cosine", "linear"] = Field("cosine", description="shape of the way down")
-    final: float = Field(0.0, ge=0, le=1, description="last learning rate, relative to the peak")
+    max_steps: int | None = Field(default=None, gt=0, description="optimizer steps")
+    max_minutes: float | None = Field(
+        default=None,
+        gt=0,
+        description="minutes of training; rate and stages follow the clock, so that the run ends annealed",
+    )
+    warmup: float = Field(default=0.03, ge=0, lt=1, description="share of the run (or stage) with a rising rate")
+    decay: Literal["cosine", "linear"] = Field(default="cosine", description="shape of the way down")
+    final: float = Field(default=0.0, ge=0, le=1, description="last learning rate, relative to the peak")
 
     @model_validator(mode="after")
     def _ends(self) -> "Schedule":
@@ -135,59 +163,70 @@ class Schedule(Section):
 class Batch(Section):
     """Sequences per optimizer step."""
 
-    sequences: int = Field(32, gt=0, description="sequences a device takes at a time")
-    accumulation: int = Field(1, gt=0, description="times that happens before an optimizer step")
+    sequences: int = Field(default=32, gt=0, description="sequences a device takes at a time")
+    accumulation: int = Field(default=1, gt=0, description="times that happens before an optimizer step")
 
 
 class Distillation(Section):
     """A dense teacher whose predictions are part of the target."""
 
     teacher: str = Field(description="directory or Hugging Face name of a dense causal model, same vocabulary")
-    share: float = Field(0.5, gt=0, le=1, description="of the teacher's distribution in the target")
+    share: float = Field(default=0.5, gt=0, le=1, description="of the teacher's distribution in the target")
 
 
 class Runtime(Section):
     """How it runs; nothing here should change what is learned."""
 
-    device: Literal["auto", "cpu"] = Field("auto", description="a CUDA GPU where there is one, or the CPU")
-    bf16: bool = Field(True, description="bfloat16 autocast (weights and routers stay float32)")
-    compile: bool = Field(True, description="torch.compile, layer by layer; on a GPU only")
-    gradient_checkpointing: bool = Field(False, description="recompute layers in the backward: less memory, slower")
-    log_steps: int = Field(20, gt=0, description="optimizer steps between reports")
-    save_steps: int | None = Field(None, gt=0, description="optimizer steps between checkpoints to resume from")
-    keep: int = Field(2, gt=0, description="checkpoints kept")
-    tensorboard: bool = Field(True, description="write TensorBoard reports")
+    device: Literal["auto", "cpu"] = Field(default="auto", description="a CUDA GPU where there is one, or the CPU")
+    bf16: bool = Field(default=True, description="bfloat16 autocast (weights and routers stay float32)")
+    compile: bool = Field(default=True, description="torch.compile, layer by layer; on a GPU only")
+    gradient_checkpointing: bool = Field(
+        default=False, description="recompute layers in the backward: less memory, slower"
+    )
+    log_steps: int = Field(default=20, gt=0, description="optimizer steps between reports")
+    save_steps: int | None = Field(default=None, gt=0, description="optimizer steps between checkpoints to resume from")
+    keep: int = Field(default=2, gt=0, description="checkpoints kept")
+    tensorboard: bool = Field(default=True, description="write TensorBoard reports")
 
 
 class Evaluation(Section):
     """What the result is measured on."""
 
-    data: str | None = Field(None, description="held-out text (causal, chat) or labelled .jsonl; null measures nothing")
-    max_tokens: int = Field(65536, gt=0, description="how much of a text is read")
-    points: int = Field(0, ge=0, description="times quality is measured during the run, at even distances")
-    taus: list[float] = Field([1.0, 0.95, 0.9, 0.8, 0.7, 0.5], min_length=1, description="taus measured during the run")
-    point_tokens: int = Field(16384, gt=0, description="tokens read each time during the run")
+    data: Source | None = Field(default=None, description="held-out data, or its path; null measures nothing")
+    max_tokens: int = Field(default=65536, gt=0, description="how much of a text is read")
+    points: int = Field(default=0, ge=0, description="times quality is measured during the run, at even distances")
+    taus: list[float] = Field(
+        default=[1.0, 0.95, 0.9, 0.8, 0.7, 0.5], min_length=1, description="taus measured during the run"
+    )
+    point_tokens: int = Field(default=16384, gt=0, description="tokens read each time during the run")
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _from_path(cls, value: Any) -> Any:
+        return {"path": value} if isinstance(value, str) else value
 
 
 class Recipe(Section):
     """A whole training."""
 
     output: str = Field(description="directory of the run: checkpoints, reports, and the result in model/")
-    seed: int = Field(0, ge=0, description="of the split, the data's order and the tau draws")
+    seed: int = Field(default=0, ge=0, description="of the split, the data's order and the tau draws")
     model: Model
     data: Data
     stages: list[Stage] = Field(default_factory=lambda: [Stage()], min_length=1)
-    optimizer: Optimizer = Field(default_factory=lambda: Optimizer())
+    optimizer: Optimizer = Field(default_factory=Optimizer)
     schedule: Schedule
-    batch: Batch = Field(default_factory=lambda: Batch())
+    batch: Batch = Field(default_factory=Batch)
     distillation: Distillation | None = None
-    runtime: Runtime = Field(default_factory=lambda: Runtime())
-    evaluation: Evaluation = Field(default_factory=lambda: Evaluation())
+    runtime: Runtime = Field(default_factory=Runtime)
+    evaluation: Evaluation = Field(default_factory=Evaluation)
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Recipe":
         if self.distillation is not None and self.data.task == "classification":
             raise ValueError("distillation goes with a causal model; expected null for classification")
+        if self.model.rank is not None and self.data.task == "classification":
+            raise ValueError("model.rank goes with a causal model; expected null for classification")
         return self
 
 

@@ -98,6 +98,7 @@ class Reports(TrainerCallback):
         precision = torch.autocast(device, dtype=torch.bfloat16) if self.recipe.runtime.bf16 else nullcontext()
         with precision:
             points = measure(trainer.training, self.held_out, taus)
+        trainer.totals.restart_clock()
         self._append({"step": state.global_step, "quality": [asdict(point) for point in points]})
         tqdm.write(f"step {state.global_step}: " + "  ".join(describe(point) for point in points))
         if self.writer is not None:

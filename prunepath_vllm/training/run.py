@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
+from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from prunepath_vllm.checkpoint import read_config, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
@@ -22,15 +22,25 @@ from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.families import Family, family_of
+from prunepath_vllm.modeling.modeling_utils import checkpoint_directory
 from prunepath_vllm.training.adapter import neuron_order, save_adapter
-from prunepath_vllm.training.data import Sequences, labelled_texts, load_training_data, pack, read_rows
+from prunepath_vllm.training.data import (
+    TEXT_SUFFIXES,
+    Sequences,
+    labelled_texts,
+    load_training_data,
+    pack,
+    read_labelled,
+)
 from prunepath_vllm.training.low_rank import add_low_rank, merge_low_rank
 from prunepath_vllm.training.measure import Batch, Point, measure
 from prunepath_vllm.training.model import TrainingModel
-from prunepath_vllm.training.recipe import Conversion, Recipe, Source, save_recipe
+from prunepath_vllm.training.recipe import Conversion, Recipe, save_recipe
 from prunepath_vllm.training.reports import LOG_FILE, Reports
 from prunepath_vllm.training.trainer import PARTIAL, PrunePathTrainer, checkpoints, routing_of
 
+DENSE = "dense"
+"""Directory in the output of a new random model, or of a dense model with a new head."""
 START = "start"
 """Directory in the output of what a dense model was converted to."""
 RESULT = "model"
@@ -57,15 +67,17 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     from accelerate import PartialState
 
     output = Path(recipe.output)
-    last = (checkpoints(output) or [None])[-1] if resume else None
+    last = next(reversed(checkpoints(output)), None) if resume else None
     processes = PartialState(cpu=recipe.runtime.device == "cpu")
     with _main_first(processes):
         if processes.is_main_process:
             _prepare_output(output, resume=resume)
             save_recipe(recipe, output)
+            if _is_made(recipe) and not (output / DENSE).exists():
+                _make_dense(recipe, output / DENSE)
             if recipe.model.convert is not None and not (output / START).exists():
                 _convert(recipe, recipe.model.convert, output / START)
-    start = output / START if recipe.model.convert is not None else Path(recipe.model.path)
+    start = output / START if recipe.model.convert is not None else _directory(_source(recipe))
     tokenizer = AutoTokenizer.from_pretrained(start)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -116,6 +128,55 @@ def _prepare_output(output: Path, *, resume: bool) -> None:
     shutil.rmtree(output / PARTIAL, ignore_errors=True)
 
 
+def _is_made(recipe: Recipe) -> bool:
+    """Whether the dense model to convert or train is made first: random, or given a new head."""
+    return recipe.model.scratch is not None or (recipe.model.labels is not None and recipe.model.convert is not None)
+
+
+def _source(recipe: Recipe) -> str:
+    """The model to convert or train: one made first, or the one the recipe names."""
+    return str(Path(recipe.output) / DENSE) if _is_made(recipe) else recipe.model.path
+
+
+def _directory(name: str) -> Path:
+    """A model's directory; a Hugging Face name is downloaded."""
+    try:
+        return checkpoint_directory(name, {})
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"model {name}: no such directory, nor to be had from Hugging Face ({reason})") from None
+
+
+def _make_dense(recipe: Recipe, destination: Path) -> None:
+    """A dense model and its tokenizer as the recipe asks for them; appears complete or not at all."""
+    import transformers
+
+    auto = getattr(transformers, _task_class(recipe))
+    labels = {} if recipe.model.labels is None else {"num_labels": recipe.model.labels}
+    set_seed(recipe.seed)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
+        if recipe.model.scratch is None:
+            model = auto.from_pretrained(recipe.model.path, dtype="auto", ignore_mismatched_sizes=True, **labels)
+        else:
+            ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
+            fields = {"vocab_size": len(tokenizer), **ids, **labels, **recipe.model.scratch}
+            model = auto.from_config(AutoConfig.for_model(**fields))
+    except (KeyError, OSError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(f"model: {recipe.model.scratch or recipe.model.path}: cannot be made ({reason})") from None
+    staging = destination.with_name(f".{destination.name}.partial")
+    shutil.rmtree(staging, ignore_errors=True)
+    model.save_pretrained(staging)
+    tokenizer.save_pretrained(staging)
+    os.replace(staging, destination)
+
+
+def _task_class(recipe: Recipe) -> str:
+    classification = recipe.data.task == "classification"
+    return "AutoModelForSequenceClassification" if classification else "AutoModelForCausalLM"
+
+
 def _convert(recipe: Recipe, options: Conversion, destination: Path) -> None:
     """The starting checkpoint; appears complete or not at all."""
     device = "cuda" if recipe.runtime.device == "auto" and torch.cuda.is_available() else "cpu"
@@ -125,7 +186,7 @@ def _convert(recipe: Recipe, options: Conversion, destination: Path) -> None:
     staging = destination.with_name(f".{destination.name}.partial")
     shutil.rmtree(staging, ignore_errors=True)
     convert(
-        recipe.model.path,
+        _source(recipe),
         staging,
         expert_size=options.expert_size,
         split=options.split,
@@ -167,11 +228,13 @@ def load_model(recipe: Recipe, start: Path, tokenizer: PreTrainedTokenizerBase) 
 
     register_auto_classes()
     family = _family(start)
-    task_class = "AutoModelForSequenceClassification" if recipe.data.task == "classification" else "AutoModelForCausalLM"
+    task_class = (
+        "AutoModelForSequenceClassification" if recipe.data.task == "classification" else "AutoModelForCausalLM"
+    )
     if family.auto_class != task_class:
         raise UsageError(f"data.task: {recipe.data.task!r}, but {start} is a {family.architecture}")
     options: dict[str, Any] = {}
-    if recipe.model.labels is not None:
+    if recipe.model.labels is not None and not _is_made(recipe):
         options = dict(num_labels=recipe.model.labels, ignore_mismatched_sizes=True)
     if recipe.model.rank is not None and recipe.model.dense is None and recipe.model.convert is None:
         raise UsageError("model.dense: null; expected the dense model that model.path was converted from, with rank")
@@ -202,20 +265,19 @@ def held_out_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_tok
     Raises:
         UsageError: it cannot be read, or is too short.
     """
-    path = recipe.evaluation.data
-    if path is None:
+    source = recipe.evaluation.data
+    if source is None:
         return []
     data: Any
     if recipe.data.task == "classification":
-        rows = list(read_rows(Source(path=path)))
+        rows = read_labelled(source)
         data = labelled_texts(rows, tokenizer, recipe.data.sequence_length, pad_to_length=False)
-    elif path.endswith((".jsonl", ".jsonl.gz", ".npy")):
-        limited = recipe.data.model_copy(update=dict(max_tokens=max_tokens))
-        tokens, labels = pack(Source(path=path), tokenizer, limited)
-        data = Sequences(tokens, labels)
-    else:
-        sequences = read_sequences(tokenizer, path, length=recipe.data.sequence_length, max_tokens=max_tokens)
+    elif source.path.endswith(TEXT_SUFFIXES):
+        sequences = read_sequences(tokenizer, source.path, length=recipe.data.sequence_length, max_tokens=max_tokens)
         data = Sequences(sequences.numpy())
+    else:
+        limited = recipe.data.model_copy(update=dict(max_tokens=max_tokens))
+        data = Sequences(*pack(source, tokenizer, limited))
     starts = range(0, len(data), HELD_OUT_BATCH)
     return [data.collate([data[i] for i in range(at, min(at + HELD_OUT_BATCH, len(data)))]) for at in starts]
 
@@ -234,7 +296,10 @@ def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: Pre
         model.config.prunepath_config = block.to_json()
     adapter = None
     if recipe.model.rank is not None:
-        dense = recipe.model.dense or recipe.model.path
+        dense = _directory(recipe.model.dense or _source(recipe))
+        for parameter in model.parameters():
+            if parameter.requires_grad:  # as the adapter holds it, so that merging it gives the same checkpoint
+                parameter.data = parameter.data.bfloat16().float()
         adapter = (neuron_order(dense, start), {n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
         merge_low_rank(model.base_model)
     for parameter in model.parameters():
@@ -243,6 +308,8 @@ def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: Pre
     model.save_pretrained(staging)
     tokenizer.save_pretrained(staging)
     save_recipe(recipe, staging)
+    if model.device.type == "cpu":
+        model.float()  # the same weights; many CPUs have no fast bfloat16 product
     exported = TrainingModel(model.eval())
     if routing is not None:
         exported.set_routing(**routing)
@@ -250,7 +317,7 @@ def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: Pre
     points = _measure(exported, batches, routing) if batches else []
     curve = tau_curve(points) if routing is not None and routing["selection"] == "cumulative_mass" else None
     if points:
-        measured = dict(data=Path(str(recipe.evaluation.data)).name, points=[asdict(point) for point in points])
+        measured = dict(data=_data_name(recipe), points=[asdict(point) for point in points])
         (staging / QUALITY_FILE).write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     if routing is not None:
         config = read_config(staging)
@@ -260,11 +327,20 @@ def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: Pre
         write_model_card(staging)
     if adapter is not None:
         save_adapter(staging, *adapter, destination=result.parent / ADAPTER)
+        (result.parent / ADAPTER).chmod((staging / "config.json").stat().st_mode)
+    for weights in staging.glob("*.safetensors"):
+        weights.chmod((staging / "config.json").stat().st_mode)  # written private; a server may run as another user
     aside = result.with_name(f".{result.name}.old")
     if result.exists():
         os.replace(result, aside)
     os.replace(staging, result)
     shutil.rmtree(aside, ignore_errors=True)
+
+
+def _data_name(recipe: Recipe) -> str:
+    source = recipe.evaluation.data
+    assert source is not None
+    return Path(source.path).name if Path(source.path).exists() else f"{source.path} {source.split}"
 
 
 def _measure(exported: TrainingModel, batches: list[Batch], routing: dict[str, Any] | None) -> list[Point]:

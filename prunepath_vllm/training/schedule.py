@@ -67,7 +67,8 @@ class Course:
         """Learning rate of optimizer step `step`, relative to the peak."""
         index = self.stage(step)
         first = max((i for i in range(index + 1) if self.stages[i].new_schedule), default=0)
-        last = next((i - 1 for i in range(index + 1, len(self.stages)) if self.stages[i].new_schedule), len(self.ends) - 1)
+        anew = (i for i in range(index + 1, len(self.stages)) if self.stages[i].new_schedule)
+        last = next(anew, len(self.stages)) - 1
         begin = self.ends[first - 1] if first else 0.0
         done = (self.progress(step) - begin) / (self.ends[last] - begin)
         warmup, final = self.schedule.warmup, self.schedule.final

@@ -1,10 +1,11 @@
-"""transformers' Trainer for PrunePath: stages, tau draws, router groups, whole checkpoints, early stop on divergence."""
+"""transformers' Trainer following a recipe: stages, tau draws, router groups, whole checkpoints, stop on divergence."""
 
 import json
 import math
 import os
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,14 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.data import Dataset
-from transformers import PreTrainedTokenizerBase, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers import (
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prunepath_vllm.checkpoint import read_tensor_index, stream_tensors
@@ -55,6 +63,8 @@ class PrunePathTrainer(Trainer):
             processing_class=tokenizer,
         )
         self.recipe, self.training = recipe, training
+        self.optimizer: Any
+        self.lr_scheduler: Any
         steps = recipe.schedule.max_steps
         if recipe.schedule.epochs is not None:
             per_epoch = len(self.get_train_dataloader()) // recipe.batch.accumulation
@@ -105,7 +115,7 @@ class PrunePathTrainer(Trainer):
         if self.lr_scheduler is None:
             optimizer = optimizer or self.optimizer
             routers = {id(parameter) for router in self.training.routers for parameter in router.parameters()}
-            rates = [
+            rates: list[Callable[[int], float]] = [
                 self._router_rate if id(group["params"][0]) in routers else self.course.rate
                 for group in optimizer.param_groups
             ]
@@ -229,9 +239,14 @@ class Totals:
         self._clear()
 
     def _clear(self) -> None:
-        self._batches = self._tokens = 0
+        self._batches = 0
         self._sums: list[Tensor] = []
+        self.restart_clock()
+
+    def restart_clock(self) -> None:
+        """Leave out of the speed what was not training."""
         self._since = time.monotonic()
+        self._timed = 0
 
     def add(self, training: TrainingModel, output: dict[str, Tensor], tokens: int) -> None:
         """Count one batch."""
@@ -246,7 +261,7 @@ class Totals:
         else:
             torch._foreach_add_(self._sums, values)
         self._batches += 1
-        self._tokens += tokens
+        self._timed += tokens
 
     def report(self, processes: int) -> dict[str, float]:
         """Means since the last report, as one process saw them; tokens per second of all processes."""
@@ -259,7 +274,7 @@ class Totals:
             self.layers = {"sparsity": 1 - usage.mean(dim=-1), "entropy": entropy, "usage": usage}
             logs |= {f"{name}_loss": float(term) for name, term in zip(TERMS, terms, strict=True) if term}
             logs |= {"ffn_sparsity": float(1 - usage.mean()), "router_entropy": float(entropy.mean())}
-        logs["tokens_per_second"] = round(self._tokens * processes / (time.monotonic() - self._since), 1)
+        logs["tokens_per_second"] = round(self._timed * processes / (time.monotonic() - self._since), 1)
         self._clear()
         return logs
 
@@ -337,11 +352,11 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
         dataloader_drop_last=True,
         dataloader_pin_memory=on_gpu,
         average_tokens_across_devices=False,
-        ddp_find_unused_parameters=not all(_routers_have_gradients(recipe, index) for index in range(len(recipe.stages))),
+        ddp_find_unused_parameters=not _routers_always_learn(recipe),
         disable_tqdm=True,
     )
 
 
-def _routers_have_gradients(recipe: Recipe, stage: int) -> bool:
-    chosen = recipe.stages[stage]
-    return any(chosen.losses.model_dump().values()) or chosen.gate == "sigmoid"
+def _routers_always_learn(recipe: Recipe) -> bool:
+    """Whether every stage gives the routers a gradient, whatever the checkpoint's gate."""
+    return all(any(stage.losses.model_dump().values()) or stage.gate == "sigmoid" for stage in recipe.stages)

@@ -1,20 +1,27 @@
 """``prunepath bench kernel|latency|serve|tune``: speed, dense beside sparse."""
 
 import argparse
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
 from prunepath_vllm.entrypoints.engine_defaults import require_engine
 
+BENCHMARKS = {
+    "kernel": "the routed layer alone, on a CUDA GPU",
+    "latency": "the engine's own latency benchmark; takes any `vllm bench latency` flag",
+    "serve": "the engine's own benchmark of a server; takes any `vllm bench serve` flag",
+    "tune": "make the table of kernel choices for this GPU and a shape",
+}
+"""Modules of ``prunepath_vllm.benchmarks``. They parse their own arguments: the engine's flags are slow to import."""
 
-class _EngineFlags(argparse.ArgumentParser):
-    """Leaves the arguments to a parser that knows the engine's flags, which is slow to import."""
+
+class _Raw(argparse.ArgumentParser):
+    """Keeps the arguments as they are in ``argv``, --help included; reads --debug."""
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]
         argv = list(args or ())
-        namespace, _ = super().parse_known_args([flag for flag in argv if flag == "--debug"], namespace)
-        namespace.argv = [flag for flag in argv if flag != "--debug"]
-        return namespace, []
+        return argparse.Namespace(argv=argv, debug="--debug" in argv), []
 
 
 def add_parser(
@@ -22,22 +29,14 @@ def add_parser(
 ) -> argparse.ArgumentParser:
     """Add the subcommand."""
     parser: argparse.ArgumentParser = subparsers.add_parser("bench", help="speed, dense beside sparse, in one run")
-    benchmarks = parser.add_subparsers(
-        dest="benchmark", metavar="kernel|latency|serve|tune", required=True, parser_class=_EngineFlags
-    )
-    benchmarks.add_parser("latency", parents=parents, help="the engine's own latency benchmark").set_defaults(
-        benchmark_run=_latency
-    )
+    benchmarks = parser.add_subparsers(dest="benchmark", metavar="|".join(BENCHMARKS), required=True, parser_class=_Raw)
+    for name, line in BENCHMARKS.items():
+        benchmarks.add_parser(name, help=line, add_help=False)
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Run one benchmark."""
-    return args.benchmark_run(args)
-
-
-def _latency(args: argparse.Namespace) -> int:
-    require_engine()
-    from prunepath_vllm.benchmarks import latency
-
-    return latency.run(args.argv)
+    if args.benchmark in ("latency", "serve"):
+        require_engine()
+    return importlib.import_module(f"prunepath_vllm.benchmarks.{args.benchmark}").run(args.argv)

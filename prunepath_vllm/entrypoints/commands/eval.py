@@ -6,64 +6,116 @@ from pathlib import Path
 from typing import Any
 
 from prunepath_vllm.errors import UsageError
-
-TASKS = ("wikitext",)
-WIKITEXT_FILES = ("wiki.valid.raw", "valid.raw.gz", "valid.txt")
-"""Names under which WikiText-2's raw validation split is distributed."""
+from prunepath_vllm.tau import parse_tau
 
 
 def add_parser(
     subparsers: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]
 ) -> argparse.ArgumentParser:
     """Add the subcommand."""
-    parser = subparsers.add_parser("eval", parents=parents, help="quality of a checkpoint against its FFN sparsity")
-    parser.add_argument("checkpoint", metavar="CKPT", help="PrunePath checkpoint directory")
-    parser.add_argument("--task", required=True, choices=TASKS, help="wikitext: perplexity on a text file")
-    parser.add_argument("--data", required=True, metavar="FILE_OR_DIR", help="text file (.gz too), or its directory")
+    parser = subparsers.add_parser(
+        "eval",
+        parents=parents,
+        help="quality of a checkpoint against its FFN sparsity",
+        description="Quality of a checkpoint on a task at each tau, with 95% bootstrap intervals, beside the FFN "
+        "sparsity it ran at. An interrupted run with --output goes on where it stopped.",
+    )
+    parser.add_argument("checkpoint", metavar="CKPT", help="PrunePath checkpoint directory, or a dense one")
+    parser.add_argument(
+        "--task",
+        required=True,
+        metavar="NAME",
+        help="wikitext, mmlu, hellaswag, arc_easy, arc_challenge, sst2, mrpc, rte, qnli, mnli, xsum or e2e",
+    )
+    parser.add_argument("--data", metavar="DIR", help="the task's folder or file (default: where `fetch` puts it)")
     parser.add_argument("--tau", default="1.0,0.9,0.8,0.7,0.6,0.5", metavar="LIST", help="(default: %(default)s)")
-    parser.add_argument("--dense", metavar="DIR", help="the dense model, to measure beside it")
-    parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens per sequence (default: 1024, or what fits)")
-    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
-    parser.add_argument("--output", metavar="FILE", help="write the results as JSON too")
+    parser.add_argument(
+        "--backend",
+        metavar="NAME",
+        help="vllm or transformers (default: vllm; transformers for wikitext, where it counts sparsity as it goes)",
+    )
+    parser.add_argument("--dense", metavar="DIR", help="the dense model, to measure beside it with transformers")
+    parser.add_argument("--limit", type=int, metavar="N", help="only the first N items")
+    parser.add_argument("--shots", type=int, default=5, metavar="N", help="examples, for mmlu (default: %(default)s)")
+    parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="of wikitext (default: %(default)s)")
+    parser.add_argument("--context", type=int, metavar="N", help="of wikitext (default: 1024, or what fits)")
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of transformers")
+    parser.add_argument("--output", metavar="FILE", help="write the results as JSON; item by item beside it, as .jsonl")
+    parser.add_argument("--plot", metavar="FILE", help="draw quality against sparsity (.png, .pdf, .svg)")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print a table, and write --output."""
-    try:
-        taus = [float(tau) for tau in args.tau.split(",")]
-    except ValueError:
-        raise UsageError(f"--tau {args.tau}: expected numbers separated by commas") from None
-    from prunepath_vllm.evaluation.perplexity import measure_perplexity
+    """Print a table, write --output and --plot."""
+    from prunepath_vllm.evaluation.backends import open_checkpoint
+    from prunepath_vllm.evaluation.runner import Run
+    from prunepath_vllm.evaluation.tasks import Options
 
-    result = measure_perplexity(
-        args.checkpoint,
-        _wikitext_file(Path(args.data)),
-        taus,
-        dense=args.dense,
-        max_tokens=args.max_tokens,
-        context=args.context,
+    output = Path(args.output) if args.output else None
+    evaluation = Run(
+        open_checkpoint(args.checkpoint),
+        args.task,
+        parse_taus(args.tau),
+        data=Path(args.data) if args.data else None,
+        backend=args.backend or ("transformers" if args.task == "wikitext" else "vllm"),
+        dense=open_checkpoint(args.dense) if args.dense else None,
+        limit=args.limit,
+        options=Options(shots=args.shots, max_tokens=args.max_tokens, context=args.context),
         device=args.device,
+        journal=journal_path(output),
     )
-    _print_table(result)
-    if args.output:
-        Path(args.output).write_text(json.dumps({"task": args.task, **result}, indent=2) + "\n", encoding="utf-8")
+    result = evaluation.results()
+    print_table(result, evaluation.task.metrics)
+    if output:
+        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+    if args.plot:
+        from prunepath_vllm.evaluation.plots import plot_points
+
+        plot_points(result, evaluation.task.metrics[0], args.plot)
     return 0
 
 
-def _wikitext_file(data: Path) -> Path:
-    if not data.is_dir():
-        return data
-    for name in WIKITEXT_FILES:
-        if (data / name).is_file():
-            return data / name
-    raise UsageError(f"--data {data}: expected one of {', '.join(WIKITEXT_FILES)} in that directory")
+def journal_path(output: Path | None) -> Path | None:
+    """Where results go item by item: beside the output.
+
+    Raises:
+        UsageError: the output would be that file, or its folder is missing.
+    """
+    if output is None:
+        return None
+    if output.suffix == ".jsonl":
+        raise UsageError(f"--output {output}: expected another suffix; .jsonl holds the single items")
+    if not output.parent.is_dir():
+        raise UsageError(f"--output {output}: no such folder; expected an existing one")
+    return output.with_suffix(".jsonl")
 
 
-def _print_table(result: dict[str, Any]) -> None:
-    print(f"{result['text']}: {result['sequences']} sequences of {result['context']} tokens, {result['dtype']}")
-    print(f"{'tau':>6}  {'FFN sparsity':>12}  {'perplexity':>10}")
-    for point in result["points"]:
+def parse_taus(text: str) -> list[float]:
+    """Taus separated by commas.
+
+    Raises:
+        UsageError: not numbers.
+        TauError: a tau out of range.
+    """
+    try:
+        return [parse_tau(float(tau)) for tau in text.split(",")]
+    except ValueError as error:
+        if type(error) is not ValueError:
+            raise
+        raise UsageError(f"--tau {text}: expected numbers separated by commas") from None
+
+
+def print_table(result: dict[str, Any], metrics: tuple[str, ...]) -> None:
+    """One line per point: tau, sparsity, and each metric with its interval."""
+    read = f"{result['sequences']} sequences of {result['context']} tokens" if "sequences" in result else ""
+    read = read or f"{result['items']} items"
+    print(f"{result['task']}: {read}, {result['dtype']}, {result['backend']}; sparsity: {result['sparsity_from']}")
+    print(f"{'tau':>6}  {'FFN sparsity':>12}" + "".join(f"  {metric:>13} {'95%':<15}" for metric in metrics))
+    for point, interval in zip(result["points"], result["intervals"], strict=True):
         tau = "dense" if point["tau"] is None else f"{point['tau']:g}"
-        print(f"{tau:>6}  {point['ffn_sparsity']:>12.3f}  {point['perplexity']:>10.2f}")
+        line = f"{tau:>6}  {point['ffn_sparsity']:>12.3f}"
+        for metric in metrics:
+            digits = 2 if metric == "perplexity" else 3
+            low, high = (f"{edge:.{digits}f}" for edge in interval[metric])
+            line += f"  {point[metric]:>13.{digits}f} {f'[{low}, {high}]':<15}"
+        print(line.rstrip())

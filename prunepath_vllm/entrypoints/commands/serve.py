@@ -3,6 +3,7 @@
 import argparse
 import os
 import sys
+import tempfile
 
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.entrypoints.engine_defaults import set_server_defaults
@@ -27,9 +28,12 @@ def run(args: argparse.Namespace) -> int:
     """Run the server in this process until it is told to stop."""
     if os.path.isdir(args.checkpoint):
         validate_checkpoint(args.checkpoint)
-    set_server_defaults()
-    from vllm.entrypoints.cli.main import main
+    with tempfile.TemporaryDirectory(prefix="prunepath-metrics-") as metrics:
+        # The workers' counters reach the server's /metrics through files; read when prometheus_client is imported.
+        os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics)
+        set_server_defaults()
+        from vllm.entrypoints.cli.main import main
 
-    sys.argv = ["vllm", "serve", args.checkpoint, *args.engine_args]
-    main()
+        sys.argv = ["vllm", "serve", args.checkpoint, *args.engine_args]
+        main()
     return 0

@@ -13,9 +13,9 @@ def add_parser(
         help="train a checkpoint as a recipe says",
         description="Train as a recipe says: convert a dense model where the recipe asks for it, train, and write a "
         "checkpoint with its measured tau and quality curves to OUTPUT/model. On several processes: "
-        "accelerate launch -m prunepath_vllm.entrypoints.cli train ...",
+        "torchrun (or accelerate launch) -m prunepath_vllm.entrypoints.cli train ...",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="recipe (YAML); docs/training.md lists its keys")
+    parser.add_argument("--config", required=True, metavar="FILE", help="recipe, YAML; docs/training.md has its keys")
     parser.add_argument(
         "--set",
         dest="overrides",

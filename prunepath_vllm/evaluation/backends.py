@@ -1,0 +1,262 @@
+"""Two ways to run a model over an evaluation's requests: transformers, and the engine that will serve it."""
+
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from prunepath_vllm.checkpoint import load_prunepath_config, read_config, validate_checkpoint
+from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.conversion.calibrate import load_model, sequence_length
+from prunepath_vllm.errors import UsageError
+from prunepath_vllm.evaluation.tasks import Request
+from prunepath_vllm.families import Family, family_of
+
+LONGEST = 4096
+"""Tokens of context to use at most."""
+BATCH_TOKENS = 2048
+"""Padding included, of one forward pass with transformers."""
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A PrunePath or dense checkpoint directory to evaluate."""
+
+    path: Path
+    family: Family
+    config: dict[str, Any]
+    prunepath: PrunePathConfig | None
+    """None for a dense one."""
+
+    @property
+    def causal(self) -> bool:
+        """Whether it is a language model."""
+        return self.family.auto_class == "AutoModelForCausalLM"
+
+    @property
+    def labels(self) -> int:
+        """Classes of a classifier; transformers' default is 2."""
+        return int(self.config.get("num_labels") or len(self.config.get("id2label") or (0, 1)))
+
+    @property
+    def dtype(self) -> str:
+        """As config.json says."""
+        return self.config.get("dtype") or self.config.get("torch_dtype") or "float32"
+
+    def context(self, wanted: int | None = None, *, default: int = LONGEST) -> int:
+        """Tokens per sequence: `wanted`, or `default` where the model takes that many.
+
+        Raises:
+            UsageError: `wanted` is more than the model takes.
+        """
+        summary: Any = self  # of which the family and the configuration are read
+        return sequence_length(summary, wanted, default=default)
+
+
+def open_checkpoint(path: str | Path) -> Checkpoint:
+    """Look a checkpoint directory over: a PrunePath one is validated, a dense one must be of a known family.
+
+    Raises:
+        CheckpointError, ConfigError: it is neither.
+    """
+    path = Path(path)
+    config = read_config(path)
+    if "prunepath_config" not in config:
+        return Checkpoint(path, family_of(config, converted=False), config, None)
+    validate_checkpoint(path)
+    family, prunepath, config = load_prunepath_config(path)
+    return Checkpoint(path, family, config, prunepath)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model made of one request."""
+
+    logprob: float = 0.0
+    """Of the continuation, summed."""
+    probabilities: tuple[float, ...] = ()
+    """Of a classifier's labels."""
+    tokens: tuple[int, ...] = ()
+    """Generated ones, without the end-of-sequence token."""
+    read: int = 0
+    """Tokens over which the sparsity was counted."""
+    ffn_sparsity: float | None = None
+    """Eq. 15 over those tokens and all layers; None where the backend does not say."""
+
+
+class Backend(Protocol):
+    """Answers requests at one tau; None is a dense model's."""
+
+    name: str
+    tokenizer: Any
+    max_length: int
+    """Tokens a request may hold."""
+
+    def loglikelihood(self, requests: Sequence[Request], tau: float | None) -> list[Answer]:
+        """Log-likelihood of every continuation after its context."""
+
+    def classify(self, prompts: Sequence[list[int]], tau: float | None) -> list[Answer]:
+        """Probabilities of a classifier's labels."""
+
+    def generate(self, prompts: Sequence[list[int]], tau: float | None, new_tokens: int) -> list[Answer]:
+        """Greedy continuations."""
+
+
+class TransformersBackend:
+    """The transformers model, in the checkpoint's dtype; counts experts exactly."""
+
+    name = "transformers"
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, device: str) -> None:
+        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
+            raise UsageError(f"device: {device!r}, but no CUDA GPU is visible; expected 'cpu'")
+        self.tokenizer = tokenizer
+        self.max_length = checkpoint.context() - 1  # as the engine, which always generates one token more
+        if checkpoint.prunepath is None:
+            import transformers
+
+            auto_class = getattr(transformers, checkpoint.family.auto_class)
+            self.model: Any = auto_class.from_pretrained(checkpoint.path, dtype="auto").eval().to(device)
+        else:
+            self.model = load_model(validate_checkpoint(checkpoint.path), device)
+
+    @torch.inference_mode()
+    def loglikelihood(self, requests: Sequence[Request], tau: float | None) -> list[Answer]:
+        """See :class:`Backend`."""
+        answers: dict[int, Answer] = {}
+        for batch in self._batches([request.context + request.continuation for request in requests]):
+            # Padding stands on the right, where a causal model's tokens do not see it.
+            ids, mask = self._pad([requests[i].context + requests[i].continuation for i in batch])
+            first = min(len(requests[i].context) for i in batch) - 1
+            output = self.model(ids, use_cache=False, logits_to_keep=ids.shape[1] - first, **_options(tau))
+            counted = _sparsities(output, mask)
+            for row, i in enumerate(batch):
+                start, end = len(requests[i].context) - 1 - first, int(mask[row].sum()) - 1 - first
+                scores = output.logits[row, start:end].float().log_softmax(-1)
+                chosen = torch.tensor(requests[i].continuation, device=ids.device)
+                logprob = scores.gather(1, chosen[:, None]).double().sum().item()
+                answers[i] = Answer(logprob=logprob, read=int(mask[row].sum()), ffn_sparsity=counted[row])
+        return [answers[i] for i in range(len(requests))]
+
+    @torch.inference_mode()
+    def classify(self, prompts: Sequence[list[int]], tau: float | None) -> list[Answer]:
+        """See :class:`Backend`."""
+        answers: dict[int, Answer] = {}
+        for batch in self._batches(prompts):
+            ids, mask = self._pad([prompts[i] for i in batch])
+            output = self.model(ids, attention_mask=mask, **_options(tau))
+            counted = _sparsities(output, mask)
+            for row, i in enumerate(batch):
+                probabilities = tuple(output.logits[row].float().softmax(-1).tolist())
+                answers[i] = Answer(probabilities=probabilities, read=len(prompts[i]), ffn_sparsity=counted[row])
+        return [answers[i] for i in range(len(prompts))]
+
+    @torch.inference_mode()
+    def generate(self, prompts: Sequence[list[int]], tau: float | None, new_tokens: int) -> list[Answer]:
+        """See :class:`Backend`. One prompt at a time: padding on the left would move positions."""
+        options = {} if tau is None else {"tau": tau}
+        answers = []
+        for prompt in prompts:
+            ids = torch.tensor([prompt], device=self.model.device)
+            written = self.model.generate(
+                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, **options
+            )[0, len(prompt) :].tolist()
+            (counted,) = self.loglikelihood([Request(prompt, written)], tau)
+            tokens = tuple(written[:-1] if written[-1] in _eos(self.model.generation_config) else written)
+            answers.append(Answer(tokens=tokens, read=counted.read, ffn_sparsity=counted.ffn_sparsity))
+        return answers
+
+    def _batches(self, sequences: Sequence[list[int]]) -> Iterator[list[int]]:
+        """Indices of sequences of similar length, BATCH_TOKENS at a time."""
+        batch: list[int] = []
+        for i in sorted(range(len(sequences)), key=lambda i: -len(sequences[i])):
+            if batch and (len(batch) + 1) * len(sequences[batch[0]]) > BATCH_TOKENS:
+                yield batch
+                batch = []
+            batch.append(i)
+        if batch:
+            yield batch
+
+    def _pad(self, sequences: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Ids and mask, int64 [B, S]."""
+        pad = self.model.config.pad_token_id or 0
+        longest = max(map(len, sequences))
+        ids = [[*sequence, *[pad] * (longest - len(sequence))] for sequence in sequences]
+        mask = [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences]
+        return torch.tensor(ids, device=self.model.device), torch.tensor(mask, device=self.model.device)
+
+
+def _options(tau: float | None) -> dict[str, Any]:
+    return {} if tau is None else {"tau": tau, "output_router_logits": True}
+
+
+def _sparsities(output: Any, mask: Tensor) -> list[float]:
+    """Each sequence's FFN sparsity, padding left out; 0 for a dense model."""
+    if getattr(output, "ffn_sparsity", None) is None:
+        return [0.0] * len(mask)
+    return ((output.ffn_sparsity * mask).sum(-1) / mask.sum(-1)).mean(0).tolist()
+
+
+def _eos(generation_config: Any) -> tuple[int, ...]:
+    ids = generation_config.eos_token_id
+    return tuple(ids) if isinstance(ids, list) else (ids,)
+
+
+class VllmBackend:
+    """vLLM's offline engine, in the checkpoint's dtype; it does not say how many experts ran."""
+
+    name = "vllm"
+
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Any) -> None:
+        from prunepath_vllm.entrypoints.engine_defaults import offline_defaults
+
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        options = offline_defaults()
+        from vllm import LLM
+
+        self.max_length = checkpoint.context() - 1  # one is left for the token that the engine always generates
+        self.llm = LLM(
+            str(checkpoint.path), dtype=checkpoint.dtype, max_model_len=self.max_length + 1, seed=0, **options
+        )
+        self.tokenizer = tokenizer
+
+    def loglikelihood(self, requests: Sequence[Request], tau: float | None) -> list[Answer]:
+        """See :class:`Backend`."""
+        prompts = [request.context + request.continuation for request in requests]
+        outputs = self._run(prompts, tau, max_tokens=1, prompt_logprobs=0)
+        answers = []
+        for request, output in zip(requests, outputs, strict=True):
+            places = zip(request.continuation, output.prompt_logprobs[len(request.context) :], strict=True)
+            answers.append(Answer(logprob=sum(place[token].logprob for token, place in places)))
+        return answers
+
+    def classify(self, prompts: Sequence[list[int]], tau: float | None) -> list[Answer]:
+        """See :class:`Backend`."""
+        from vllm import PoolingParams
+
+        params = PoolingParams(extra_kwargs={} if tau is None else {"tau": tau})
+        outputs = self.llm.classify(
+            [{"prompt_token_ids": prompt} for prompt in prompts], pooling_params=params, use_tqdm=False
+        )
+        return [Answer(probabilities=tuple(output.outputs.probs)) for output in outputs]
+
+    def generate(self, prompts: Sequence[list[int]], tau: float | None, new_tokens: int) -> list[Answer]:
+        """See :class:`Backend`."""
+        outputs = self._run(prompts, tau, max_tokens=new_tokens)
+        return [Answer(tokens=_without_eos(output.outputs[0])) for output in outputs]
+
+    def _run(self, prompts: Sequence[list[int]], tau: float | None, **options: Any) -> list[Any]:
+        from vllm import SamplingParams
+
+        extra_args = {} if tau is None else {"tau": tau}
+        params = SamplingParams(temperature=0, extra_args=extra_args, detokenize=False, **options)
+        return self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+
+
+def _without_eos(completion: Any) -> tuple[int, ...]:
+    tokens = tuple(completion.token_ids)
+    return tokens[:-1] if completion.finish_reason == "stop" else tokens

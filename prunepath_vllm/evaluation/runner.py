@@ -1,0 +1,283 @@
+"""Run a task over a checkpoint at several taus: shards of items, kept as they come, then metrics with intervals."""
+
+import hashlib
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import AutoTokenizer
+
+from prunepath_vllm import __version__
+from prunepath_vllm.conversion.text import read_sequences
+from prunepath_vllm.errors import UsageError
+from prunepath_vllm.evaluation import tasks
+from prunepath_vllm.evaluation.backends import Answer, Backend, Checkpoint, TransformersBackend, VllmBackend
+from prunepath_vllm.evaluation.journal import Journal
+from prunepath_vllm.evaluation.statistics import estimate
+from prunepath_vllm.evaluation.tasks import TASKS, Item, Options, Request, Task
+
+BACKENDS = ("vllm", "transformers")
+SHARD_ITEMS = 64
+SHARD_SEQUENCES = 8
+"""Of a perplexity task, whose items are long."""
+SPARSITY_ITEMS = 32
+"""Items over which sparsity is counted, with transformers, where the engine answers."""
+CONTEXT = 1024
+DATA_FOLDER = Path(".cache/data")
+
+
+class Run:
+    """One task over one checkpoint.
+
+    Args:
+        checkpoint: what to evaluate; a dense one runs once, without tau.
+        name: of the task.
+        taus: each in (0, 1.05].
+        data: folder or file of the task's data; None is where ``prunepath fetch`` puts it.
+        backend: one of BACKENDS.
+        dense: a dense checkpoint to measure first, with transformers.
+        limit: how many items; None takes all.
+        options: of the task.
+        device: of transformers, "cpu" or "cuda".
+        journal: file that results are appended to and read back from; None keeps none.
+
+    Raises:
+        UsageError: task, data, or options that do not fit the checkpoint or one another.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        name: str,
+        taus: Sequence[float],
+        *,
+        data: Path | None = None,
+        backend: str = "transformers",
+        dense: Checkpoint | None = None,
+        limit: int | None = None,
+        options: Options | None = None,
+        device: str = "cpu",
+        journal: Path | None = None,
+    ) -> None:
+        if name not in TASKS:
+            raise UsageError(f"task: {name!r}; expected one of {', '.join(TASKS)}")
+        if limit is not None and limit < 1:
+            raise UsageError(f"--limit {limit}; expected 1 or more")
+        self.checkpoint, self.name, self.dense, self.device = checkpoint, name, dense, device
+        self.task: Task = TASKS[name]
+        self.backend = backend
+        self.taus: list[float | None] = [None] if checkpoint.prunepath is None else list(dict.fromkeys(taus))
+        options = options or Options()
+        self._check(options)
+        self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.path)
+        self.facts: dict[str, Any] = {}
+        items = self._load(data or DATA_FOLDER / self.task.corpus, options)
+        self.items = items[:limit]
+        self.size = SHARD_SEQUENCES if self.task.kind == "perplexity" else SHARD_ITEMS
+        self.journal = Journal(
+            journal,
+            dict(
+                version=__version__,
+                task=name,
+                checkpoint=_fingerprint(checkpoint),
+                dense=dense and _fingerprint(dense),
+                backend=backend,
+                items=hashlib.sha256(repr(self.items).encode()).hexdigest(),
+                shard=self.size,
+            ),
+        )
+
+    def _check(self, options: Options) -> None:
+        checkpoint, task = self.checkpoint, self.task
+        if self.backend not in BACKENDS:
+            raise UsageError(f"--backend {self.backend!r}; expected one of {', '.join(BACKENDS)}")
+        for name, value, least in (("shots", options.shots, 0), ("max-tokens", options.max_tokens, 1)):
+            if value < least:
+                raise UsageError(f"--{name} {value}; expected {least} or more")
+        for one in (checkpoint, self.dense):
+            if one is not None and one.causal != task.causal:
+                wanted = "a causal model" if task.causal else "a classifier"
+                raise UsageError(
+                    f"{one.path}: {one.family.architecture} has no {task.metrics[0]} on {self.name}; expected {wanted}"
+                )
+            if one is not None and task.labels and one.labels != task.labels:
+                raise UsageError(f"{one.path}: {one.labels} labels; expected the {task.labels} of {self.name}")
+        if self.dense is not None and self.dense.prunepath is not None:
+            raise UsageError(f"dense model {self.dense.path}: a PrunePath checkpoint; expected a dense one")
+        if self.dense is not None and self.backend != "transformers":
+            raise UsageError(
+                "--dense needs --backend transformers; for the engine's figure give the dense model as CKPT"
+            )
+
+    def _load(self, data: Path, options: Options) -> list[Item]:
+        if self.task.load is not None:
+            self.facts["data"] = data.name
+            return self.task.load(data, options)
+        # The engine needs room for the token that it always generates.
+        room = self.checkpoint.context(default=CONTEXT + 1) - (self.backend == "vllm")
+        length = self.checkpoint.context(options.context or min(CONTEXT, room))
+        if length > room and self.backend == "vllm":
+            raise UsageError(f"context: {length}; expected at most {room} with the engine")
+        text = tasks.data_file(data, tasks.WIKITEXT_FILES)
+        sequences = read_sequences(self.tokenizer, text, length=length, max_tokens=options.max_tokens)
+        self.facts |= dict(text=text.name, sequences=len(sequences), context=length)
+        return [Item(tokens=tuple(sequence)) for sequence in sequences.tolist()]
+
+    def results(self) -> dict[str, Any]:
+        """Run what the journal lacks.
+
+        Returns:
+            A JSON-able mapping: what was measured on, ``points`` (tau, FFN sparsity and each metric; tau None is the
+            dense model's) and ``intervals`` (each metric's bootstrap interval, point by point).
+        """
+        points, intervals = [], []
+        rounds = [(True, None)] * (self.dense is not None) + [(False, tau) for tau in self.taus]
+        with tqdm(total=len(rounds) * len(self.items), desc=self.name, unit="item") as progress:
+            if self.backend == "vllm":
+                self._count_sparsity()
+            for dense, tau in rounds:
+                records = [record for shard in self._shards(dense, tau, progress) for record in shard]
+                estimates = estimate([record["statistics"] for record in records], self.task.metrics)
+                values = {metric: value for metric, (value, _, _) in estimates.items()}
+                sparsity = self._sparsity(tau, records)
+                points.append(dict(tau=tau, ffn_sparsity=sparsity, **values))
+                intervals.append({metric: [low, high] for metric, (_, low, high) in estimates.items()})
+        prunepath = self.checkpoint.prunepath
+        counted = len(self.items) if self.backend == "transformers" else min(SPARSITY_ITEMS, len(self.items))
+        return {
+            "task": self.name,
+            "checkpoint": self.checkpoint.path.resolve().name,
+            **self.facts,
+            "items": len(self.items),
+            "backend": self.backend,
+            "sparsity_from": f"transformers, {counted} items",
+            "device": self.device,
+            "dtype": self.checkpoint.dtype,
+            "torch": torch.__version__,
+            "expert_size": prunepath and prunepath.expert_size,
+            "dense_positions": prunepath and prunepath.dense_positions,
+            "points": points,
+            "intervals": intervals,
+        }
+
+    def _shards(self, dense: bool, tau: float | None, progress: tqdm) -> list[list[dict[str, Any]]]:
+        shards = []
+        for start in range(0, len(self.items), self.size):
+            items = self.items[start : start + self.size]
+            key = f"{'dense' if dense else tau}/{start // self.size}"
+            if self.journal.get(key) is None:
+                self.journal.put(key, ask(self.task, items, self._dense if dense else self._model, tau))
+            shards.append(self.journal.get(key))
+            progress.update(len(items))
+        return shards
+
+    def _count_sparsity(self) -> None:
+        """Count the experts of the first items with transformers, before the engine takes the memory."""
+        missing = [tau for tau in self.taus if tau is not None and self.journal.get(f"sparsity/{tau}") is None]
+        if not missing:
+            return
+        model = TransformersBackend(self.checkpoint, self.tokenizer, self.device)
+        for tau in tqdm(missing, desc="sparsity", unit="tau"):
+            answers = read(self.task, self.items[:SPARSITY_ITEMS], model, tau)
+            self.journal.put(
+                f"sparsity/{tau}", _mean_sparsity([(one.ffn_sparsity or 0.0, one.read) for one in answers])
+            )
+
+    def _sparsity(self, tau: float | None, records: list[dict[str, Any]]) -> float:
+        if tau is None:
+            return 0.0
+        if self.backend == "vllm":
+            return self.journal.get(f"sparsity/{tau}")
+        return _mean_sparsity([(record["ffn_sparsity"], record["read"]) for record in records])
+
+    @cached_property
+    def _model(self) -> Backend:
+        self.__dict__.pop("_dense", None)  # measured first, and no longer needed
+        return (
+            VllmBackend(self.checkpoint, self.tokenizer)
+            if self.backend == "vllm"
+            else TransformersBackend(self.checkpoint, self.tokenizer, self.device)
+        )
+
+    @cached_property
+    def _dense(self) -> Backend:
+        assert self.dense is not None
+        return TransformersBackend(self.dense, self.tokenizer, self.device)
+
+
+def ask(task: Task, items: Sequence[Item], model: Backend, tau: float | None) -> list[dict[str, Any]]:
+    """One record per item: its statistics, what the model answered, and where the backend says it, the FFN sparsity."""
+    tokenizer, longest = model.tokenizer, model.max_length
+    details: list[dict[str, Any]]
+    if task.kind == "perplexity":
+        answers = [[answer] for answer in read(task, items, model, tau)]
+        details = [
+            {"statistics": {"nll": -answer.logprob, "predicted": len(item.tokens) - 1.0}}
+            for item, (answer,) in zip(items, answers, strict=True)
+        ]
+    elif task.kind == "choice":
+        flat = read(task, items, model, tau)
+        answers = [[flat.pop(0) for _ in item.choices] for item in items]
+        logprobs = [[answer.logprob for answer in group] for group in answers]
+        details = [
+            {"statistics": tasks.score_choices(item, scores), "logprobs": scores}
+            for item, scores in zip(items, logprobs, strict=True)
+        ]
+    elif task.kind == "classification":
+        answers = [[answer] for answer in read(task, items, model, tau)]
+        probabilities = [answer.probabilities for (answer,) in answers]
+        predicted = [max(range(len(one)), key=one.__getitem__) for one in probabilities]
+        details = [
+            {"statistics": tasks.score_class(item, label), "probabilities": one}
+            for item, label, one in zip(items, predicted, probabilities, strict=True)
+        ]
+    else:
+        prompts = [tasks.generation_prompt(item, tokenizer, longest - task.new_tokens) for item in items]
+        answers = [[answer] for answer in model.generate(prompts, tau, task.new_tokens)]
+        texts = [
+            tasks.answer_text(tokenizer.decode(list(answer.tokens), skip_special_tokens=True)) for (answer,) in answers
+        ]
+        details = [
+            {"statistics": tasks.score_text(item, text), "text": text} for item, text in zip(items, texts, strict=True)
+        ]
+    return [{**detail, **_cost(group)} for detail, group in zip(details, answers, strict=True)]
+
+
+def read(task: Task, items: Sequence[Item], model: Backend, tau: float | None) -> list[Answer]:
+    """One answer per sequence the model reads for these items; for generation, the prompt and its first reference."""
+    tokenizer, longest = model.tokenizer, model.max_length
+    if task.kind == "classification":
+        return model.classify([tasks.classification_ids(item, tokenizer, longest) for item in items], tau)
+    requests: list[Request] = []
+    for item in items:
+        if task.kind == "perplexity":
+            requests.append(Request(list(item.tokens[:1]), list(item.tokens[1:])))
+        elif task.kind == "choice":
+            requests += tasks.choice_requests(item, tokenizer, longest)
+        else:
+            prompt = tasks.generation_prompt(item, tokenizer, longest - task.new_tokens)
+            target = tokenizer(f" {item.choices[0]}", add_special_tokens=False)["input_ids"][: task.new_tokens]
+            requests.append(Request(prompt, target))
+    return model.loglikelihood(requests, tau)
+
+
+def _cost(answers: Sequence[Answer]) -> dict[str, Any]:
+    """FFN sparsity over all tokens read for one item, where the backend says it."""
+    pairs = [(answer.ffn_sparsity, answer.read) for answer in answers if answer.ffn_sparsity is not None]
+    return dict(ffn_sparsity=_mean_sparsity(pairs), read=sum(size for _, size in pairs)) if pairs else {}
+
+
+def _mean_sparsity(pairs: Sequence[tuple[float, int]]) -> float:
+    """Mean over tokens."""
+    return sum(sparsity * size for sparsity, size in pairs) / sum(size for _, size in pairs)
+
+
+def _fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
+    """Changes when the checkpoint does; the weights count by size and time of change."""
+    files = sorted(checkpoint.path.glob("*.safetensors"))
+    weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    known = repr((sorted(checkpoint.config.items()), weights))
+    return dict(name=checkpoint.path.resolve().name, sha256=hashlib.sha256(known.encode()).hexdigest())

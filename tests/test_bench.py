@@ -1,0 +1,278 @@
+"""``prunepath bench``: the arithmetic of its tables and dials, and what it refuses. Engines: test_bench_engine.py."""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_cli import assert_one_line, prunepath
+
+from prunepath_vllm.benchmarks import kernel, latency, layer, options, report, serve, server, shapes
+from prunepath_vllm.benchmarks.report import BenchmarkError
+from prunepath_vllm.checkpoint import validate_checkpoint
+from prunepath_vllm.entrypoints import cli
+from prunepath_vllm.errors import UsageError
+from prunepath_vllm.kernels import ffn, reference
+from prunepath_vllm.kernels.tuning import Bench, Shape, paths_for, start_choice
+
+TINY = dict(
+    model_type="qwen2", hidden_size=32, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
+    num_key_value_heads=1, vocab_size=320, max_position_embeddings=128,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("num_experts", [48, 592])
+@pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
+def test_tau_of_share_selects_that_share_of_gaussian_logits(share, num_experts):
+    tau = shapes.tau_of_share(share, num_experts)
+    logits = torch.randn(2000, num_experts, generator=torch.Generator().manual_seed(7))
+    active = reference.select_cumulative_mass(logits, torch.tensor(tau))
+    assert active.float().mean().item() == pytest.approx(share, abs=0.01)
+    assert shapes.share_of_tau(tau, num_experts) == pytest.approx(share, abs=0.005)
+
+
+def test_share_1_is_tau_1_and_a_tiny_share_is_one_expert():
+    assert shapes.tau_of_share(1.0, 64) == 1.0
+    tau = shapes.tau_of_share(1 / 64, 64)
+    assert 0 < tau < 1
+    assert shapes.share_of_tau(tau, 64) == pytest.approx(1 / 64, rel=0.1)
+
+
+def test_share_on_curve_interpolates_and_does_not_guess_beyond():
+    curve = [(0.4, 0.8), (0.8, 0.4), (1.0, 0.0)]
+    assert shapes.share_on_curve(curve, 0.6) == pytest.approx(0.4)
+    assert shapes.share_on_curve(curve, 0.9) == pytest.approx(0.8)
+    assert shapes.share_on_curve(curve, 1.05) == 1.0
+    assert shapes.share_on_curve(curve, 0.3) is None
+    assert shapes.share_on_curve(None, 0.5) is None
+
+
+@pytest.mark.parametrize("name", shapes.SHAPES)
+def test_published_shapes_are_valid_configurations(name, tmp_path):
+    sparse = json.loads((shapes.write_config(name, tmp_path / "sparse", sparse=True) / "config.json").read_text())
+    dense = json.loads((shapes.write_config(name, tmp_path / "dense", sparse=False) / "config.json").read_text())
+    assert sparse["model_type"] == f"prunepath_{dense['model_type']}"
+    assert sparse["architectures"] == [f"PrunePath{dense['architectures'][0]}"]
+    d_ff = sparse.get("n_inner") or sparse["intermediate_size"]
+    assert sparse["prunepath_config"]["num_experts"] * 32 == d_ff
+    assert layer.shape_of(name).experts * 32 == d_ff
+
+
+@pytest.mark.parametrize("family", ["qwen2", "gpt2"])
+def test_written_weights_make_a_checkpoint_whose_logits_have_unit_variance(family, tmp_path, monkeypatch):
+    gpt2 = dict(model_type="gpt2", n_embd=32, n_inner=256, n_layer=2, n_head=2, vocab_size=320, n_positions=128)
+    monkeypatch.setitem(shapes.SHAPES, "tiny", TINY if family == "qwen2" else gpt2)
+    folder = shapes.write_config("tiny", tmp_path / "model", sparse=True, expert_size=8)
+    shapes.write_weights(folder)
+    found = validate_checkpoint(folder, check_values=True)
+    assert (found.family.name, found.prunepath.num_experts) == (family, 32)
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    routers = [module.router.weight for module in model.modules() if hasattr(module, "router")]
+    x = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
+    for weight in routers:
+        assert (x @ weight.float().T).std().item() == pytest.approx(1, abs=0.15)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_shape_of_a_checkpoint(prunepath_checkpoint, family):
+    found = layer.shape_of(str(prunepath_checkpoint(family, expert_size=16)))
+    assert (found.hidden, found.experts, found.size) == (64, 16, 16)
+    assert (found.glu, found.bias) == ((True, False) if family == "llama" else (False, True))
+
+
+@pytest.mark.parametrize(
+    ("kind", "text"), [("int", "1,,2"), ("int", "0"), ("int", "1.5"), ("float", "nan"), ("float", "-1"), ("float", "")]
+)
+def test_lists_of_numbers_name_what_is_wrong(kind, text):
+    with pytest.raises(argparse.ArgumentTypeError, match="positive numbers separated by commas"):
+        options.numbers(int if kind == "int" else float)(text)
+
+
+def test_lists():
+    assert options.numbers(int)("1,4,16") == [1, 4, 16]
+    assert options.taus("1.0,0.5") == [1.0, 0.5]
+    assert options.shares("1,0.2") == [1.0, 0.2]
+    with pytest.raises(argparse.ArgumentTypeError, match=r"tau.*2\.0"):
+        options.taus("0.5,2.0")
+    with pytest.raises(argparse.ArgumentTypeError, match=r"shares in \(0, 1\]"):
+        options.shares("1.5")
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "a checkpoint or --shape"),
+        (["x", "--shape", "smollm2"], "a checkpoint or --shape"),
+        (["x", "--share", "0.5"], "--share"),
+        (["--shape", "smollm2", "--share", "0.5", "--tau", "0.5"], "--share"),
+        (["--shape", "smollm2", "--dense", "y"], "--dense"),
+        (["x", "--use-beam-search"], "--use-beam-search"),
+        (["x", "--output-len", "1"], "--output-len"),
+        (["x", "--plot", "z.png"], "--dense"),
+    ],
+)
+def test_latency_refuses_arguments_that_make_no_sense(argv, said):
+    with pytest.raises(UsageError, match=said):
+        latency.parse(argv)
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["x", "--model", "y"], "--model"),
+        (["x", "--dense-url", "http://y"], "--dense-url"),
+        (["x", "--extra-body", '{"tau": 0.5}'], "--extra-body"),
+        (["x", "--plot", "z.png"], "--dense"),
+    ],
+)
+def test_serve_refuses_arguments_that_make_no_sense(argv, said):
+    with pytest.raises(UsageError, match=said):
+        serve.parse(argv)
+
+
+def test_an_encoder_is_refused(prunepath_checkpoint):
+    with pytest.raises(UsageError, match=r"causal language model, got PrunePathRoberta"):
+        options.causal_checkpoint(str(prunepath_checkpoint("roberta")))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+@pytest.mark.parametrize("command", [("kernel",), ("tune", "qwen2-7b")], ids=lambda c: c[0])
+def test_without_a_gpu_one_line_and_exit_code_1(command):
+    process = prunepath("bench", *command)
+    assert_one_line(process, 1, "expected one, found none")
+    assert process.stdout == ""
+
+
+def test_a_bad_tau_or_checkpoint_is_named_before_anything_starts(tmp_path, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["bench", "latency", str(tmp_path), "--tau", "3"])
+    assert stopped.value.code == 2
+    assert "tau must be a number in (0, 1.05], got 3.0" in capsys.readouterr().err
+    for benchmark in ("latency", "serve"):
+        assert cli.main(["bench", benchmark, str(tmp_path)]) == 1
+        said = capsys.readouterr()
+        assert "config.json" in said.err.strip().splitlines()[-1]
+        assert said.out == ""
+
+
+@pytest.mark.parametrize(("error", "dtype"), [(2e-2, "bfloat16"), (2e-3, "float32"), (math.inf, "float16")])
+def test_a_wrong_layer_gives_no_speed(error, dtype):
+    with pytest.raises(BenchmarkError, match="no speed is reported"):
+        report.judge_layer([[1e-4, dtype], None, [error, dtype]])
+
+
+def test_the_worst_worker_counts():
+    assert report.judge_layer([[1e-4, "float32"], [3e-4, "float32"]]) == 3e-4
+    assert report.judge_layer([None]) is None
+
+
+def test_no_server_is_named():
+    with pytest.raises(BenchmarkError, match=r"http://127.0.0.1:9/v1/models: .*expected a server there"):
+        server.ask("http://127.0.0.1:9", "/v1/models")
+
+
+def row(tau: float | None, batch: int, step: float, share: float | None = None) -> dict:
+    return dict(tau=tau, share=share, batch_size=batch, decode_step_ms=step, avg_latency=step / 10)
+
+
+def latency_result() -> dict:
+    return {
+        "model": "m",
+        "dense": {
+            "rows": [row(None, 1, 4.0), row(None, 4, 5.0)],
+            "prefill": [dict(tau=None, share=None, prefill_ms=9)],
+        },
+        "sparse": {
+            "layer_error": 1e-3,
+            "rows": [row(1.0, 1, 5.0, 1.0), row(1.0, 4, 5.0, 1.0), row(0.5, 1, 2.0, 0.3), row(0.5, 4, 4.0, 0.3)],
+            "prefill": [dict(tau=0.5, share=0.3, prefill_ms=3.0, tokens=99)],
+        },
+    }
+
+
+def test_latency_tables():
+    lines = latency.tables(latency_result()).splitlines()
+    assert lines[0] == "m: routed layer within 1.0e-03 (relative RMS) of float32"
+    i = lines.index("decode step, ms")
+    assert [line.split() for line in lines[i + 1 : i + 5]] == [
+        ["tau", "share", "batch", "1", "batch", "4"],
+        ["dense", "4.000", "5.000"],
+        ["1", "1.00", "5.000", "0.80x", "5.000", "1.00x"],
+        ["0.5", "0.30", "2.000", "2.00x", "4.000", "1.25x"],
+    ]
+    assert lines[-1].split() == ["0.5", "0.30", "3.0", "3.00x"]
+    assert "400.000" in lines[lines.index("average latency, ms") + 2]
+
+
+def test_latency_tables_without_a_dense_model():
+    result = latency_result()
+    del result["dense"]
+    assert "x" not in latency.tables(result).split("decode step, ms")[1].replace("prefill", "")
+    assert latency.speedups(result) == {}
+
+
+def test_latency_speedups():
+    assert latency.speedups(latency_result()) == {
+        "batch 1": [(1.0, 0.8), (0.3, 2.0)],
+        "batch 4": [(1.0, 1.0), (0.3, 1.25)],
+    }
+
+
+def test_serve_table_ratios_above_1_are_better_than_dense():
+    dense = dict.fromkeys(serve.METRICS, 10.0)
+    ours = {**dense, "output_throughput": 20.0, "median_tpot_ms": 5.0, "p99_ttft_ms": 40.0}
+    lines = serve.table([dict(tau=None, result=dense), dict(tau=0.5, result=ours)]).splitlines()
+    assert lines[0].split() == ["dense", "tau", "0.5"]
+    cells = {line.split("  ")[0]: line.split()[-2:] for line in lines[1:]}
+    assert cells["output tokens/s"] == ["20.00", "2.00x"]
+    assert cells["TPOT median, ms"] == ["5.00", "2.00x"]
+    assert cells["TTFT p99, ms"] == ["40.00", "0.25x"]
+
+
+def test_kernel_table():
+    rows = [dict(tokens=1, share=s, path="fused", us=us, dense_us=100.0) for s, us in [(1.0, 100.0), (0.2, 40.0)]]
+    assert kernel.table(rows).splitlines()[1].split() == ["1", "fused", "100.0", "100.0", "1.00x", "40.0", "2.50x"]
+
+
+def test_versions_say_what_figures_depend_on():
+    found = report.versions()
+    assert {"torch", "triton", "vllm", "prunepath_vllm"} <= found.keys()
+    assert (found["vllm"] or "").startswith("0.32")
+    assert ("gpu" in found) == torch.cuda.is_available()
+    assert found.get("gpu") or found["cpu"]
+
+
+def test_plot_is_a_png(tmp_path):
+    report.plot_speedups(tmp_path / "plot.png", "title", {"batch 1": [(1.0, 1.0), (0.2, 1.7)]})
+    assert (tmp_path / "plot.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_own_tables_come_before_the_shipped_ones(tmp_path: Path, monkeypatch):
+    rows = ffn.tuning_to_json(ffn.heuristic_tuning(64, 8, True))[:1]
+    (tmp_path / ffn.table_name("NVIDIA H200")).write_text(json.dumps({ffn.shape_key(3584, 592, 32, True): rows}))
+    monkeypatch.setenv(ffn.TUNING_DIR, str(tmp_path))
+    load = ffn.load_tuning.__wrapped__
+    assert ffn.tuning_to_json(load("NVIDIA H200", 3584, 592, 32, True)) == rows
+    shipped = load("NVIDIA H200", 5120, 864, 32, True)  # a shape that our file does not have
+    monkeypatch.delenv(ffn.TUNING_DIR)
+    assert shipped == load("NVIDIA H200", 5120, 864, 32, True)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize(
+    "shape",
+    [*(Shape(1024, 96, size) for size in (8, 16, 64)), Shape(768, 40, 4, False, "relu", True)],
+    ids=["size8", "size16", "size64", "size4-relu-bias"],
+)
+def test_every_path_is_right_at_other_expert_sizes(shape):
+    """CPU counterpart: test_kernels_interpreted.py."""
+    bench = Bench(shape, 2)
+    for tokens in (1, 5, 64, 1500):
+        choices = {path: start_choice(shape, tokens, path) for path in paths_for(tokens)}
+        checks: list[dict] = []
+        assert layer.check_all(bench, choices, tokens, checks).keys() == choices.keys(), checks

@@ -1,0 +1,127 @@
+"""`prunepath eval`: tasks, backends that agree, metrics, and runs that go on where they stopped."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from naive import load_naive, naive_logits
+from tiny_models import build_tokenizer
+
+from prunepath_vllm.entrypoints.cli import main
+from prunepath_vllm.evaluation.statistics import METRICS, estimate
+
+BIN = Path(sys.executable).parent
+ARC = [
+    {"question": f"What is {i} plus {i}?", "choices": {"text": [str(i), "no", "twelve"], "label": list("ABC")},
+     "answerKey": "ABC"[i % 3]}
+    for i in range(6)
+]  # fmt: skip
+
+
+@pytest.fixture
+def arc(tmp_path) -> Path:
+    (tmp_path / "easy.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ARC))
+    return tmp_path
+
+
+def evaluate(checkpoint: Path, data: Path, output: Path, *more: str) -> int:
+    command = ["eval", str(checkpoint), "--task", "arc_easy", "--data", str(data), "--tau", "1.0,0.4"]
+    return main([*command, "--backend", "transformers", "--output", str(output), *more])
+
+
+def records(output: Path) -> dict:
+    lines = output.with_suffix(".jsonl").read_text().splitlines()[1:]
+    return {line["key"]: line["value"] for line in map(json.loads, lines)}
+
+
+def test_choices_are_scored_as_the_naive_model_says(prunepath_checkpoint, arc, tmp_path):
+    checkpoint, output, plot = prunepath_checkpoint("llama"), tmp_path / "out.json", tmp_path / "out.png"
+    assert evaluate(checkpoint, arc, output, "--plot", str(plot)) == 0
+    assert plot.stat().st_size > 1000
+    result, kept = json.loads(output.read_text()), records(output)
+    model, tokenizer = load_naive(checkpoint), build_tokenizer()
+    for point in result["points"]:
+        hits = normalised = 0
+        for row, record in zip(ARC, kept[f"{point['tau']}/0"], strict=True):
+            prompt = tokenizer(f"Question: {row['question']}\nAnswer:")["input_ids"]
+            scores = []
+            for choice in row["choices"]["text"]:
+                ids = tokenizer(f" {choice}")["input_ids"]
+                with torch.no_grad():
+                    logits = naive_logits(model, [*prompt, *ids], point["tau"])[len(prompt) - 1 : -1]
+                scores.append(logits.log_softmax(-1).gather(1, torch.tensor(ids)[:, None]).sum().item())
+            assert record["logprobs"] == pytest.approx(scores, rel=1e-3)
+            best = [score / len(text) for score, text in zip(scores, row["choices"]["text"], strict=True)]
+            hits += "ABC"[scores.index(max(scores))] == row["answerKey"]
+            normalised += "ABC"[best.index(max(best))] == row["answerKey"]
+        assert point["accuracy"] == pytest.approx(hits / len(ARC))
+        assert point["accuracy_norm"] == pytest.approx(normalised / len(ARC))
+    dense, sparse = result["points"]
+    assert dense["ffn_sparsity"] == 0 < sparse["ffn_sparsity"]
+
+
+def test_the_engine_agrees_with_transformers(prunepath_checkpoint, arc, tmp_path):
+    checkpoint, output, other = prunepath_checkpoint("llama"), tmp_path / "out.json", tmp_path / "engine.json"
+    assert evaluate(checkpoint, arc, output) == 0
+    command = ["eval", checkpoint, "--task", "arc_easy", "--data", arc, "--tau", "1.0,0.4", "--output", other]
+    process = subprocess.run(
+        [BIN / "prunepath", *map(str, command)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_CI_ENV": "1"},
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    engine, here = json.loads(other.read_text()), json.loads(output.read_text())
+    assert engine["backend"] == "vllm"
+    for mine, theirs in zip(here["points"], engine["points"], strict=True):
+        assert theirs == pytest.approx(mine, abs=1e-4)
+    for key, rows in records(output).items():
+        for mine, theirs in zip(rows, records(other)[key], strict=True):
+            assert theirs["logprobs"] == pytest.approx(mine["logprobs"], abs=1e-2)
+
+
+def test_an_interrupted_run_goes_on(prunepath_checkpoint, arc, tmp_path, capsys):
+    checkpoint, output = prunepath_checkpoint("llama"), tmp_path / "out.json"
+    assert evaluate(checkpoint, arc, output) == 0
+    whole, journal = json.loads(output.read_text()), output.with_suffix(".jsonl")
+    header, first, second = journal.read_text().splitlines()
+    changed = json.loads(first)
+    for record in changed["value"]:
+        record["statistics"]["accuracy"] = 1.0  # seen in the result only where the shard is not run again
+    journal.write_text("\n".join([header, json.dumps(changed), second[:50]]))
+    assert evaluate(checkpoint, arc, output) == 0
+    again = json.loads(output.read_text())
+    assert again["points"][0]["accuracy"] == 1.0
+    assert again["points"][1] == whole["points"][1]
+    capsys.readouterr()
+    assert evaluate(checkpoint, arc, output, "--limit", "2") == 2
+    assert "another items" in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_is_wrong_is_named(prunepath_checkpoint, arc, tmp_path, capsys):
+    checkpoint = str(prunepath_checkpoint("llama"))
+    (arc / "easy.jsonl").write_text(json.dumps(ARC[0]) + "\n" + json.dumps(ARC[1] | {"answerKey": "Z"}) + "\n")
+    for options, named in (
+        (["--task", "nonsense"], "'nonsense'; expected one of wikitext, mmlu"),
+        (["--task", "arc_easy", "--data", str(arc)], "easy.jsonl, line 2"),
+        (["--task", "arc_challenge", "--data", str(arc)], "challenge.jsonl"),
+        (["--task", "sst2", "--data", str(arc)], "expected a classifier"),
+    ):
+        assert main(["eval", checkpoint, "--backend", "transformers", *options]) == 2
+        assert named in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_f1_and_intervals():
+    counts = dict(accuracy=0.0, true_positive=0.0, false_positive=0.0, false_negative=0.0)
+    items = [counts | {"true_positive": 1.0, "accuracy": 1.0}] * 30 + [counts | {"false_positive": 1.0}] * 10
+    items += [counts | {"false_negative": 1.0}] * 10
+    value, low, high = estimate(items, ["f1"])["f1"]
+    assert value == pytest.approx(0.75)
+    assert low < value < high
+    _, low, high = estimate(items, ["accuracy"])["accuracy"]
+    assert (high - low) / 2 == pytest.approx(1.96 * (0.6 * 0.4 / 50) ** 0.5, rel=0.15)
+    assert METRICS["f1"](counts) == 0

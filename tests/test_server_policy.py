@@ -1,0 +1,315 @@
+"""What an operator has over `vllm serve`, on a real `prunepath serve`: bounds, prefill tau, info, metrics, reports."""
+
+import concurrent.futures
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import httpx
+import openai
+import pytest
+import test_server
+from naive import NaiveFFN, load_naive, naive_logits
+from prometheus_client.parser import text_string_to_metric_families
+from test_server import BIN, ENDPOINTS, MODEL, PROMPTS, Server, complete
+from tiny_models import build_tokenizer
+
+serve = test_server.serve
+
+CURVE = [[0.2, 0.9], [0.5, 0.7], [0.8, 0.3], [1.0, 0.0]]
+PREFILL_TAU = 0.5
+BLOCK = 32
+BOUNDS = {"default_tau": 0.7, "min_tau": 0.4, "max_tau": 1.0, "prefill_tau": PREFILL_TAU}
+
+
+@pytest.fixture(scope="module")
+def server(serve, prunepath_checkpoint) -> Server:
+    options = ["--additional-config", json.dumps({"prunepath": BOUNDS}), "--enable-prompt-tokens-details"]
+    # Room for 384 tokens in all: several requests at once are preempted and resumed.
+    options += ["--block-size", str(BLOCK), "--num-gpu-blocks-override", "12"]
+    checkpoint = prunepath_checkpoint("llama", default_tau=0.6, tau_curve=CURVE)
+    return serve(checkpoint, *options, command=(str(BIN / "prunepath"), "serve"))
+
+
+@pytest.fixture(scope="module")
+def naive(prunepath_checkpoint):
+    return prefilling_model(prunepath_checkpoint("llama", default_tau=0.6, tau_curve=CURVE))
+
+
+def prefilling_model(checkpoint: Path):
+    """The naive model; what its block calls dense positions, it computes at PREFILL_TAU."""
+    model = load_naive(checkpoint)
+    for module in model.modules():
+        if isinstance(module, NaiveFFN):
+            token = module.token
+            # 1.0 stands for a position of the prompt; decode asks for 1.05 where it means every expert.
+            module.token = lambda x, tau, token=token: token(x, PREFILL_TAU if tau == 1.0 else tau)
+    return model
+
+
+def expected(model, prompt: list[int], tau: float, count: int) -> list[int]:
+    """Greedy tokens with positions of the prompt at PREFILL_TAU and later ones at `tau`."""
+    for module in model.modules():
+        if isinstance(module, NaiveFFN):
+            module.block["dense_positions"] = len(prompt)
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(naive_logits(model, tokens, max(tau, 1.05) if tau >= 1 else tau)[-1].argmax()))
+    return tokens[len(prompt) :]
+
+
+def run(server: Server, prompt: list[int], tau: float, count: int) -> tuple[list[int], int]:
+    """(new tokens, prompt tokens found in the prefix cache)."""
+    answer = server.client.completions.create(
+        model=MODEL,
+        prompt=prompt,
+        max_tokens=count,
+        temperature=0,
+        extra_body={"tau": tau, "ignore_eos": True, "return_token_ids": True},
+    )
+    details = answer.usage.prompt_tokens_details
+    return answer.choices[0].token_ids, (details and details.cached_tokens) or 0
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["", "stream"])
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
+@pytest.mark.parametrize(
+    ("knob", "param"),
+    [
+        ({"tau": 0.39}, "tau"),
+        ({"tau": 1.01}, "tau"),
+        ({"vllm_xargs": {"tau": 0.2}}, "tau"),
+        ({"sparsity": 0.8}, "sparsity"),
+        ({"vllm_xargs": {"sparsity": 0.8}}, "sparsity"),
+    ],
+    ids=str,
+)
+def test_outside_the_bounds_is_http_400_naming_field_value_and_bounds(server, endpoint, knob, param, stream):
+    response = server.post(endpoint, {**ENDPOINTS[endpoint], **knob, "stream": stream})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    asked = next(iter(knob.get("vllm_xargs", knob).values()))
+    assert error["param"] == param
+    assert error["code"] == 400
+    assert f"{param} " in error["message"]
+    assert str(asked) in error["message"]
+    assert "[0.4, 1.0] (this server's min_tau and max_tau)" in error["message"]
+
+
+def test_the_official_client_sees_a_bad_request(server):
+    with pytest.raises(openai.BadRequestError, match="min_tau"):
+        complete(server, tau=0.1)
+
+
+def test_the_bounds_themselves_and_a_sparsity_within_are_served(server):
+    for knob in ({"tau": 0.4}, {"tau": 1}, {"sparsity": 0.7}, {}):
+        assert len(complete(server, **knob)) == 10
+
+
+@pytest.mark.parametrize("tau", [0.4, 0.7, 1.0])
+def test_prompts_run_at_the_prefill_tau_and_answers_at_the_requests(server, naive, tau):
+    prompt = build_tokenizer()(PROMPTS[1])["input_ids"]
+    tokens, _ = run(server, prompt, tau, 10)
+    assert tokens == expected(naive, prompt, tau, 10)
+
+
+def test_a_prompt_is_computed_once_for_every_tau(server, naive):
+    prompt = build_tokenizer()("shared by all the taus: " + PROMPTS[4])["input_ids"]
+    blocks = (len(prompt) - 1) // BLOCK
+    assert blocks >= 2
+    assert run(server, prompt, 0.4, 2)[1] == 0
+    for tau in (1.0, 0.8, 0.4):
+        tokens, cached = run(server, prompt, tau, 6)
+        assert cached == blocks * BLOCK
+        assert tokens == expected(naive, prompt, tau, 6)
+
+
+@pytest.mark.parametrize("tau", [0.4, 1.0])
+def test_generated_tokens_of_another_tau_are_never_taken_for_a_prompt(server, naive, tau):
+    prompt = build_tokenizer()(f"a first turn at {tau}: " + "abc " * 6)["input_ids"]
+    answer, _ = run(server, prompt, tau, 80)
+    second = [*prompt, *answer, *build_tokenizer()(" and the next turn")["input_ids"]]
+    tokens, cached = run(server, second, tau, 6)
+    assert cached == len(prompt) // BLOCK * BLOCK
+    assert tokens == expected(naive, second, tau, 6)
+
+
+def test_generated_tokens_at_the_prefill_tau_are_part_of_the_next_prompt(server, naive):
+    prompt = build_tokenizer()("a first turn at the prefill tau: " + "abc " * 6)["input_ids"]
+    answer, _ = run(server, prompt, PREFILL_TAU, 80)
+    second = [*prompt, *answer]
+    tokens, cached = run(server, second, 1.0, 6)
+    assert cached == (len(second) - 1) // BLOCK * BLOCK
+    assert tokens == expected(naive, second, 1.0, 6)
+
+
+def metrics(server: Server) -> dict[str, float]:
+    """Samples of /metrics by name, summed over labels other than a histogram's bound and a step's kind."""
+    values: dict[str, float] = {}
+    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text):
+        for sample in family.samples:
+            label = sample.labels.get("le") or sample.labels.get("kind")
+            name = sample.name + (f":{label}" if label else "")
+            values[name] = values.get(name, 0) + sample.value
+    return values
+
+
+def test_preempted_requests_keep_both_taus(server, naive):
+    before = metrics(server)["vllm:num_preemptions_total"]
+    jobs = [(build_tokenizer()(f"{i}: {PROMPTS[1]}")["input_ids"][:50], (0.4, 0.7, 1.0)[i % 3]) for i in range(6)]
+    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
+        results = list(pool.map(lambda job: run(server, *job, 40)[0], jobs))
+    assert metrics(server)["vllm:num_preemptions_total"] > before
+    for (prompt, tau), tokens in zip(jobs, results, strict=True):
+        assert tokens == expected(naive, prompt, tau, 40)
+
+
+def test_metrics_count_what_was_sent(server):
+    before = metrics(server)
+    sent = {0.4: 0.7 + (0.9 - 0.7) / 3, 0.65: 0.5, 1.0: 0.0}  # tau, and its FFN sparsity on the curve
+    prompts = {tau: build_tokenizer()(f"counted {tau}")["input_ids"] for tau in sent}
+    for tau, prompt in prompts.items():
+        assert run(server, prompt, tau, 10)[1] == 0
+    after = metrics(server)
+    added = {name: value - before.get(name, 0) for name, value in after.items()}
+
+    assert added["prunepath:request_tau_count"] == 3
+    assert added["prunepath:request_tau_sum"] == pytest.approx(0.4 + 0.65 + 1.0)
+    below = [added[f"prunepath:request_tau_bucket:{le}"] for le in ("0.3", "0.4", "0.7", "0.99", "1.0")]
+    assert below == [0, 1, 2, 2, 3]
+    prompt_tokens = sum(len(prompt) for prompt in prompts.values())
+    assert added["prunepath:tokens_total"] == prompt_tokens + 3 * 9  # the last token of an answer is not run
+    assert added["prunepath:steps_total:dense"] == 9  # the third answer; its prompt ran at the prefill tau
+    assert added["prunepath:steps_total:routed"] == 3 + 2 * 9
+    sparsity = prompt_tokens * 0.7 + sum(9 * share for share in sent.values())
+    assert added["prunepath:expected_ffn_sparsity_tokens_total"] == pytest.approx(sparsity, rel=1e-5)
+
+
+def test_refused_requests_are_not_counted(server):
+    before = metrics(server)["prunepath:request_tau_count"]
+    assert server.post("/v1/completions", {**ENDPOINTS["/v1/completions"], "tau": 0.1}).status_code == 400
+    assert metrics(server)["prunepath:request_tau_count"] == before
+
+
+def test_info_says_what_is_served_and_what_may_be_asked(server):
+    info = httpx.get(f"{server.url}/prunepath/info").json()
+    block = json.loads((server.checkpoint / "config.json").read_text())
+    experts = block["prunepath_config"]
+    assert info["model"]["served_names"] == [MODEL]
+    assert info["model"]["num_layers"] == block["num_hidden_layers"]
+    assert info["model"]["max_model_len"] == 256
+    assert {name: experts[name] for name in info["experts"]} == info["experts"]
+    assert info["tau_curve"] == CURVE
+    assert info["defaults"] == {"tau": 0.7, "prefill_tau": PREFILL_TAU}
+    limits = info["limits"]
+    assert (limits["min_tau"], limits["max_tau"]) == (0.4, 1.0)
+    assert str(server.checkpoint) not in json.dumps(info)
+
+
+REPORT = {
+    "tau": 0.8,
+    "prompt_tau": PREFILL_TAU,
+    "expected_ffn_sparsity": pytest.approx(0.3),
+    "expected_prompt_ffn_sparsity": pytest.approx(0.7),
+}
+WANTED = {"sparsity": 0.3, "prunepath_report": True}
+
+
+def test_a_report_comes_with_the_answer_that_asked_for_it(server):
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 4, "temperature": 0}
+    plain = server.client.chat.completions.create(**chat, extra_body={"sparsity": 0.3})
+    told = server.client.chat.completions.create(**chat, extra_body=WANTED)
+    assert told.model_extra["prunepath"] == REPORT
+    assert "prunepath" not in plain.model_extra
+    assert told.choices == plain.choices
+    nested = {"vllm_xargs": {"tau": 0.8, "prunepath_report": True}}
+    text = server.client.completions.create(model=MODEL, prompt="a", max_tokens=2, extra_body=nested)
+    assert text.model_extra["prunepath"] == REPORT
+    response = server.client.responses.create(model=MODEL, input="a", max_output_tokens=4, extra_body=WANTED)
+    assert response.model_extra["prunepath"] == REPORT
+
+
+@pytest.mark.parametrize("usage", [False, True], ids=["", "usage"])
+def test_a_stream_reports_in_a_chunk_without_choices(server, usage):
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "data: hi"}], "max_tokens": 6, "temperature": 0}
+    options = {"stream": True, "stream_options": {"include_usage": usage}}
+    plain = list(server.client.chat.completions.create(**chat, **options, extra_body={"sparsity": 0.3}))
+    *told, last = server.client.chat.completions.create(**chat, **options, extra_body=WANTED)
+    assert last.model_extra["prunepath"] == REPORT
+    assert (last.choices, last.object, last.model) == ([], "chat.completion.chunk", MODEL)
+    assert last.id == told[0].id
+    assert [chunk.choices for chunk in told] == [chunk.choices for chunk in plain]
+    assert not any("prunepath" in (chunk.model_extra or {}) for chunk in told)
+
+
+def test_a_stream_of_responses_reports_in_its_last_event(server):
+    stream = server.client.responses.create(model=MODEL, input="a", max_output_tokens=4, stream=True, extra_body=WANTED)
+    *_, last = stream
+    assert last.type == "response.completed"
+    assert last.response.model_extra["prunepath"] == REPORT
+
+
+@pytest.mark.parametrize("value", [1, "yes", []], ids=repr)
+def test_a_report_is_asked_for_with_true(server, value):
+    response = server.post("/v1/completions", {**ENDPOINTS["/v1/completions"], "prunepath_report": value})
+    assert response.status_code == 400
+    error = response.json()["error"]
+    assert error["param"] == "prunepath_report"
+    assert repr(value) in error["message"]
+
+
+def test_a_refused_request_that_wanted_a_report_gets_the_refusal(server):
+    for stream in (False, True):
+        body = {**ENDPOINTS["/v1/completions"], "tau": 0.1, "prunepath_report": True, "stream": stream}
+        response = server.post("/v1/completions", body)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "tau"
+
+
+PREEMPTED = """
+import json, sys
+sys.argv = ["engine_scenarios.py", "", {checkpoint!r}, "v2"]
+import engine_scenarios as s
+llm = s.engine(enforce_eager=True, num_gpu_blocks_override=12, disable_log_stats=False,
+               additional_config={{"prunepath": {{"prefill_tau": {prefill_tau}}}}})
+taus = [1.0, 0.9, 0.5, 0.3, 0.7, 1.05]
+outputs = llm.generate(s.PROMPTS[:6], [s.params(tau, max_tokens=20) for tau in taus], use_tqdm=False)
+print("RESULT " + json.dumps({{
+    "rows": [s.row(output, tau) for output, tau in zip(outputs, taus)],
+    "preemptions": s.counter(llm, "vllm:num_preemptions"),
+}}))
+"""
+
+
+def test_the_v2_runner_keeps_both_taus_under_preemption_and_chunked_prompts(prunepath_checkpoint, naive):
+    checkpoint = str(prunepath_checkpoint("llama", default_tau=0.6, tau_curve=CURVE))
+    code = PREEMPTED.format(checkpoint=checkpoint, prefill_tau=PREFILL_TAU)
+    path = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
+    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **path})
+    assert process.returncode == 0, process.stderr[-3000:]
+    result = json.loads(re.search(r"^RESULT (.*)$", process.stdout, re.MULTILINE).group(1))
+    assert result["preemptions"] > 0
+    for row in result["rows"]:
+        assert row["tokens"][0] == expected(naive, row["prompt"], row["tau"], 20)
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "named"),
+    [
+        ("llama", {"min_tau": 0.8, "max_tau": 0.5}, "min_tau: 0.8 is above max_tau 0.5"),
+        ("llama", {"max_tau": 0.5}, "default_tau: 0.6 (the checkpoint's) is outside [0.0, 0.5]"),
+        ("llama", {"min_tau": 0.5, "default_tau": 0.4}, "default_tau: 0.4 is outside [0.5, 1.05]"),
+        ("llama", {"prefill_tau": "1"}, "prefill_tau must be a number in (0, 1.05], got '1'"),
+        ("roberta", {"prefill_tau": 1.0}, "prefill_tau"),
+    ],
+    ids=["crossed", "checkpoint-default", "default", "not-a-number", "pooling"],
+)
+def test_a_policy_that_makes_no_sense_stops_the_server(prunepath_checkpoint, family, options, named):
+    from vllm.engine.arg_utils import EngineArgs
+
+    checkpoint = prunepath_checkpoint(family, default_tau=0.6)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        EngineArgs(model=str(checkpoint), additional_config={"prunepath": options}).create_engine_config()

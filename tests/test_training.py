@@ -1,0 +1,310 @@
+"""Whole trainings on tiny models and real prose: two stages, resume, kills, divergence, low rank, LTE, classes."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, Trainer
+
+from prunepath_vllm.checkpoint import read_config, read_tensor_index, stream_tensors, validate_checkpoint
+from prunepath_vllm.errors import TrainingError, UsageError
+from prunepath_vllm.modeling import register_auto_classes
+from prunepath_vllm.training.adapter import merge_adapter
+from prunepath_vllm.training.recipe import load_recipe, parse_recipe
+from prunepath_vllm.training.run import train
+from prunepath_vllm.training.trainer import PrunePathTrainer
+
+DOCS = Path(__file__).parent.parent / "docs"
+LENGTH = 64
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """(training text, held-out text): the project's own documents."""
+    folder = tmp_path_factory.mktemp("texts")
+    prose = "\n".join(path.read_text() for path in sorted(DOCS.glob("*.md")))
+    assert len(prose) > 15000
+    (folder / "train.txt").write_text(prose[:-4000])
+    (folder / "valid.txt").write_text(prose[-4000:])
+    return folder / "train.txt", folder / "valid.txt"
+
+
+@pytest.fixture
+def recipe(texts, dense_checkpoint, tmp_path):
+    """``recipe(**changes)``: a short training of a converted tiny Llama; sections are replaced key by key."""
+
+    def build(family="llama", **changes):
+        content = dict(
+            output=str(tmp_path / "run"),
+            model=dict(
+                path=str(dense_checkpoint(family)), convert=dict(text=str(texts[0]), tokens=2048, expert_size=16)
+            ),
+            data=dict(train=[dict(path=str(texts[0]))], sequence_length=LENGTH),
+            stages=[dict(losses=dict(contribution=0.1))],
+            optimizer=dict(lr=2e-3),
+            schedule=dict(max_steps=12),
+            batch=dict(sequences=4),
+            runtime=dict(device="cpu", bf16=False, log_steps=3, tensorboard=False),
+        )
+        for key, value in changes.items():
+            merged = isinstance(value, dict) and isinstance(content.get(key), dict)
+            content[key] = content[key] | value if merged else value
+        return parse_recipe(content)
+
+    return build
+
+
+def logs(run, key="loss"):
+    rows = [json.loads(line) for line in (Path(run) / "log.jsonl").read_text().splitlines()]
+    return [row[key] for row in rows if key in row]
+
+
+def tensors(path):
+    return dict(stream_tensors(path, read_tensor_index(path)))
+
+
+def assert_same(first, second):
+    assert first.keys() == second.keys()
+    different = [name for name in first if not torch.equal(first[name], second[name])]
+    assert not different
+
+
+def test_the_papers_two_stages_lower_loss_and_end_sparse(recipe, texts):
+    terms = dict(entropy=3e-4, balance=1e-3, gate=1e-4)
+    stages = [
+        dict(name="warm-up", tau="fixed", tau_start=1.05, losses=terms),
+        dict(name="path", tau="path", tau_end=0.5, rounds=4, losses=terms),
+    ]
+    plan = recipe(
+        stages=stages,
+        schedule=dict(max_steps=40),
+        model=dict(convert=dict(router="zero", gate="sigmoid", expert_size=16, dense_positions=0)),
+        runtime=dict(tensorboard=True, log_steps=5, save_steps=20),
+        evaluation=dict(data=str(texts[1]), max_tokens=1024, points=2, point_tokens=256, taus=[1.0, 0.5]),
+    )
+    result = train(plan)
+    output = Path(plan.output)
+
+    losses, sparsity = logs(output, "task_loss"), logs(output, "ffn_sparsity")
+    assert losses[-1] < losses[0] - 1
+    assert max(sparsity[:4]) == 0  # 20 steps of warm-up
+    assert sparsity[-1] > 0.3
+    assert {"entropy_loss", "balance_loss", "gate_loss"} <= json.loads(
+        (output / "log.jsonl").read_text().splitlines()[0]
+    ).keys()
+    assert len(logs(output, "quality")) == 2
+
+    summary = validate_checkpoint(result, check_values=True)
+    quality = json.loads((result / "quality.json").read_text())["points"]
+    assert [point["tau"] for point in quality] == [tau for tau, _ in summary.prunepath.tau_curve]
+    assert quality[-1]["ffn_sparsity"] == 0
+    assert quality[0]["ffn_sparsity"] > 0.5
+    assert f"{quality[-1]['perplexity']:.4g}" in (result / "README.md").read_text()
+    assert load_recipe(result / "recipe.yaml") == plan
+    assert list((output / "tensorboard").glob("events*"))
+    assert [path.name for path in output.glob("checkpoint-*")]
+    assert not list(output.glob(".*"))
+
+    register_auto_classes()
+    model = AutoModelForCausalLM.from_pretrained(result).eval()
+    tokens = torch.randint(4, 300, (1, 8))
+    assert model(tokens, tau=0.5).logits.isfinite().all()
+
+
+class Killed(BaseException):
+    """Stands for the end of the process."""
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+def test_resume_is_bitwise(recipe, monkeypatch, rank):
+    """GPT-2 has dropout, so the random state matters; a step takes two batches; tau is drawn per sequence."""
+    options = dict(family="gpt2", batch=dict(sequences=2, accumulation=2), runtime=dict(save_steps=4, keep=9))
+    plan = recipe(**options, model=dict(rank=rank))
+    whole = train(plan)
+    straight = tensors(whole)
+    states = {path.name: load_file(next(path.glob("*.safetensors"))) for path in Path(plan.output).glob("checkpoint-*")}
+    log = logs(plan.output, "task_loss")
+    shutil.rmtree(plan.output)
+
+    step = PrunePathTrainer.training_step
+
+    def die(self, *args, **kwargs):
+        if self.state.global_step == 7:
+            raise Killed
+        return step(self, *args, **kwargs)
+
+    monkeypatch.setattr(PrunePathTrainer, "training_step", die)
+    with pytest.raises(Killed):
+        train(plan)
+    monkeypatch.undo()
+    assert sorted(path.name for path in Path(plan.output).glob("checkpoint-*")) == ["checkpoint-4"]
+    assert_same(tensors(train(plan, resume=True)), straight)
+    for name in ("checkpoint-8", "checkpoint-12"):
+        assert_same(load_file(next((Path(plan.output) / name).glob("*.safetensors"))), states[name])
+    assert logs(plan.output, "task_loss")[-1] == log[-1]
+
+
+def test_killed_while_saving_leaves_whole_checkpoints(recipe, monkeypatch):
+    plan = recipe(runtime=dict(save_steps=4))
+    for place in ("_save_optimizer_and_scheduler", "_save_rng_state"):
+        shutil.rmtree(plan.output, ignore_errors=True)
+        save = getattr(Trainer, place)
+
+        def die(self, directory, save=save):
+            if self.state.global_step == 8:
+                raise Killed
+            save(self, directory)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Trainer, place, die)
+            with pytest.raises(Killed):
+                train(plan)
+        found = list(Path(plan.output).glob("checkpoint-*"))
+        assert [path.name for path in found] == ["checkpoint-4"]
+        validate_checkpoint(found[0], check_values=True)
+    result = train(plan, resume=True)
+    validate_checkpoint(result, check_values=True)
+    names = sorted(path.name for path in Path(plan.output).glob("checkpoint-*"))
+    assert names == ["checkpoint-12", "checkpoint-8"]  # as many as `keep`
+
+
+@pytest.mark.parametrize("lr", [30.0, 1e25])
+def test_divergence_stops_the_run(recipe, lr):
+    plan = recipe(optimizer=dict(lr=lr, max_grad_norm=1e9), schedule=dict(max_steps=60, warmup=0))
+    with pytest.raises(TrainingError, match=r"diverged: loss is \S+ at step \d+.*optimizer\.lr"):
+        train(plan)
+    assert not (Path(plan.output) / "model").exists()
+
+
+def test_the_clock_ends_a_run_annealed(recipe):
+    plan = recipe(schedule=dict(max_steps=None, max_minutes=0.05), runtime=dict(log_steps=1))
+    train(plan)
+    rates = logs(plan.output, "learning_rate")
+    assert rates[-1] < 0.1 * max(rates)
+    assert logs(plan.output, "progress")[-1] == 1
+    assert logs(plan.output, "minutes")[-1] < 0.2
+
+
+def test_low_rank_adapter_makes_the_trained_checkpoint(recipe, tmp_path, dense_checkpoint):
+    plan = recipe(model=dict(rank=4), optimizer=dict(lr=2e-2))
+    result = train(plan)
+    merged = merge_adapter(dense_checkpoint("llama"), Path(plan.output) / "adapter.safetensors", tmp_path / "merged")
+    assert_same(tensors(merged), tensors(result))
+    assert validate_checkpoint(merged).prunepath == validate_checkpoint(result).prunepath
+    start, end = tensors(Path(plan.output) / "start"), tensors(result)
+    assert torch.equal(start["model.embed_tokens.weight"], end["model.embed_tokens.weight"])
+    change = end["model.layers.1.mlp.down_proj.weight"] - start["model.layers.1.mlp.down_proj.weight"]
+    assert torch.linalg.matrix_rank(change.float(), rtol=1e-4) == 4
+    assert logs(plan.output)[-1] < logs(plan.output)[0] - 0.3
+
+
+def test_an_adapter_needs_its_own_dense_model(recipe, dense_checkpoint):
+    plan = recipe(model=dict(rank=4, dense=str(dense_checkpoint("qwen2"))))
+    with pytest.raises(UsageError, match="neurons that"):
+        train(plan)
+
+
+def test_lte_ends_with_threshold_selection(recipe, texts):
+    stages = [
+        dict(name="soft", tau="fixed", tau_start=1.05, gate="sigmoid", threshold=0.5)
+        | dict(losses=dict(efficiency=0.5, separation=0.01)),
+        dict(name="hard", tau="fixed", tau_start=0.5, gate="none", selection="threshold", threshold=0.5)
+        | dict(train_routers=False, new_schedule=True),
+    ]
+    plan = recipe(
+        stages=stages,
+        model=dict(convert=dict(router="random", expert_size=16)),
+        optimizer=dict(router_lr=3e-2),
+        schedule=dict(max_steps=24),
+        runtime=dict(save_steps=12),
+        evaluation=dict(data=str(texts[1]), max_tokens=512),
+    )
+    result = train(plan)
+    block = validate_checkpoint(result).prunepath
+    assert (block.selection, block.threshold, block.gate, block.tau_curve) == ("threshold", 0.5, "none", None)
+    sparse, dense = json.loads((result / "quality.json").read_text())["points"]
+    assert 0 < sparse["ffn_sparsity"] < 1
+    assert dense["ffn_sparsity"] == 0
+    assert logs(plan.output, "ffn_sparsity")[0] == 0  # the soft stage uses every expert
+    routers = [
+        {n: t for n, t in tensors(path).items() if ".router." in n}
+        for path in (result, Path(plan.output) / "checkpoint-12")
+    ]
+    assert_same(*routers)  # frozen from the middle on
+
+
+def test_plain_fine_tuning_of_the_dense_model(recipe, texts):
+    plan = recipe(model=dict(convert=None), stages=[{}], evaluation=dict(data=str(texts[1]), max_tokens=512))
+    result = train(plan)
+    assert read_config(result)["model_type"] == "llama"
+    assert logs(plan.output)[-1] < logs(plan.output)[0] - 0.5
+    (point,) = json.loads((result / "quality.json").read_text())["points"]
+    assert point["tau"] is None
+    assert point["perplexity"] > 1
+
+
+def test_distillation_takes_part_in_the_target(recipe, dense_checkpoint):
+    """With the dense model as teacher and nothing else to learn, the loss starts at that model's own entropy."""
+    plan = recipe(
+        distillation=dict(teacher=str(dense_checkpoint("llama")), share=1.0),
+        stages=[dict(tau="fixed", tau_start=1.0)],
+        schedule=dict(max_steps=1),
+        runtime=dict(log_steps=1),
+        data=dict(max_tokens=4 * LENGTH),
+    )
+    train(plan)
+    model = AutoModelForCausalLM.from_pretrained(dense_checkpoint("llama")).eval()
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(dense_checkpoint("llama"))
+    text = Path(plan.data.train[0].path).read_text()[: 4 * LENGTH]
+    tokens = torch.tensor(tokenizer(text)["input_ids"][: 4 * LENGTH]).view(4, LENGTH)
+    with torch.no_grad():
+        p = model(tokens).logits[:, :-1].softmax(-1)
+    assert logs(plan.output, "task_loss")[0] == pytest.approx(float(-(p * p.log()).sum(-1).mean()), rel=1e-3)
+
+
+def test_classification_learns(recipe, tmp_path):
+    words = [("good", "fine", "great"), ("bad", "poor", "awful")]
+    rows = [dict(text=f"a {words[label][i % 3]} film, number {i}", label=label) for i in range(120) for label in (0, 1)]
+    (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:200]))
+    (tmp_path / "valid.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[200:]))
+    plan = recipe(
+        family="roberta",
+        model=dict(labels=2, convert=dict(router="zero", expert_size=16)),
+        data=dict(task="classification", train=[dict(path=str(tmp_path / "train.jsonl"))]),
+        optimizer=dict(lr=1e-3),
+        schedule=dict(max_steps=None, epochs=4),
+        batch=dict(sequences=10),
+        evaluation=dict(data=str(tmp_path / "valid.jsonl")),
+    )
+    result = train(plan)
+    points = json.loads((result / "quality.json").read_text())["points"]
+    assert points[-1]["accuracy"] > 0.9
+    assert points[-1]["perplexity"] is None
+    assert "accuracy" in (result / "README.md").read_text()
+    assert tensors(result)["classifier.out_proj.weight"].shape[0] == 2
+
+
+def test_another_runs_directory_is_refused(recipe):
+    plan = recipe(schedule=dict(max_steps=1))
+    train(plan)
+    with pytest.raises(UsageError, match="holds another run"):
+        train(plan)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (dict(data=dict(max_tokens=2 * LENGTH)), r"2 sequences; expected at least 4"),
+        (dict(data=dict(train=[dict(path="missing.txt")])), r"data missing\.txt"),
+        (dict(data=dict(task="classification")), r"data\.task: 'classification'"),
+        (dict(model=dict(convert=dict(router="calibrated"))), r"model\.convert\.text: null"),
+    ],
+)
+def test_what_does_not_fit_is_named(recipe, changes, message):
+    with pytest.raises(UsageError, match=message):
+        train(recipe(**changes))
