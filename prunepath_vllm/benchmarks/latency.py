@@ -11,6 +11,7 @@ From a script, piece by piece: :func:`parse`, :func:`start_engine`, :func:`measu
 import argparse
 import copy
 import fcntl
+import functools
 import json
 import os
 import statistics
@@ -34,6 +35,9 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 from prunepath_vllm.benchmarks import options, report, shapes
 from prunepath_vllm.entrypoints.engine_defaults import runs_on_cpu, set_server_defaults
 from prunepath_vllm.errors import UsageError
+
+TEXT_CHARACTERS = 1 << 20
+"""Of --text, that are tokenised."""
 
 Point = dict[str, float | None]
 """{"tau", "share"}: where on the dial to measure, and the share of active experts expected there (None: unknown)."""
@@ -63,6 +67,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of the decode step (default: 3)")
     parser.add_argument("--prefill", type=int, default=0, metavar="N", help="also time the prefill of N tokens")
     parser.add_argument(
+        "--text", metavar="FILE", help="decode steps and prefill on pieces of this text, not on random tokens"
+    )
+    parser.add_argument(
         "--lock", metavar="FILE", help="start this run's engines together, and measure only while holding this file"
     )
     parser.add_argument(
@@ -85,6 +92,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("--use-beam-search (which carries no tau) and --profile: expected with `vllm bench latency`")
     if args.output_len < 2 or args.repeats < 1 or args.num_iters < 0:
         raise UsageError("expected --output-len of 2 or more, --repeats of 1 or more and --num-iters of 0 or more")
+    if args.text and (args.shape or not Path(args.text).is_file()):
+        raise UsageError(f"--text {args.text}: expected a text file, with a checkpoint")
     if args.plot:
         report.check_plot(dense=bool(args.shape or args.dense))
     return args
@@ -220,12 +229,27 @@ def _decode_step_ms(llm: LLM, args: argparse.Namespace, tau: float | None, batch
 _prompts = torch.Generator().manual_seed(0)
 
 
+@functools.cache
+def _token_ids(llm: LLM, path: str) -> torch.Tensor:
+    """int64 [N], of a text's beginning: enough for prompts that differ."""
+    text = Path(path).read_text(encoding="utf-8")[:TEXT_CHARACTERS]
+    return torch.tensor(llm.get_tokenizer().encode(text, add_special_tokens=False))
+
+
 def _seconds(
     llm: LLM, args: argparse.Namespace, tau: float | None, batch: int, new_tokens: int, prompt_tokens: int | None = None
 ) -> float:
-    """Seconds for a batch of fresh random prompts, greedy."""
-    vocabulary = min(50000, llm.llm_engine.model_config.get_vocab_size())
-    tokens = torch.randint(10, vocabulary, (batch, prompt_tokens or args.input_len), generator=_prompts).tolist()
+    """Seconds for a batch of fresh prompts, greedy."""
+    shape = (batch, prompt_tokens or args.input_len)
+    if args.text:
+        text = _token_ids(llm, args.text)
+        if len(text) <= shape[1]:
+            raise UsageError(f"--text {args.text}: {len(text)} tokens; expected more than {shape[1]}, one prompt")
+        starts = torch.randint(len(text) - shape[1], (batch, 1), generator=_prompts)
+        tokens = text[starts + torch.arange(shape[1])].tolist()
+    else:
+        vocabulary = min(50000, llm.llm_engine.model_config.get_vocab_size())
+        tokens = torch.randint(10, vocabulary, shape, generator=_prompts).tolist()
     params = SamplingParams(
         temperature=0,
         max_tokens=new_tokens,
@@ -281,6 +305,7 @@ def run(argv: Sequence[str]) -> int:
         "model": args.shape or args.checkpoint,
         "input_len": args.input_len,
         "output_len": args.output_len,
+        "text": args.text,
         **measured,
         "versions": report.versions(),
     }
