@@ -4,10 +4,11 @@ import itertools
 from collections.abc import Mapping
 from typing import Any, Literal
 
+import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prunepath_vllm.errors import ConfigError
-from prunepath_vllm.tau import MAX_TAU, tau_for_sparsity
+from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, tau_for_sparsity
 
 FORMAT_VERSION = 1
 SPARSE_TAU = 0.5
@@ -144,6 +145,20 @@ class PrunePathConfig(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """The block as plain JSON values."""
         return self.model_dump(mode="json")
+
+
+def sparsity_curve(prunepath: PrunePathConfig) -> np.ndarray | None:
+    """The checkpoint's tau_curve as float64 [2, points], taus above sparsities; None where it has none."""
+    if prunepath.tau_curve is None:
+        return None
+    # Under threshold selection every tau below 1 selects the same experts.
+    points = prunepath.tau_curve[:1] if prunepath.selection == "threshold" else prunepath.tau_curve
+    return np.array(points, dtype=np.float64).T
+
+
+def expected_sparsity(taus: np.ndarray, curve: np.ndarray) -> np.ndarray:
+    """FFN sparsity, float64 [n], at `taus`, [n]: linear between a :func:`sparsity_curve`'s points, level beyond."""
+    return np.where(taus >= DENSE_TAU, 0.0, np.interp(taus, *curve))
 
 
 def check_dense_shape(intermediate_size: int, expert_size: int) -> int:

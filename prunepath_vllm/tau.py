@@ -5,7 +5,7 @@ Pure Python, so that the server front end, the workers and the transformers side
 
 import math
 from bisect import bisect_left
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from prunepath_vllm.errors import TauError
@@ -30,6 +30,19 @@ def parse_tau(value: Any, parameter: str = "tau") -> float:
     if number is None or not 0 < number <= MAX_TAU:
         raise _out_of_range(parameter, value, f"a number in (0, {MAX_TAU}]")
     return number
+
+
+def parse_tau_list(text: str) -> list[float]:
+    """Return the taus of a command line's list, separated by commas.
+
+    Raises:
+        TauError: not a number, or one out of range.
+    """
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        raise _out_of_range("tau", text, "numbers separated by commas") from None
+    return [parse_tau(number) for number in numbers]
 
 
 def parse_sparsity(value: Any, parameter: str = "sparsity") -> float:
@@ -63,6 +76,18 @@ def tau_for_sparsity(tau_curve: Sequence[tuple[float, float]], sparsity: float) 
         return points[-1][1]
     (s0, tau0), (s1, tau1) = points[upper - 1], points[upper]
     return tau0 + (tau1 - tau0) * ((sparsity - s0) / (s1 - s0))
+
+
+def level_curve(measured: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
+    """A tau curve as configurations hold it, from measured (tau, FFN sparsity) pairs in ascending tau.
+
+    What is measured at a lower tau is an upper bound, up to noise that the curve must not show.
+    """
+    curve: list[tuple[float, float]] = []
+    for tau, sparsity in measured:
+        bound = curve[-1][1] if curve else 1.0
+        curve.append((tau, round(min(sparsity, bound), 4)))
+    return curve
 
 
 def resolve_tau(

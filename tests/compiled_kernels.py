@@ -82,10 +82,11 @@ def main(capability: int) -> None:
         if capability == 90:
             tuning = load_tuning("NVIDIA H200", shape.hidden, shape.experts, shape.size, shape.glu)
         compile_layer(shape, tuning)
-    expand_taus(
-        torch.empty(8), torch.empty(5, dtype=torch.int32), torch.empty(6, dtype=torch.int32),
-        torch.empty(64, dtype=torch.int64), torch.empty(64), dense_positions=1,
-    )  # fmt: skip
+    for prompt_lens in (None, torch.empty(5, dtype=torch.int64)):
+        expand_taus(
+            torch.empty(8), torch.empty(5, dtype=torch.int32), torch.empty(6, dtype=torch.int32),
+            torch.empty(64, dtype=torch.int64), torch.empty(64), dense_positions=1, prompt_lens=prompt_lens,
+        )  # fmt: skip
     select_mask(torch.empty(64, 592), torch.empty(64))
 
 

@@ -27,11 +27,13 @@ if RUNNER == "v2":
     driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
     triton.backends.backends["cpu"] = type("Backend", (), {"compiler": None, "driver": driver})()
 
+from prometheus_client import CollectorRegistry, multiprocess  # noqa: E402
 from vllm import LLM, PoolingParams, SamplingParams  # noqa: E402
 
 TAUS = (1.0, 0.9, 0.5, 0.3, 0.7, 1.05)
 PROMPTS = [f"{i}: " + "the quick brown fox jumps over the lazy dog; " * (1 + i % 3) for i in range(9)]
 NEW_TOKENS = 10
+POLICY = {"prunepath": OPTIONS.get("policy", {})}
 SHARED_PREFIX = "a prompt long enough to fill several blocks of the prefix cache. " * 2
 
 
@@ -120,6 +122,28 @@ def dense():
     options = {"max_tokens": OPTIONS.get("max_tokens", NEW_TOKENS)}
     outputs = llm.generate(prompts, [params(1.0, **options) for _ in prompts], use_tqdm=False)
     return {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+
+
+def counts():
+    """What was counted for requests that asked, among ones that did not, and for all of them by layer group."""
+    llm = engine(enforce_eager=OPTIONS.get("eager", True), enable_prefix_caching=False, additional_config=POLICY)
+    asking = {i: {"prunepath_report": f"request {i}"} for i in range(6)}
+
+    def generate(asking):
+        many = [params(tau, max_tokens=NEW_TOKENS + i) for i, tau in enumerate(TAUS)]
+        for i, one in enumerate(many):
+            one.extra_args |= asking.get(i, {})
+        outputs = llm.generate(PROMPTS[:6], many, use_tqdm=False)
+        reports = [llm.collective_rpc("prunepath_report", args=(f"request {i}",))[0] for i in range(6)]
+        return {"rows": [row(output, tau) for output, tau in zip(outputs, TAUS, strict=True)], "reports": reports}
+
+    results = {"few": generate({i: asking[i] for i in (1, 3)}), "every": generate(asking), "none": generate({})}
+    llm.collective_rpc("prunepath_publish")
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)
+    samples = [sample for family in registry.collect() for sample in family.samples]
+    ours = {sample.name + sample.labels.get("layers", ""): sample.value for sample in samples}
+    return {**results, "metrics": {name: value for name, value in ours.items() if name.startswith("prunepath:")}}
 
 
 def encoder():

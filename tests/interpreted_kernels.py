@@ -246,7 +246,8 @@ def test_padding_rows_choose_nothing_and_move_nothing(path, selection):
 
 @pytest.mark.parametrize("num_reqs", [1, 5, 150])
 @pytest.mark.parametrize("dense_positions", [0, 2])
-def test_expand_taus(num_reqs, dense_positions):
+@pytest.mark.parametrize("prefill", [False, True], ids=["", "prefill"])
+def test_expand_taus(num_reqs, dense_positions, prefill):
     gen = torch.Generator().manual_seed(num_reqs)
     lengths = torch.randint(1, 6, (num_reqs,), generator=gen)
     ends = F.pad(lengths.cumsum(0), (1, 0)).int()
@@ -254,12 +255,18 @@ def test_expand_taus(num_reqs, dense_positions):
     slots = torch.randperm(num_reqs + 9, generator=gen)[:num_reqs].int()
     positions = torch.randint(0, 4, (padded,), generator=gen)
     slot_taus = torch.rand(num_reqs + 9, generator=gen)
+    prompt_lens = torch.randint(0, 5, (num_reqs,), generator=gen)
+    options = dict(dense_positions=dense_positions)
+    if prefill:
+        options |= dict(prompt_lens=prompt_lens, prefill_tau=0.25)
     got, want = torch.empty(padded), torch.empty(padded)
-    expand.expand_taus(slot_taus, slots, ends, positions, got, dense_positions=dense_positions)
-    taus.expand_taus(slot_taus, slots, ends, positions, want, dense_positions=dense_positions)
+    expand.expand_taus(slot_taus, slots, ends, positions, got, **options)
+    taus.expand_taus(slot_taus, slots, ends, positions, want, **options)
     assert torch.equal(got, want)
-    by_token = [slot_taus[slot] for slot, length in zip(slots, lengths, strict=True) for _ in range(length)]
-    by_token = torch.where(positions[: ends[-1]] < dense_positions, 1.0, torch.stack(by_token))
+    by_token = torch.stack([slot_taus[slot] for slot, n in zip(slots, lengths, strict=True) for _ in range(n)])
+    in_prompt = positions[: ends[-1]] < prompt_lens.repeat_interleave(lengths)
+    by_token = torch.where(in_prompt & prefill, 0.25, by_token)
+    by_token = torch.where(positions[: ends[-1]] < dense_positions, 1.0, by_token)
     assert torch.equal(got, F.pad(by_token, (0, 70), value=taus.PADDING_TAU))
 
 

@@ -12,7 +12,7 @@ import httpx
 import openai
 import pytest
 import test_server
-from naive import NaiveFFN, load_naive, naive_logits
+from naive import NaiveFFN, load_naive, naive_logits, naive_sparsity
 from prometheus_client.parser import text_string_to_metric_families
 from test_server import BIN, ENDPOINTS, MODEL, PROMPTS, Server, complete
 from tiny_models import build_tokenizer
@@ -167,7 +167,7 @@ def test_preempted_requests_keep_both_taus(server, naive):
         assert tokens == expected(naive, prompt, tau, 40)
 
 
-def test_metrics_count_what_was_sent(server):
+def test_metrics_count_what_was_sent(server, naive):
     before = metrics(server)
     sent = {0.4: 0.7 + (0.9 - 0.7) / 3, 0.65: 0.5, 1.0: 0.0}  # tau, and its FFN sparsity on the curve
     prompts = {tau: build_tokenizer()(f"counted {tau}")["input_ids"] for tau in sent}
@@ -184,6 +184,14 @@ def test_metrics_count_what_was_sent(server):
     assert added["prunepath:tokens_total"] == prompt_tokens + 3 * 9  # the last token of an answer is not run
     assert added["prunepath:steps_total:dense"] == 9  # the third answer; its prompt ran at the prefill tau
     assert added["prunepath:steps_total:routed"] == 3 + 2 * 9
+    experts = json.loads((server.checkpoint / "config.json").read_text())["prunepath_config"]["num_experts"]
+    possible = added["prunepath:experts_possible_total"]
+    assert possible == added["prunepath:tokens_total"] * 3 * experts  # layers
+    active = 0
+    for tau, prompt in prompts.items():
+        expected(naive, prompt, tau, 10)
+        active += round((1 - naive_sparsity(naive)).sum().item() * experts)
+    assert added["prunepath:experts_active_total"] == active
     sparsity = prompt_tokens * 0.7 + sum(9 * share for share in sent.values())
     assert added["prunepath:expected_ffn_sparsity_tokens_total"] == pytest.approx(sparsity, rel=1e-5)
 
@@ -192,6 +200,17 @@ def test_refused_requests_are_not_counted(server):
     before = metrics(server)["prunepath:request_tau_count"]
     assert server.post("/v1/completions", {**ENDPOINTS["/v1/completions"], "tau": 0.1}).status_code == 400
     assert metrics(server)["prunepath:request_tau_count"] == before
+
+
+def test_the_playground_is_one_file_that_asks_nobody_else(server):
+    answer = httpx.get(f"{server.url}/prunepath")
+    assert answer.status_code == 200
+    assert answer.headers["content-type"].startswith("text/html")
+    assert answer.headers["content-security-policy"].startswith("default-src 'none'; connect-src 'self';")
+    called = re.findall(r'fetch\("([^"]*)"', answer.text)
+    assert called == ["v1/chat/completions", "prunepath/info"]
+    linked = re.findall(r"""(?:src|href)=|url\(|@import|https?://[^"]*""", answer.text)
+    assert linked == ["http://www.w3.org/2000/svg"]  # a name, not an address
 
 
 def test_info_says_what_is_served_and_what_may_be_asked(server):
@@ -214,8 +233,30 @@ REPORT = {
     "prompt_tau": PREFILL_TAU,
     "expected_ffn_sparsity": pytest.approx(0.3),
     "expected_prompt_ffn_sparsity": pytest.approx(0.7),
+    "ffn_sparsity": pytest.approx(0.5, abs=0.5),
+    "prompt_ffn_sparsity": pytest.approx(0.5, abs=0.5),
 }
+"""Of answers and prompts whose counts are not looked at."""
 WANTED = {"sparsity": 0.3, "prunepath_report": True}
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["", "stream"])
+@pytest.mark.parametrize("tau", [0.4, 1.0])
+def test_a_report_tells_the_sparsity_that_the_tokens_had(server, naive, tau, stream):
+    """While requests of another tau run beside it."""
+    prompt = build_tokenizer()(f"{stream} {tau}: counted for one request")["input_ids"]
+    body = dict(model=MODEL, prompt=prompt, max_tokens=8, temperature=0)
+    told = {"tau": tau, "ignore_eos": True, "return_token_ids": True, "prunepath_report": True}
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        others = [pool.submit(complete, server, f"{i} " + PROMPTS[3], tau=0.6) for i in range(2)]
+        answer = server.client.completions.create(**body, stream=stream, extra_body=told)
+        report = (list(answer)[-1] if stream else answer).model_extra["prunepath"]
+        assert all(len(other.result()) == 10 for other in others)
+    tokens = expected(naive, prompt, tau, 8)  # which ran the model on all of them but the last
+    sparsity = naive_sparsity(naive)
+    assert sparsity.shape[1] == len(prompt) + len(tokens) - 1
+    assert report["prompt_ffn_sparsity"] == pytest.approx(sparsity[:, : len(prompt)].mean().item(), abs=1e-6)
+    assert report["ffn_sparsity"] == pytest.approx(sparsity[:, len(prompt) :].mean().item(), abs=1e-6)
 
 
 def test_a_report_comes_with_the_answer_that_asked_for_it(server):
@@ -236,8 +277,10 @@ def test_a_report_comes_with_the_answer_that_asked_for_it(server):
 def test_a_stream_reports_in_a_chunk_without_choices(server, usage):
     chat = {"model": MODEL, "messages": [{"role": "user", "content": "data: hi"}], "max_tokens": 6, "temperature": 0}
     options = {"stream": True, "stream_options": {"include_usage": usage}}
-    plain = list(server.client.chat.completions.create(**chat, **options, extra_body={"sparsity": 0.3}))
-    *told, last = server.client.chat.completions.create(**chat, **options, extra_body=WANTED)
+    plain = list(
+        server.client.chat.completions.create(**chat, **options, extra_body={"sparsity": 0.3, "ignore_eos": True})
+    )
+    *told, last = server.client.chat.completions.create(**chat, **options, extra_body={**WANTED, "ignore_eos": True})
     assert last.model_extra["prunepath"] == REPORT
     assert (last.choices, last.object, last.model) == ([], "chat.completion.chunk", MODEL)
     assert last.id == told[0].id

@@ -40,6 +40,7 @@ def routed_ffn(
     dense_in: Callable[[Tensor], Tensor] | None = None,
     dense_out: Callable[[Tensor], Tensor] | None = None,
     gather: bool = True,
+    active_counts: Tensor | None = None,
 ) -> Tensor:
     """Eq. 7-10 in PyTorch: route every token, run its experts, add the output bias once.
 
@@ -56,6 +57,7 @@ def routed_ffn(
         dense_out: a faster h -> h @ w_out_t.
         gather: look at the values to skip what they allow; False never reads a value on the host, so that the function
             may be captured in a CUDA graph.
+        active_counts: int32 [T] or None; each token's number of active experts is added to it.
 
     Returns:
         [T, H] in the dtype of `x`.
@@ -64,12 +66,17 @@ def routed_ffn(
     if gate != "none" or not gather or not bool((tau >= DENSE_TAU).all()):
         logits = router_logits(x, router_weight, router_bias)
         scale = expert_weights(logits, tau, selection=selection, threshold=threshold, gate=gate)
+        active = scale != 0
+        if active_counts is not None:
+            active_counts += active.sum(dim=1, dtype=torch.int32)
         if gather:
-            touched = (scale != 0).any(dim=0).nonzero().squeeze(-1)
+            touched = active.any(dim=0).nonzero().squeeze(-1)
             if touched.numel() == 0:  # threshold selection may choose nothing
                 return _add_bias(torch.zeros_like(x), weights.b_out)
             if touched.numel() < GATHER_BELOW * scale.shape[1]:
                 return _add_bias(_gathered(x, scale, touched, weights), weights.b_out)
+    elif active_counts is not None:
+        active_counts += router_weight.shape[0]
 
     pre = F.linear(x, weights.w_in, weights.b_in) if dense_in is None else dense_in(x)
     h = _neurons(pre, weights)

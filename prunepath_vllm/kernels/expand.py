@@ -10,8 +10,9 @@ from prunepath_vllm.tau import DENSE_TAU
 
 @triton.jit(do_not_specialize=["num_reqs", "num_tokens"])
 def expand_taus_kernel(
-    slot_taus, slots, query_start_loc, positions, out, num_reqs, num_tokens, DENSE_POSITIONS: tl.constexpr,
-    DENSE_TAU: tl.constexpr, PADDING_TAU: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
+    slot_taus, slots, query_start_loc, positions, prompt_lens, prefill_tau, out, num_reqs, num_tokens,
+    PREFILL: tl.constexpr, DENSE_POSITIONS: tl.constexpr, DENSE_TAU: tl.constexpr, PADDING_TAU: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_R: tl.constexpr,
 ):  # fmt: skip
     """BLOCK_T tokens: out [T] float32."""
     token = tl.program_id(0) * BLOCK_T + tl.arange(0, BLOCK_T)
@@ -23,8 +24,11 @@ def expand_taus_kernel(
     real = (request < num_reqs) & (token < num_tokens)
     slot = tl.load(slots + request, mask=real, other=0)
     tau = tl.load(slot_taus + slot, mask=real, other=PADDING_TAU)
+    if PREFILL or DENSE_POSITIONS > 0:
+        position = tl.load(positions + token, mask=real, other=9223372036854775807)  # padding: beyond any prompt
+    if PREFILL:
+        tau = tl.where(position < tl.load(prompt_lens + request, mask=real, other=0), prefill_tau, tau)
     if DENSE_POSITIONS > 0:
-        position = tl.load(positions + token, mask=real, other=DENSE_POSITIONS)
         tau = tl.where(position < DENSE_POSITIONS, DENSE_TAU, tau)
     tl.store(out + token, tau, mask=token < num_tokens)
 
@@ -37,10 +41,12 @@ def expand_taus(
     out: Tensor,
     *,
     dense_positions: int,
+    prompt_lens: Tensor | None = None,
+    prefill_tau: float = DENSE_TAU,
 ) -> None:
     """Write every token's tau; arguments as in ``tau.expand_taus``."""
     num_tokens, block = out.shape[0], 64
     expand_taus_kernel[(triton.cdiv(num_tokens, block),)](
-        slot_taus, slots, query_start_loc, positions, out, slots.shape[0], num_tokens, dense_positions,
-        DENSE_TAU, PADDING_TAU, BLOCK_T=block, BLOCK_R=64, num_warps=4,
+        slot_taus, slots, query_start_loc, positions, prompt_lens, prefill_tau, out, slots.shape[0], num_tokens,
+        prompt_lens is not None, dense_positions, DENSE_TAU, PADDING_TAU, BLOCK_T=block, BLOCK_R=64, num_warps=4,
     )  # fmt: skip

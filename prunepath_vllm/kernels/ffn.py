@@ -191,7 +191,7 @@ def routed_ffn(
     """
     if host_dense and gate == "none":
         if active_counts is not None:
-            active_counts += router_weight.shape[0]
+            active_counts.add_(tau > 0, alpha=router_weight.shape[0])  # none at a padding row
         return dense_ffn(x, weights)
     if x.dtype == torch.float32 and x.is_cuda:
         tuning = FLOAT32

@@ -17,6 +17,8 @@ def expand_taus(
     out: Tensor,
     *,
     dense_positions: int,
+    prompt_lens: Tensor | None = None,
+    prefill_tau: float = DENSE_TAU,
 ) -> None:
     """Write every token's tau. Plain PyTorch: for CPUs, and what ``expand.expand_taus`` is checked against.
 
@@ -27,11 +29,17 @@ def expand_taus(
         positions: int64 [>= tokens], sequence position of every token.
         out: float32 [padded tokens], written in full: tokens past the last request get PADDING_TAU.
         dense_positions: tokens at sequence positions below it get a tau that selects every expert.
+        prompt_lens: int64 [num_reqs]; tokens at sequence positions below their request's get `prefill_tau`. None: no
+            token does.
+        prefill_tau: see `prompt_lens`.
     """
     tokens = torch.arange(out.shape[0], device=out.device, dtype=query_start_loc.dtype)
     request = torch.searchsorted(query_start_loc[1:].contiguous(), tokens, right=True)
     padded = torch.cat([slot_taus[slots], slot_taus.new_tensor([PADDING_TAU])])
     torch.index_select(padded, 0, request, out=out)
+    if prompt_lens is not None:
+        prompt_len = torch.nn.functional.pad(prompt_lens, (0, 1))[request]  # padding rows have no prompt
+        out.masked_fill_(positions[: out.shape[0]] < prompt_len, prefill_tau)
     if dense_positions:
         dense = (positions[: out.shape[0]] < dense_positions) & (request < slots.shape[0])
         out.masked_fill_(dense, DENSE_TAU)

@@ -1,21 +1,31 @@
 """What the engine's configuration must look like for a PrunePath model: checked and completed once, at start-up."""
 
 import os
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any
 
-import numpy as np
-
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
-from prunepath_vllm.errors import ConfigError, UnsupportedFeatureError
+from prunepath_vllm.errors import ConfigError, TauError, UnsupportedFeatureError
 from prunepath_vllm.model_executor.compat import VerifyAndUpdateConfig, VllmConfig, current_platform
-from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, parse_tau
+from prunepath_vllm.tau import MAX_TAU, parse_tau, resolve_tau
 
 _WORKERS = {
     "cpu": "prunepath_vllm.model_executor.worker_cpu.PrunePathCPUWorker",
     "cuda": "prunepath_vllm.model_executor.worker_gpu.PrunePathGPUWorker",
 }
+
+
+PREFILL_KEY = "prunepath_prefill_tau"
+"""Key of the engine core's copy of a request's extra arguments; overwritten whatever a user sends under it."""
+
+REPORT_KEY = "prunepath_report"
+"""Key of a request's extra arguments: a name under which its experts are counted. Offline the caller's own; over HTTP
+the server gives one to each request that asks."""
+
+_ROUNDING = 1e-9
+"""A tau looked up for a sparsity may miss a bound by the curve's interpolation."""
 
 
 class PrunePathEngineConfig(VerifyAndUpdateConfig):
@@ -90,23 +100,55 @@ def server_options(vllm_config: VllmConfig) -> ServerOptions:
     return options
 
 
-def server_default_tau(vllm_config: VllmConfig) -> float:
-    """The tau of requests that name none; see :func:`server_options`."""
-    return server_options(vllm_config).default_tau
+@dataclass(frozen=True)
+class Service:
+    """What every request of an engine is held to; both parts cost a parse, so that a front end reads them once.
 
+    Attributes:
+        prunepath: the checkpoint's block.
+        options: the operator's.
+    """
 
-def sparsity_curve(prunepath: PrunePathConfig) -> np.ndarray | None:
-    """The checkpoint's tau_curve as float64 [2, points], taus above sparsities; None where it has none."""
-    if prunepath.tau_curve is None:
-        return None
-    # Under threshold selection every tau below 1 selects the same experts.
-    points = prunepath.tau_curve[:1] if prunepath.selection == "threshold" else prunepath.tau_curve
-    return np.array(points, dtype=np.float64).T
+    prunepath: PrunePathConfig
+    options: ServerOptions
 
+    @classmethod
+    def of(cls, vllm_config: VllmConfig) -> "Service | None":
+        """The engine's; None where its model is not a PrunePath one.
 
-def expected_sparsity(taus: np.ndarray, curve: np.ndarray) -> np.ndarray:
-    """FFN sparsity, float64 [n], that :func:`sparsity_curve` gives for `taus`, [n]."""
-    return np.where(taus >= DENSE_TAU, 0.0, np.interp(taus, *curve))
+        Raises:
+            ConfigError: see :func:`server_options`.
+        """
+        if not _is_prunepath(vllm_config.model_config.hf_config):
+            return None
+        return cls(vllm_config.model_config.hf_config.prunepath, server_options(vllm_config))
+
+    def tau_of(self, requested: Mapping[str, Any]) -> float:
+        """The tau that a request runs at.
+
+        Args:
+            requested: its extra arguments; keys other than ``tau`` and ``sparsity`` are not looked at.
+
+        Raises:
+            TauError: what :func:`prunepath_vllm.tau.resolve_tau` refuses, or a tau outside the operator's bounds.
+        """
+        low, high = self.options.min_tau, self.options.max_tau
+        tau = resolve_tau(requested, default_tau=self.options.default_tau, tau_curve=self.prunepath.tau_curve)
+        if low - _ROUNDING <= tau <= high + _ROUNDING:
+            return tau
+        bounds = f"[{low}, {high}] (this server's min_tau and max_tau)"
+        sparsity = requested.get("sparsity")
+        if sparsity is None:
+            raise TauError(f"tau must be in {bounds}, got {tau}", parameter="tau", value=tau)
+        raise TauError(
+            f"sparsity {sparsity} means tau {tau:.4g} on this checkpoint, and tau must be in {bounds}",
+            parameter="sparsity",
+            value=sparsity,
+        )
+
+    def prompt_tau(self, tau: float) -> float:
+        """The tau that the prompt of a request at `tau` is computed at."""
+        return tau if self.options.prefill_tau is None else self.options.prefill_tau
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:

@@ -21,12 +21,17 @@ class _TauStateMixin(_ModelState):
         self.token_taus = TokenTaus.of(vllm_config)
         self.slot_taus = np.ones(self.max_num_reqs, dtype=np.float32)
         self.slot_prompt_lens = np.zeros(self.max_num_reqs, dtype=np.int64)
+        self.slot_reports: dict[int, str] = {}
         self.device_taus: Tensor | None = None
         """slot_taus on the device; None where a request has come since the last copy."""
 
     def add_request(self, req_index: int, new_req_data: Any) -> None:
         super().add_request(req_index, new_req_data)
-        self.slot_taus[req_index] = self.token_taus.resolve(new_req_data.sampling_params, new_req_data.pooling_params)
+        params = new_req_data.sampling_params, new_req_data.pooling_params
+        self.slot_taus[req_index] = self.token_taus.resolve(*params)
+        self.slot_reports.pop(req_index, None)
+        if name := self.token_taus.report_name(*params):
+            self.slot_reports[req_index] = name
         prompt = new_req_data.prompt_token_ids
         self.slot_prompt_lens[req_index] = len(new_req_data.prompt_embeds if prompt is None else prompt)
         self.device_taus = None
@@ -37,11 +42,13 @@ class _TauStateMixin(_ModelState):
             # A new tensor: the last step, still under way perhaps, reads the old one.
             self.device_taus = async_tensor_h2d(self.slot_taus.copy(), device=self.token_taus.values.device)
         slots = input_batch.idx_mapping_np[:num_reqs]
+        reports = [self.slot_reports.get(slot) for slot in slots] if self.slot_reports else []
         dense_step, prompt_lens = self.token_taus.plan(
             self.slot_taus[slots],
             input_batch.num_computed_tokens_np[:num_reqs],
             input_batch.num_scheduled_tokens[:num_reqs],
             self.slot_prompt_lens[slots],
+            reports if any(reports) else (),
         )
         self.token_taus.fill(
             self.device_taus,

@@ -1,5 +1,8 @@
 """The front end: a request's tau is validated before it is admitted, and its prefix-cache blocks are its tau's own.
 
+With a prefill tau, keys and values at positions below the prompt's length are computed at it, and those after at the
+request's. So prompts of every tau share one salt; blocks that hold generated tokens are told apart in the engine core.
+
 Offline, tau rides on the engine's parameter objects. Over HTTP, a middleware reads ``tau`` / ``sparsity`` from the
 body, at the top level or under ``vllm_xargs``, before the engine's schemas drop the first and turn booleans into
 numbers in the second; a context variable carries what it read to where the engine builds its own request.
@@ -11,26 +14,35 @@ import sys
 from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.v1.engine.input_processor import InputProcessor
 
-from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import TauError
 from prunepath_vllm.model_executor.compat import (
-    VllmConfig,
     VLLMValidationError,
     create_error_response,
     expect_parameters,
     wrap_once,
 )
-from prunepath_vllm.model_executor.engine_config import server_default_tau
+from prunepath_vllm.model_executor.engine_config import PREFILL_KEY, Service
 from prunepath_vllm.tau import DENSE_TAU, PARAMETERS, resolve_tau
 
 _http_knob: ContextVar[dict[str, Any] | None] = ContextVar("prunepath_http_knob", default=None)
 """``tau`` / ``sparsity`` of the HTTP request being handled; inherited by the tasks that stream its answer."""
+
+Observer = Callable[[Service, float, dict[str, Any]], None]
+"""Called with every admitted request: what the engine serves, the request's tau, and the engine's own copy of its extra
+arguments, which may be added to."""
+
+_observers: list[Observer] = []
+_services: WeakKeyDictionary[InputProcessor, Service | None] = WeakKeyDictionary()
+
+_BODY = "prunepath.body"
+"""Key of an ASGI scope: its JSON body, parsed."""
 
 _API_SERVER = "vllm.entrypoints.launchers.app"
 
@@ -56,6 +68,12 @@ def install_request_hooks() -> None:
         wrap_once(sys.modules[_API_SERVER], "init_entrypoints_middleware", _with_middleware)
 
 
+def observe_admissions(observer: Observer) -> None:
+    """Call `observer` with every request admitted in this process. Idempotent."""
+    if observer not in _observers:
+        _observers.append(observer)
+
+
 def tau_cache_salt(cache_salt: str | None, tau: float) -> str:
     """The prefix-cache salt of a request: the user's own, then the tau. Every dense tau shares one.
 
@@ -67,35 +85,36 @@ def tau_cache_salt(cache_salt: str | None, tau: float) -> str:
 def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(process_inputs)
     def wrapped(self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        prunepath = _prunepath_of(self.vllm_config)
-        if prunepath is None:
+        if self not in _services:
+            _services[self] = Service.of(self.vllm_config)
+        service = _services[self]
+        if service is None:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
         pooling = hasattr(params, "extra_kwargs")
         # The body's own values win over the copies that the engine's schema has coerced.
         requested = {**((params.extra_kwargs if pooling else params.extra_args) or {}), **(_http_knob.get() or {})}
         try:
-            tau = resolve_tau(
-                requested, default_tau=server_default_tau(self.vllm_config), tau_curve=prunepath.tau_curve
-            )
+            tau = service.tau_of(requested)
         except TauError as error:
             raise TauRequestError(error) from None
         request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         # Workers read the resolved tau alone. The engine's copy is written, never the caller's parameters.
-        rest = {name: value for name, value in requested.items() if name not in PARAMETERS}
+        extra = {name: value for name, value in requested.items() if name not in (*PARAMETERS, PREFILL_KEY)}
+        extra["tau"] = tau
+        if service.options.prefill_tau is not None:
+            extra[PREFILL_KEY] = service.options.prefill_tau
+        for observer in _observers:
+            observer(service, tau, extra)
         if pooling:
             request.pooling_params = params.clone() if request.pooling_params is params else request.pooling_params
-            request.pooling_params.extra_kwargs = {**rest, "tau": tau}
+            request.pooling_params.extra_kwargs = extra
         else:
             request.sampling_params = params.clone() if request.sampling_params is params else request.sampling_params
-            request.sampling_params.extra_args = {**rest, "tau": tau}
-        request.cache_salt = tau_cache_salt(request.cache_salt, tau)
+            request.sampling_params.extra_args = extra
+        request.cache_salt = tau_cache_salt(request.cache_salt, service.prompt_tau(tau))
         return request
 
     return wrapped
-
-
-def _prunepath_of(vllm_config: VllmConfig) -> PrunePathConfig | None:
-    return getattr(vllm_config.model_config.hf_config, "prunepath", None)
 
 
 def _with_middleware(init_entrypoints_middleware: Callable[..., Any]) -> Callable[..., Any]:
@@ -109,47 +128,84 @@ def _with_middleware(init_entrypoints_middleware: Callable[..., Any]) -> Callabl
 
 
 class KnobMiddleware:
-    """ASGI middleware: reads the knob from JSON bodies, refuses what is malformed, leaves the body as it came."""
+    """ASGI middleware: reads the knob from JSON bodies and refuses what the engine would.
+
+    Here, and not only where the engine builds its request: a stream's status would have been sent by then.
+    """
 
     def __init__(self, app: ASGIApp) -> None:
         self.app = app
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope):
+        body, receive = await json_body(scope, receive)
+        if body is None:
             await self.app(scope, receive, send)
             return
-        messages, body = await _read_body(receive)
         try:
             knob = knob_of_body(body)
+            if knob and (service := app_service(scope["app"])) is not None:
+                service.tau_of(knob)
         except TauError as error:
-            response = create_error_response(TauRequestError(error))
-            await JSONResponse(response.model_dump(), status_code=400)(scope, receive, send)
+            await refusal(error)(scope, receive, send)
             return
         token = _http_knob.set(knob)
         try:
-            await self.app(scope, _replay(messages, receive), send)
+            await self.app(scope, receive, send)
         finally:
             _http_knob.reset(token)
 
 
-def knob_of_body(body: bytes) -> dict[str, Any]:
-    """``tau`` and ``sparsity`` of a JSON body, whichever spelling was used; null counts as absent.
+def app_service(app: Any) -> Service | None:
+    """What vLLM's FastAPI `app` serves, once it is up."""
+    if not hasattr(app.state, "prunepath"):
+        app.state.prunepath = Service.of(app.state.vllm_config)
+    return app.state.prunepath
+
+
+def refusal(error: TauError) -> JSONResponse:
+    """An OpenAI error: HTTP 400 that names the parameter."""
+    return JSONResponse(create_error_response(TauRequestError(error)).model_dump(), status_code=400)
+
+
+async def json_body(scope: Scope, receive: Receive) -> tuple[dict[str, Any] | None, Receive]:
+    """The JSON object that a POST request carries, read once however many middlewares ask.
+
+    Returns:
+        The object, None where the request has none (the engine has its own answer to a broken one), and what the next
+        application is to receive from.
+    """
+    if _BODY in scope:
+        return scope[_BODY], receive
+    if scope["type"] != "http" or scope["method"] != "POST" or not _is_json(scope):
+        return None, receive
+    messages: list[Message] = []
+    while not messages or (messages[-1]["type"] == "http.request" and messages[-1].get("more_body", False)):
+        messages.append(await receive())
+    try:
+        data = json.loads(b"".join(message.get("body", b"") for message in messages))
+    except ValueError:
+        data = None
+    scope[_BODY] = data if isinstance(data, dict) else None
+    return scope[_BODY], _replay(messages, receive)
+
+
+def body_values(body: dict[str, Any], name: str) -> list[Any]:
+    """What a body has under `name`, at the top level and under ``vllm_xargs``; null counts as absent."""
+    xargs = body.get("vllm_xargs")
+    places = (body, xargs) if isinstance(xargs, dict) else (body,)
+    return [place[name] for place in places if place.get(name) is not None]
+
+
+def knob_of_body(body: dict[str, Any]) -> dict[str, Any]:
+    """``tau`` and ``sparsity`` of a JSON body, whichever spelling was used.
 
     Raises:
         TauError: a value out of range, or one parameter with two values.
     """
-    try:
-        data = json.loads(body)
-    except ValueError:  # the engine has its own answer to that
-        return {}
-    if not isinstance(data, dict):
-        return {}
-    xargs = data.get("vllm_xargs")
-    nested = xargs if isinstance(xargs, dict) else {}
     knob: dict[str, Any] = {}
     for name in PARAMETERS:
-        values = [place[name] for place in (data, nested) if place.get(name) is not None]
+        values = body_values(body, name)
         for value in values:
             resolve_tau({name: value}, default_tau=DENSE_TAU, tau_curve=[(DENSE_TAU, 0.0)])
         if len(values) == 2 and values[0] != values[1]:
@@ -166,15 +222,6 @@ def knob_of_body(body: bytes) -> dict[str, Any]:
 def _is_json(scope: Scope) -> bool:
     content_type = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
     return b"json" in content_type.lower()
-
-
-async def _read_body(receive: Receive) -> tuple[list[Message], bytes]:
-    messages: list[Message] = []
-    while True:
-        message = await receive()
-        messages.append(message)
-        if message["type"] != "http.request" or not message.get("more_body", False):
-            return messages, b"".join(message.get("body", b"") for message in messages)
 
 
 def _replay(messages: list[Message], receive: Receive) -> Receive:

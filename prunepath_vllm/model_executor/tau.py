@@ -5,21 +5,18 @@ V2 model runner (the default wherever Triton works): a model state that the mode
 call :meth:`TokenTaus.fill` right before the forward, also before the replay of a captured graph.
 """
 
-import functools
-import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from prometheus_client import Counter
 from torch import Tensor
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
 
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.kernels.tau import expand_taus
 from prunepath_vllm.model_executor.compat import VllmConfig, async_tensor_h2d, forward_hook
-from prunepath_vllm.model_executor.engine_config import expected_sparsity, server_options, sparsity_curve
+from prunepath_vllm.model_executor.counts import ExpertCounts
+from prunepath_vllm.model_executor.engine_config import REPORT_KEY, server_options
 from prunepath_vllm.model_executor.layers.routed_ffn import triton_kernels
 from prunepath_vllm.tau import DENSE_TAU, resolve_tau
 
@@ -32,6 +29,7 @@ class TokenTaus:
     Attributes:
         values: float32 [max_num_batched_tokens] on the model's device.
         dense_step: bool scalar on the host: every token of this step uses every expert.
+        counts: what the layers count.
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
@@ -39,11 +37,11 @@ class TokenTaus:
         options = server_options(vllm_config)
         self.default_tau = options.default_tau
         self.prefill_tau = options.prefill_tau
-        # One rank counts for all, and only where the server's /metrics can read another process.
-        counts = get_tensor_model_parallel_rank() == 0 and get_pp_group().is_first_rank
-        self.counters = _StepCounters(self.prunepath) if counts and "PROMETHEUS_MULTIPROC_DIR" in os.environ else None
         # Dense until the first step: profiling then measures the peak that serving can reach.
-        self.values = torch.ones(vllm_config.scheduler_config.max_num_batched_tokens, dtype=torch.float32)
+        max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
+        self.values = torch.ones(max_tokens, dtype=torch.float32)
+        num_layers = vllm_config.model_config.get_total_num_hidden_layers()
+        self.counts = ExpertCounts(self.prunepath, num_layers, max_tokens)
         self.dense_step = torch.ones((), dtype=torch.bool, device="cpu")
 
     @classmethod
@@ -56,14 +54,22 @@ class TokenTaus:
 
     def resolve(self, sampling_params: Any, pooling_params: Any) -> float:
         """A request's tau, from the parameters the engine core received (validated at the front end)."""
-        if sampling_params is not None:
-            requested: Mapping[str, Any] | None = sampling_params.extra_args
-        else:
-            requested = pooling_params.extra_kwargs if pooling_params is not None else None
+        requested = _extra_arguments(sampling_params, pooling_params)
         return resolve_tau(requested, default_tau=self.default_tau, tau_curve=self.prunepath.tau_curve)
 
+    def report_name(self, sampling_params: Any, pooling_params: Any) -> str | None:
+        """The name under which a request's experts are to be counted, where it asked for that."""
+        requested = _extra_arguments(sampling_params, pooling_params)
+        name = (requested or {}).get(REPORT_KEY)
+        return name if isinstance(name, str) else None
+
     def plan(
-        self, taus: np.ndarray, computed: np.ndarray, scheduled: np.ndarray, prompt_lens: np.ndarray
+        self,
+        taus: np.ndarray,
+        computed: np.ndarray,
+        scheduled: np.ndarray,
+        prompt_lens: np.ndarray,
+        reports: Sequence[str | None],
     ) -> tuple[bool, Tensor | None]:
         """What the host knows of a step before its forward.
 
@@ -72,6 +78,7 @@ class TokenTaus:
             computed: int [num_reqs], tokens whose keys and values are there already.
             scheduled: int [num_reqs], tokens of this step.
             prompt_lens: int [num_reqs].
+            reports: per request :meth:`report_name`, or empty where none has one.
 
         Returns:
             Whether every token of the step uses every expert, and what :meth:`fill` takes as `prompt_lens`.
@@ -84,8 +91,7 @@ class TokenTaus:
             taus = np.where(prefilling, np.where(both, np.minimum(taus, self.prefill_tau), self.prefill_tau), taus)
             lens = async_tensor_h2d(prompt_lens.astype(np.int64), device=self.values.device)
         dense_step = bool((taus >= DENSE_TAU).all())
-        if self.counters is not None:
-            self.counters.add(taus, scheduled, dense_step)
+        self.counts.begin_step(taus, computed, scheduled, prompt_lens, reports)
         return dense_step, lens
 
     def fill(
@@ -121,57 +127,15 @@ class TokenTaus:
             positions,
             self.values[:num_padded],
             dense_positions=self.prunepath.dense_positions,
+            prompt_lens=prompt_lens,
+            prefill_tau=DENSE_TAU if self.prefill_tau is None else self.prefill_tau,
         )
-        if prompt_lens is not None:
-            assert self.prefill_tau is not None
-            tokens = torch.arange(num_padded, dtype=query_start_loc.dtype, device=query_start_loc.device)
-            request = torch.searchsorted(query_start_loc[1:].contiguous(), tokens, right=True)
-            prompt_len = torch.nn.functional.pad(prompt_lens, (0, 1))[request]  # padding rows have no prompt
-            position = positions[:num_padded]
-            in_prompt = (position >= self.prunepath.dense_positions) & (position < prompt_len)
-            self.values[:num_padded].masked_fill_(in_prompt, self.prefill_tau)
 
 
-class _StepCounters:
-    """What the worker tells Prometheus of its steps, from host values alone."""
-
-    def __init__(self, prunepath: PrunePathConfig) -> None:
-        counters = _counters()
-        self.tokens = counters["tokens"]
-        self.steps = [counters["steps"].labels(kind=kind) for kind in ("routed", "dense")]
-        self.curve = sparsity_curve(prunepath)
-        self.inactive = counters["inactive"] if self.curve is not None else None
-        self.last_step: tuple[bytes, bytes] | None = None
-        self.step_tokens, self.step_inactive = 0, 0.0
-
-    def add(self, taus: np.ndarray, scheduled: np.ndarray, dense_step: bool) -> None:
-        """Count one step: `taus` float32 [num_reqs], `scheduled` int [num_reqs] tokens."""
-        step = (taus.tobytes(), scheduled.tobytes())
-        if step != self.last_step:  # decode repeats itself: most steps only add what the last one added
-            self.last_step = step
-            self.step_tokens = int(scheduled.sum())
-            if self.curve is not None:
-                self.step_inactive = float(expected_sparsity(taus, self.curve) @ scheduled)
-        self.tokens.inc(self.step_tokens)
-        self.steps[dense_step].inc()
-        if self.inactive is not None:
-            self.inactive.inc(self.step_inactive)
-
-
-@functools.cache
-def _counters() -> dict[str, Counter]:
-    """Prometheus refuses a name twice in a process, and a process may build several models."""
-    return {
-        "tokens": Counter("prunepath:tokens", "Tokens that went through the model."),
-        "steps": Counter(
-            "prunepath:steps", "Engine steps; in those of kind dense every token uses every expert.", ["kind"]
-        ),
-        "inactive": Counter(
-            "prunepath:expected_ffn_sparsity_tokens",
-            "Sum over tokens of the FFN sparsity that the checkpoint's tau_curve gives for their tau; divided by "
-            "prunepath:tokens_total it is the expected mean.",
-        ),
-    }
+def _extra_arguments(sampling_params: Any, pooling_params: Any) -> Mapping[str, Any] | None:
+    if sampling_params is not None:
+        return sampling_params.extra_args
+    return pooling_params.extra_kwargs if pooling_params is not None else None
 
 
 class _V1RunnerTaus:
@@ -180,12 +144,14 @@ class _V1RunnerTaus:
     def __init__(self, runner: Any) -> None:
         self.runner = runner
         self.token_taus = TokenTaus.of(runner.vllm_config)
-        self.resolved: dict[str, tuple[Any, float]] = {}
+        self.resolved: dict[str, tuple[Any, float, str | None]] = {}
 
     def before_forward(self, positions: Tensor) -> None:
         batch = self.runner.input_batch
         req_ids: Sequence[str] = batch.req_ids
-        taus = np.array([self._tau(req_id) for req_id in req_ids], dtype=np.float32)
+        known = [self._resolve(req_id) for req_id in req_ids]
+        taus = np.array([tau for _, tau, _ in known], dtype=np.float32)
+        reports = [name for _, _, name in known]
         query_start_loc = self.runner.query_start_loc.gpu[: len(req_ids) + 1]
         device_taus = async_tensor_h2d(taus, device=query_start_loc.device)
         slots = torch.arange(len(req_ids), dtype=torch.int32, device=query_start_loc.device)
@@ -194,6 +160,7 @@ class _V1RunnerTaus:
             batch.num_computed_tokens_cpu[: len(req_ids)],
             np.diff(self.runner.query_start_loc.np[: len(req_ids) + 1]),
             batch.num_prompt_tokens[: len(req_ids)],
+            reports if any(reports) else (),
         )
         self.token_taus.fill(
             device_taus,
@@ -205,15 +172,17 @@ class _V1RunnerTaus:
             prompt_lens=prompt_lens,
         )
 
-    def _tau(self, req_id: str) -> float:
+    def _resolve(self, req_id: str) -> tuple[Any, float, str | None]:
+        """(the request, its tau, the name it is counted under)."""
         request = self.runner.requests[req_id]
         known = self.resolved.get(req_id)
         if known is None or known[0] is not request:  # an id may come back with another request
             if len(self.resolved) > 2 * len(self.runner.requests) + 64:
                 self.resolved = {r: v for r, v in self.resolved.items() if r in self.runner.requests}
-            tau = self.token_taus.resolve(request.sampling_params, request.pooling_params)
-            known = self.resolved[req_id] = (request, tau)
-        return known[1]
+            params = request.sampling_params, request.pooling_params
+            known = (request, self.token_taus.resolve(*params), self.token_taus.report_name(*params))
+            self.resolved[req_id] = known
+        return known
 
 
 def attach_to_v1_runner(worker: Any) -> None:

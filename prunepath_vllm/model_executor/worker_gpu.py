@@ -1,14 +1,9 @@
-"""vLLM's GPU worker, with per-request taus under the V1 model runner."""
+"""vLLM's GPU worker, with what PrunePath models need of it."""
 
 from vllm.v1.worker.gpu_worker import Worker
 
-from prunepath_vllm.model_executor.tau import attach_to_v1_runner
+from prunepath_vllm.model_executor.worker import PrunePathWorkerMixin
 
 
-class PrunePathGPUWorker(Worker):
+class PrunePathGPUWorker(PrunePathWorkerMixin, Worker):
     """See vLLM's worker."""
-
-    def init_device(self) -> None:
-        """Build the model runner, then hook its forward."""
-        super().init_device()
-        attach_to_v1_runner(self)

@@ -1,4 +1,4 @@
-"""Where the operator's policy enters vLLM: the functions that are wrapped, and when."""
+"""Where the operator's policy enters vLLM: the functions that are wrapped, the callbacks, and when."""
 
 import functools
 import sys
@@ -7,11 +7,9 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
-from prunepath_vllm.entrypoints.server.metrics import count_request
-from prunepath_vllm.entrypoints.server.policy import BoundsMiddleware, admit, decode_block_key
-from prunepath_vllm.entrypoints.server.report import ReportMiddleware, fill_report
 from prunepath_vllm.model_executor.compat import VllmConfig, expect_parameters, wrap_once
-from prunepath_vllm.model_executor.engine_config import PrunePathEngineConfig, server_options
+from prunepath_vllm.model_executor.engine_config import PREFILL_KEY, PrunePathEngineConfig, server_options
+from prunepath_vllm.tau import DENSE_TAU
 
 _MARK = "_prunepath_server"
 _API_SERVER = "vllm.entrypoints.launchers.app"
@@ -19,16 +17,20 @@ _BLOCK_HASHES = "vllm.v1.core.kv_cache_utils"
 
 
 class ServedEngineConfig(PrunePathEngineConfig):
-    """The engine's configuration hook, with the operator's policy around the request path it installs."""
+    """The engine's configuration hook, with the operator's metrics, reports and routes."""
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """See the base class; raises what it raises."""
         PrunePathEngineConfig.verify_and_update_config(vllm_config)
 
-        from vllm.v1.engine.input_processor import InputProcessor
+        # Not at the top: the plugin loads this module in every process, the front end has its own.
+        from prunepath_vllm.entrypoints.server.metrics import count_request
+        from prunepath_vllm.entrypoints.server.report import fill_report
+        from prunepath_vllm.model_executor.requests import observe_admissions
 
-        wrap_once(InputProcessor, "process_inputs", _with_policy, _MARK)
+        observe_admissions(count_request)
+        observe_admissions(fill_report)
         # The API server imports its launcher before it reads any model's configuration; elsewhere there is no HTTP.
         if app := sys.modules.get(_API_SERVER):
             wrap_once(app, "init_entrypoints_middleware", _with_routes, _MARK)
@@ -49,29 +51,41 @@ def install_in_engine_core() -> None:
         wrap_once(module, "generate_block_hash_extra_keys", _with_decode_tau, _MARK)
 
 
-def _with_policy(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(process_inputs)
-    def wrapped(self: Any, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        if hasattr(self.vllm_config.model_config.hf_config, "prunepath"):
-            options = server_options(self.vllm_config)
-            tau = admit(request, params, options)
-            count_request(tau)
-            fill_report(tau, options, self.vllm_config.model_config.hf_config.prunepath)
-        return request
+def decode_block_key(request: Any, start: int, end: int) -> tuple[str, str] | None:
+    """What the hash of the block of tokens [`start`, `end`) needs besides vLLM's own keys.
 
-    return wrapped
+    The first block that holds generated tokens is marked with their tau and where they begin; later ones inherit that,
+    because block hashes are chained.
+
+    Args:
+        request: the engine core's ``Request``.
+        start: position of the block's first token.
+        end: position after its last.
+
+    Returns:
+        (name, value) for the first block with generated tokens, where they run at another tau than the prompt.
+    """
+    first = request.num_prompt_tokens
+    if not start <= first < end or request.sampling_params is None:
+        return None
+    extra = request.sampling_params.extra_args or {}
+    if PREFILL_KEY not in extra:
+        return None
+    tau, prefill_tau = (min(extra[name], DENSE_TAU) for name in ("tau", PREFILL_KEY))
+    return None if tau == prefill_tau else ("prunepath", f"tau={tau!r} from {first}")
 
 
 def _with_routes(init_entrypoints_middleware: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(init_entrypoints_middleware)
     def wrapped(args: Any, app: Any, *rest: Any, **kwargs: Any) -> None:
+        from prunepath_vllm.entrypoints.server.metrics import MetricsMiddleware
+        from prunepath_vllm.entrypoints.server.report import ReportMiddleware
         from prunepath_vllm.entrypoints.server.routes import router
 
         init_entrypoints_middleware(args, app, *rest, **kwargs)
         app.include_router(router)
         # Inside the one that reads the knob.
-        app.user_middleware += [Middleware(BoundsMiddleware), Middleware(ReportMiddleware)]
+        app.user_middleware += [Middleware(ReportMiddleware), Middleware(MetricsMiddleware)]
 
     return wrapped
 

@@ -1,38 +1,51 @@
 """Routes beside the engine's own, on the same app."""
 
+from importlib import resources
 from typing import Any
 
 from fastapi import APIRouter, Request
+from fastapi.responses import HTMLResponse
 
 from prunepath_vllm import __version__
-from prunepath_vllm.config import PrunePathConfig
-from prunepath_vllm.families import FAMILIES
+from prunepath_vllm.families import family_of
 from prunepath_vllm.model_executor.compat import VllmConfig
-from prunepath_vllm.model_executor.engine_config import server_options
+from prunepath_vllm.model_executor.engine_config import Service
+from prunepath_vllm.model_executor.requests import app_service
 from prunepath_vllm.tau import DENSE_TAU, MAX_TAU
 
 router = APIRouter()
+
+_PAGE_POLICY = "default-src 'none'; connect-src 'self'; style-src 'unsafe-inline'; script-src 'unsafe-inline'"
+"""The page holds its own style and script, and talks to nobody but its server."""
+
+
+@router.get("/prunepath", response_class=HTMLResponse)
+async def get_playground() -> HTMLResponse:
+    """The playground: a chat at two taus side by side."""
+    page = resources.files("prunepath_vllm.entrypoints.server") / "playground.html"
+    return HTMLResponse(page.read_text(encoding="utf-8"), headers={"Content-Security-Policy": _PAGE_POLICY})
 
 
 @router.get("/prunepath/info")
 async def get_info(request: Request) -> dict[str, Any]:
     """The model's experts and curve, and what a request may ask for."""
     state = request.app.state
-    return info(state.vllm_config, state.args.served_model_name or [state.args.model])
+    service = app_service(request.app)
+    assert service is not None  # these routes exist beside a PrunePath model alone
+    return info(service, state.vllm_config, state.args.served_model_name or [state.args.model])
 
 
-def info(vllm_config: VllmConfig, served_names: list[str]) -> dict[str, Any]:
+def info(service: Service, vllm_config: VllmConfig, served_names: list[str]) -> dict[str, Any]:
     """The answer of ``GET /prunepath/info``.
 
     Args:
+        service: what `vllm_config`'s engine serves.
         vllm_config: the engine's.
         served_names: names that requests may use for the model.
     """
-    hf_config = vllm_config.model_config.hf_config
-    prunepath: PrunePathConfig = hf_config.prunepath
-    family = next(row for row in FAMILIES if row.model_type == hf_config.model_type)
-    options = server_options(vllm_config)
-    config = hf_config.to_dict()
+    prunepath, options = service.prunepath, service.options
+    config = vllm_config.model_config.hf_config.to_dict()
+    family = family_of(config, converted=True)
     return {
         "version": __version__,
         "model": {

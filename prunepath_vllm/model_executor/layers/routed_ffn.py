@@ -134,10 +134,18 @@ class RoutedFFN(nn.Module):
         glu: gate and up linears, or one.
         tau: float32 [max_num_batched_tokens], at a fixed address; entry t is the tau of the step's token t.
         dense_step: bool scalar on the host, True where every token of the step uses every expert.
+        active_counts: int32 [max_num_batched_tokens], at a fixed address; each token's active experts are added to it.
     """
 
     def __init__(
-        self, prunepath: PrunePathConfig, *, activation: str, glu: bool, tau: Tensor, dense_step: Tensor
+        self,
+        prunepath: PrunePathConfig,
+        *,
+        activation: str,
+        glu: bool,
+        tau: Tensor,
+        dense_step: Tensor,
+        active_counts: Tensor,
     ) -> None:
         super().__init__()
         self.settings: dict[str, Any] = {
@@ -150,6 +158,7 @@ class RoutedFFN(nn.Module):
         self.world = get_tensor_model_parallel_world_size()
         self.register_buffer("tau", tau, persistent=False)
         self.register_buffer("dense_step", dense_step, persistent=False)
+        self.register_buffer("active_counts", active_counts, persistent=False)
 
     def forward(self, x: Tensor, router: ExpertRouter, inputs: ExpertInputs, outputs: ExpertOutputs) -> Tensor:
         """x: [T, H] in the model's dtype; returns the same."""
@@ -157,6 +166,7 @@ class RoutedFFN(nn.Module):
             x,
             self.tau,
             self.dense_step,
+            self.active_counts,
             router.weight,
             router.bias,
             inputs.weight,
@@ -174,6 +184,7 @@ def _routed_ffn_op(
     x: torch.Tensor,
     tau: torch.Tensor,
     dense_step: torch.Tensor,
+    active_counts: torch.Tensor,
     router_weight: torch.Tensor,
     router_bias: torch.Tensor,
     w_in: torch.Tensor,
@@ -191,6 +202,8 @@ def _routed_ffn_op(
     weights = Weights(w_in, b_in, w_out, b_out, activation, glu)
     routing: dict[str, Any] = {"selection": selection, "threshold": threshold, "gate": gate}
     tau = tau[: x.shape[0]]
+    # Not declared as mutated: no graph reads it, and functionalisation would copy it around every layer.
+    routing["active_counts"] = active_counts[: x.shape[0]]
     if x.device.type == "cpu":
         return cpu.routed_ffn(
             x,

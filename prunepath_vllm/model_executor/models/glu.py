@@ -10,13 +10,13 @@ from prunepath_vllm.model_executor.models.utils import build_routed_ffn, present
 class RoutedGLU(nn.Module):
     """Stands in for ``layer.mlp``, under the same parameter names plus ``router``."""
 
-    def __init__(self, vllm_config: VllmConfig) -> None:
+    def __init__(self, vllm_config: VllmConfig, layer: int) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
         bias = getattr(config, "mlp_bias", False)
         self.gate_up_proj = ExpertInputs(config.hidden_size, config.prunepath, glu=True, bias=bias)
         self.down_proj = ExpertOutputs(config.hidden_size, config.prunepath, bias=bias)
-        self.ffn, self.router = build_routed_ffn(vllm_config, activation=config.hidden_act, glu=True)
+        self.ffn, self.router = build_routed_ffn(vllm_config, layer, activation=config.hidden_act, glu=True)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, H]; returns the same shape."""
@@ -25,6 +25,6 @@ class RoutedGLU(nn.Module):
 
 def route_mlps(layers: nn.ModuleList, vllm_config: VllmConfig) -> None:
     """Replace every dense ``mlp``, freeing each before its successor is allocated."""
-    for layer in present_layers(layers):
+    for index, layer in present_layers(layers):
         del layer.mlp
-        layer.mlp = RoutedGLU(vllm_config)
+        layer.mlp = RoutedGLU(vllm_config, index)

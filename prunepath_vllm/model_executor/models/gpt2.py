@@ -11,12 +11,12 @@ from prunepath_vllm.model_executor.models.utils import PrunePathModelMixin, buil
 class RoutedGPT2MLP(nn.Module):
     """Stands in for ``block.mlp``, under the same parameter names plus ``router``."""
 
-    def __init__(self, vllm_config: VllmConfig) -> None:
+    def __init__(self, vllm_config: VllmConfig, layer: int) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.c_fc = ExpertInputs(config.hidden_size, config.prunepath, glu=False, bias=True)
         self.c_proj = ExpertOutputs(config.hidden_size, config.prunepath, bias=True)
-        self.ffn, self.router = build_routed_ffn(vllm_config, activation=config.activation_function, glu=False)
+        self.ffn, self.router = build_routed_ffn(vllm_config, layer, activation=config.activation_function, glu=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, H]; returns the same shape."""
@@ -28,6 +28,6 @@ class PrunePathGPT2LMHeadModel(PrunePathModelMixin, GPT2LMHeadModel):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         super().__init__(vllm_config=vllm_config, prefix=prefix)
-        for block in present_layers(self.transformer.h):
+        for index, block in present_layers(self.transformer.h):
             del block.mlp
-            block.mlp = RoutedGPT2MLP(vllm_config)
+            block.mlp = RoutedGPT2MLP(vllm_config, index)

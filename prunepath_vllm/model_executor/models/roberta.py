@@ -13,23 +13,23 @@ from prunepath_vllm.model_executor.models.utils import PrunePathModelMixin, buil
 class RoutedIntermediate(nn.Module):
     """Stands in for ``layer.intermediate``: the first linear and the router."""
 
-    def __init__(self, vllm_config: VllmConfig) -> None:
+    def __init__(self, vllm_config: VllmConfig, layer: int) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.dense = ExpertInputs(config.hidden_size, config.prunepath, glu=False, bias=True)
-        self.ffn, self.router = build_routed_ffn(vllm_config, activation=config.hidden_act, glu=False)
+        self.ffn, self.router = build_routed_ffn(vllm_config, layer, activation=config.hidden_act, glu=False)
 
 
 class RoutedRobertaLayer(nn.Module):
     """A RoBERTa layer whose two feed-forward linears, in two modules, are one routed layer."""
 
-    def __init__(self, dense_layer: Any, vllm_config: VllmConfig) -> None:
+    def __init__(self, dense_layer: Any, vllm_config: VllmConfig, layer: int) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.attention: Any = dense_layer.attention
         self.output: Any = dense_layer.output
         del dense_layer.intermediate, self.output.dense
-        self.intermediate = RoutedIntermediate(vllm_config)
+        self.intermediate = RoutedIntermediate(vllm_config, layer)
         self.output.dense = ExpertOutputs(config.hidden_size, config.prunepath, bias=True)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -49,4 +49,4 @@ class PrunePathRobertaForSequenceClassification(PrunePathModelMixin, RobertaForS
         super().__init__(vllm_config=vllm_config, prefix=prefix)
         layers = self.roberta.encoder.layer
         for index, layer in enumerate(layers):
-            layers[index] = RoutedRobertaLayer(layer, vllm_config)
+            layers[index] = RoutedRobertaLayer(layer, vllm_config, index)

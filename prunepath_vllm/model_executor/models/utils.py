@@ -43,18 +43,27 @@ class PrunePathModelMixin(_Model):
         return loaded
 
 
-def build_routed_ffn(vllm_config: VllmConfig, *, activation: str, glu: bool) -> tuple[RoutedFFN, ExpertRouter]:
-    """The routed layer and the router of one feed-forward block."""
+def build_routed_ffn(
+    vllm_config: VllmConfig, layer: int, *, activation: str, glu: bool
+) -> tuple[RoutedFFN, ExpertRouter]:
+    """The routed layer and the router of one feed-forward block; `layer` counts through the whole model."""
     config = vllm_config.model_config.hf_config
     prunepath: PrunePathConfig = config.prunepath
     taus = TokenTaus.of(vllm_config)
-    ffn = RoutedFFN(prunepath, activation=activation, glu=glu, tau=taus.values, dense_step=taus.dense_step)
+    ffn = RoutedFFN(
+        prunepath,
+        activation=activation,
+        glu=glu,
+        tau=taus.values,
+        dense_step=taus.dense_step,
+        active_counts=taus.counts.buffer(layer),
+    )
     return ffn, ExpertRouter(config.hidden_size, prunepath)
 
 
-def present_layers(layers: nn.ModuleList) -> Iterator[Any]:
-    """The layers that live on this pipeline rank."""
-    return (layer for layer in layers if not isinstance(layer, PPMissingLayer))
+def present_layers(layers: nn.ModuleList) -> Iterator[tuple[int, Any]]:
+    """The layers that live on this pipeline rank, and their numbers."""
+    return ((index, layer) for index, layer in enumerate(layers) if not isinstance(layer, PPMissingLayer))
 
 
 def _finite(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:

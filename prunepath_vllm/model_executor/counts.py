@@ -1,0 +1,238 @@
+"""Counting the experts that tokens used, on the worker: nothing here waits for the device inside a step.
+
+Layers add to static buffers, one entry per row of the step, one buffer per third of the layers. The rows are summed up
+on the device now and then, and read on the host only when somebody asks: at a scrape of /metrics, or at the end of a
+request that wanted a report.
+"""
+
+import functools
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from prometheus_client import Counter
+from torch import Tensor
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+
+from prunepath_vllm.config import PrunePathConfig, expected_sparsity, sparsity_curve
+from prunepath_vllm.model_executor.compat import async_tensor_h2d
+from prunepath_vllm.tau import DENSE_TAU
+
+GROUPS = ("first", "middle", "last")
+"""Thirds of the model's layers."""
+
+MAX_REPORTS = 1024
+"""Reports kept on a worker; the oldest give way, in case nobody comes for them."""
+
+_MAX_ROW = 1 << 30
+"""A row is summed up before it may grow beyond; int32 ends at twice that."""
+
+
+@dataclass
+class _Report:
+    """A request that wants to know: its entry on the device, and the tokens it has run, of prompt and answer."""
+
+    entry: int
+    tokens: list[int] = field(default_factory=lambda: [0, 0])
+
+
+class ExpertCounts:
+    """Active experts of the steps on this worker: totals by layer group, and of the requests that asked.
+
+    Attributes:
+        active: per group, int32 [max_num_batched_tokens] on the model's device: experts active at each row, over the
+            group's layers and the steps since they were last summed up.
+    """
+
+    def __init__(self, prunepath: PrunePathConfig, num_layers: int, max_tokens: int) -> None:
+        self.num_experts = prunepath.num_experts
+        self.num_layers = num_layers
+        self.active = [torch.zeros(max_tokens, dtype=torch.int32) for _ in GROUPS]
+        self.layers = [0] * len(GROUPS)
+        self.totals = torch.zeros(len(GROUPS), dtype=torch.int64)
+        self.tokens = 0
+        self.steps_in_rows = -1  # not begun: rows hold what profiling and graph capture ran
+        self.reports: dict[str, _Report] = {}
+        self.reported: Tensor | None = None
+        self.step_rows: Tensor | None = None
+        self.published = [0] * len(GROUPS)
+        self.published_tokens = 0
+        # Every rank of a tensor-parallel group counts the same, every stage of a pipeline has layers of its own.
+        self.speaks = get_tensor_model_parallel_rank() == 0
+        first = self.speaks and get_pp_group().is_first_rank
+        # Only where the server's /metrics can read another process.
+        exported = "PROMETHEUS_MULTIPROC_DIR" in os.environ
+        self.step_counters = _StepCounters(prunepath) if first and exported else None
+        self.exported = self.speaks and exported
+
+    def buffer(self, layer: int) -> Tensor:
+        """The buffer that a layer, numbered through the whole model, is to add its active experts to."""
+        group = layer * len(GROUPS) // self.num_layers
+        self.layers[group] += 1
+        return self.active[group]
+
+    def begin_step(
+        self,
+        taus: np.ndarray,
+        computed: np.ndarray,
+        scheduled: np.ndarray,
+        prompt_lens: np.ndarray,
+        reports: Sequence[str | None],
+    ) -> None:
+        """Prepare for a step that is about to run.
+
+        Args:
+            taus: float32 [num_reqs].
+            computed: int [num_reqs], tokens whose keys and values are there already.
+            scheduled: int [num_reqs], tokens of this step.
+            prompt_lens: int [num_reqs].
+            reports: per request the name to count it under, or None; empty where none has one.
+        """
+        if self.steps_in_rows < 0:
+            for rows in self.active:
+                rows.zero_()
+            self.steps_in_rows = 0
+        self.tokens += int(scheduled.sum())
+        if self.step_counters is not None:
+            self.step_counters.add(taus, scheduled)
+        if self.step_rows is not None or reports or self.steps_in_rows >= self._max_steps:
+            self._sum_up()
+        self.steps_in_rows += 1
+        if reports:
+            self._mark_rows(computed, scheduled, prompt_lens, reports)
+
+    @functools.cached_property
+    def _max_steps(self) -> int:
+        return _MAX_ROW // max(1, self.num_experts * max(self.layers))
+
+    def _mark_rows(
+        self, computed: np.ndarray, scheduled: np.ndarray, prompt_lens: np.ndarray, reports: Sequence[str | None]
+    ) -> None:
+        """Note which entry of `reported` each row of the step belongs to."""
+        entries = []
+        for name, start, count, prompt_len in zip(reports, computed, scheduled, prompt_lens, strict=True):
+            in_prompt = int(min(max(prompt_len - start, 0), count))
+            if name is None:
+                entries += [2 * MAX_REPORTS] * int(count)
+                continue
+            report = self._report(name)
+            report.tokens[0] += in_prompt
+            report.tokens[1] += int(count) - in_prompt
+            entries += [2 * report.entry] * in_prompt + [2 * report.entry + 1] * (int(count) - in_prompt)
+        self.step_rows = async_tensor_h2d(np.array(entries, dtype=np.int64), device=self.totals.device)
+
+    def _report(self, name: str) -> _Report:
+        if self.reported is None:
+            # One entry each for prompt and answer, and the last for everybody else.
+            self.reported = torch.zeros(2 * MAX_REPORTS + 1, dtype=torch.int64, device=self.totals.device)
+        if name not in self.reports:
+            if len(self.reports) == MAX_REPORTS:
+                entry = self.reports.pop(next(iter(self.reports))).entry
+            else:
+                entry = min(set(range(MAX_REPORTS)) - {report.entry for report in self.reports.values()})
+            self.reported[2 * entry : 2 * entry + 2] = 0
+            self.reports[name] = _Report(entry)
+        return self.reports[name]
+
+    def _sum_up(self) -> None:
+        """Bring what the rows hold where it belongs; device work alone."""
+        if self.step_rows is not None:
+            assert self.reported is not None
+            for rows in self.active:
+                self.reported.index_add_(0, self.step_rows, rows[: self.step_rows.shape[0]].long())
+            self.step_rows = None
+        self.totals += torch.stack([rows.sum() for rows in self.active])
+        for rows in self.active:
+            rows.zero_()
+        self.steps_in_rows = 0
+
+    @torch.inference_mode()
+    def take_report(self, name: str) -> list[list[int]] | None:
+        """What was counted under a name, which is forgotten. Waits for the device.
+
+        Returns:
+            (active experts, possible ones) of prompt and of answer, summed over tokens and this worker's layers; None
+            where the name is unknown or another rank speaks for this one.
+        """
+        if self.step_rows is not None:
+            self._sum_up()
+        report = self.reports.pop(name, None)
+        if report is None or not self.speaks:
+            return None
+        assert self.reported is not None
+        active = self.reported[2 * report.entry : 2 * report.entry + 2].tolist()
+        possible = self.num_experts * sum(self.layers)
+        return [[active[part], report.tokens[part] * possible] for part in range(2)]
+
+    @torch.inference_mode()
+    def publish(self) -> None:
+        """Bring the Prometheus counters up to date. Waits for the device."""
+        if not self.exported or self.steps_in_rows < 0:
+            return
+        self._sum_up()
+        totals = self.totals.tolist()
+        counters = _counters()
+        for group, name in enumerate(GROUPS):
+            possible = (self.tokens - self.published_tokens) * self.num_experts * self.layers[group]
+            counters["active"].labels(layers=name).inc(totals[group] - self.published[group])
+            counters["possible"].labels(layers=name).inc(possible)
+        self.published, self.published_tokens = totals, self.tokens
+        if self.step_counters is not None:
+            self.step_counters.publish()
+
+
+class _StepCounters:
+    """What is known of steps from host values alone."""
+
+    def __init__(self, prunepath: PrunePathConfig) -> None:
+        self.curve = sparsity_curve(prunepath)
+        self.last_step: tuple[bytes, bytes] | None = None
+        self.step_tokens, self.step_inactive = 0, 0.0
+        self.tokens, self.inactive, self.steps = 0, 0.0, [0, 0]
+
+    def add(self, taus: np.ndarray, scheduled: np.ndarray) -> None:
+        """Count one step: `taus` float32 [num_reqs], `scheduled` int [num_reqs] tokens."""
+        step = (taus.tobytes(), scheduled.tobytes())
+        if step != self.last_step:  # decode repeats itself: most steps only add what the last one added
+            self.last_step = step
+            self.step_tokens = int(scheduled.sum())
+            self.step_dense = bool((taus >= DENSE_TAU).all())
+            if self.curve is not None:
+                self.step_inactive = float(expected_sparsity(taus, self.curve) @ scheduled)
+        self.tokens += self.step_tokens
+        self.inactive += self.step_inactive
+        self.steps[self.step_dense] += 1
+
+    def publish(self) -> None:
+        """Hand over what has been counted since the last time."""
+        counters = _counters()
+        counters["tokens"].inc(self.tokens)
+        for kind, steps in zip(("routed", "dense"), self.steps, strict=True):
+            counters["steps"].labels(kind=kind).inc(steps)
+        if self.curve is not None:
+            counters["inactive"].inc(self.inactive)
+        self.tokens, self.inactive, self.steps = 0, 0.0, [0, 0]
+
+
+@functools.cache
+def _counters() -> dict[str, Counter]:
+    """Prometheus refuses a name twice in a process, and a process may build several models."""
+    return {
+        "tokens": Counter("prunepath:tokens", "Tokens that went through the model."),
+        "steps": Counter(
+            "prunepath:steps", "Engine steps; in those of kind dense every token uses every expert.", ["kind"]
+        ),
+        "inactive": Counter(
+            "prunepath:expected_ffn_sparsity_tokens",
+            "Sum over tokens of the FFN sparsity that the checkpoint's tau_curve gives for their tau; divided by "
+            "prunepath:tokens_total it is the expected mean.",
+        ),
+        "active": Counter(
+            "prunepath:experts_active", "Experts that were active, summed over tokens and layers.", ["layers"]
+        ),
+        "possible": Counter(
+            "prunepath:experts_possible", "Experts there were, summed over the same tokens and layers.", ["layers"]
+        ),
+    }

@@ -1,0 +1,26 @@
+"""What our worker classes add to vLLM's: taus under the V1 model runner, and answers about what was counted."""
+
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.worker.worker_base import WorkerBase
+
+from prunepath_vllm.model_executor.tau import TokenTaus, attach_to_v1_runner
+
+_Worker: Any = WorkerBase if TYPE_CHECKING else object
+
+
+class PrunePathWorkerMixin(_Worker):
+    """Comes before vLLM's worker in the bases. Its public methods are called by name, through ``collective_rpc``."""
+
+    def init_device(self) -> None:
+        """Build the model runner, then hook its forward."""
+        super().init_device()
+        attach_to_v1_runner(self)
+
+    def prunepath_report(self, name: str) -> list[list[int]] | None:
+        """See :meth:`ExpertCounts.take_report`."""
+        return TokenTaus.of(self.vllm_config).counts.take_report(name)
+
+    def prunepath_publish(self) -> None:
+        """See :meth:`ExpertCounts.publish`."""
+        TokenTaus.of(self.vllm_config).counts.publish()

@@ -1,0 +1,53 @@
+"""The programs of examples/, on a real server and a real engine."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import test_server
+from test_server import CURVE, MODEL, Server
+
+EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+serve = test_server.serve
+
+
+@pytest.fixture(scope="module")
+def server(serve, prunepath_checkpoint) -> Server:
+    return serve(prunepath_checkpoint("llama", default_tau=0.6, tau_curve=CURVE))
+
+
+def run(name: str, *arguments: str) -> str:
+    (file,) = (file for file in EXAMPLES if file.name == name)
+    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run([sys.executable, str(file), *arguments], capture_output=True, env=env)
+    assert done.returncode == 0, done.stderr.decode()[-3000:]
+    return done.stdout.decode(errors="replace")
+
+
+@pytest.mark.parametrize("file", EXAMPLES, ids=lambda file: file.stem)
+def test_every_example_says_what_it_takes(file):
+    assert "usage" in run(file.name, "--help")
+
+
+def test_openai_client(server):
+    said = run("openai_client.py", "hi", "--url", f"{server.url}/v1", "--model", MODEL, "--tau", "1.0", "0.4")
+    sparsities = re.findall(r"\[tau (\S+), FFN sparsity (\S+)%\]", said)
+    assert [tau for tau, _ in sparsities] == ["1.0", "0.4"]
+    assert float(sparsities[0][1]) == 0 < float(sparsities[1][1])
+
+
+def test_streaming(server):
+    said = run("streaming.py", "hi", "--url", f"{server.url}/v1", "--sparsity", "0.5")
+    assert "tau: 0.65" in said
+    assert 0 < float(re.search(r"^ffn_sparsity: (\S+)$", said, re.MULTILINE)[1]) < 1
+
+
+def test_offline_batch(prunepath_checkpoint):
+    checkpoint = prunepath_checkpoint("llama", default_tau=0.6, tau_curve=CURVE)
+    said = run("offline_batch.py", str(checkpoint), "--tau", "1.0", "0.4", "--max-model-len", "256")
+    lines = re.findall(r"^tau (\S+)\s+FFN sparsity (\S+)%", said, re.MULTILINE)
+    assert [tau for tau, _ in lines] == ["1.0", "0.4"] * 2
+    assert all((float(sparsity) > 0) == (tau == "0.4") for tau, sparsity in lines)
