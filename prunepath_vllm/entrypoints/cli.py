@@ -8,7 +8,10 @@ from collections.abc import Sequence
 from prunepath_vllm import __version__
 from prunepath_vllm.errors import PrunePathError, TauError, UsageError
 
-COMMANDS = ("convert", "calibrate", "inspect", "generate", "serve", "train", "prune", "eval", "bench", "fetch", "check")
+COMMANDS = (
+    "convert", "calibrate", "inspect", "generate", "serve", "train", "prune", "eval", "sweep", "figures", "bench",
+    "fetch", "check",
+)  # fmt: skip
 
 EXIT_FAILURE = 1
 EXIT_USAGE = 2

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from prunepath_vllm.checkpoint import load_prunepath_config, read_config, validate_checkpoint
+from prunepath_vllm.checkpoint import CheckpointSummary, read_config, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.conversion.calibrate import load_model, sequence_length
-from prunepath_vllm.errors import UsageError
+from prunepath_vllm.devices import check_device
 from prunepath_vllm.evaluation.tasks import Request
 from prunepath_vllm.families import Family, family_of
 
@@ -29,8 +29,13 @@ class Checkpoint:
     path: Path
     family: Family
     config: dict[str, Any]
-    prunepath: PrunePathConfig | None
+    summary: CheckpointSummary | None
     """None for a dense one."""
+
+    @property
+    def prunepath(self) -> PrunePathConfig | None:
+        """None for a dense one."""
+        return self.summary.prunepath if self.summary else None
 
     @property
     def causal(self) -> bool:
@@ -53,8 +58,7 @@ class Checkpoint:
         Raises:
             UsageError: `wanted` is more than the model takes.
         """
-        summary: Any = self  # of which the family and the configuration are read
-        return sequence_length(summary, wanted, default=default)
+        return sequence_length(self.family, self.config, wanted, default=default)
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
@@ -67,9 +71,8 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     config = read_config(path)
     if "prunepath_config" not in config:
         return Checkpoint(path, family_of(config, converted=False), config, None)
-    validate_checkpoint(path)
-    family, prunepath, config = load_prunepath_config(path)
-    return Checkpoint(path, family, config, prunepath)
+    summary = validate_checkpoint(path)
+    return Checkpoint(path, summary.family, summary.config, summary)
 
 
 @dataclass(frozen=True)
@@ -112,17 +115,16 @@ class TransformersBackend:
     name = "transformers"
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Any, device: str) -> None:
-        if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-            raise UsageError(f"device: {device!r}, but no CUDA GPU is visible; expected 'cpu'")
+        check_device(device)
         self.tokenizer = tokenizer
         self.max_length = checkpoint.context() - 1  # as the engine, which always generates one token more
-        if checkpoint.prunepath is None:
+        if checkpoint.summary is None:
             import transformers
 
             auto_class = getattr(transformers, checkpoint.family.auto_class)
             self.model: Any = auto_class.from_pretrained(checkpoint.path, dtype="auto").eval().to(device)
         else:
-            self.model = load_model(validate_checkpoint(checkpoint.path), device)
+            self.model = load_model(checkpoint.summary, device)
 
     @torch.inference_mode()
     def loglikelihood(self, requests: Sequence[Request], tau: float | None) -> list[Answer]:

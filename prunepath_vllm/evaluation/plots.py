@@ -1,49 +1,117 @@
 """Figures of an evaluation's results."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from prunepath_vllm.errors import UsageError
 
 
-def plot_points(result: Mapping[str, Any], metric: str, path: str | Path, *, recommended: float | None = None) -> None:
+def new_figure(columns: int = 1) -> tuple[Any, list[Any]]:
+    """A figure and its axes, side by side.
+
+    Raises:
+        UsageError: matplotlib is missing.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("matplotlib is not installed; expected prunepath-vllm[eval]") from None
+    figure = Figure(figsize=(6 * columns, 4), layout="constrained")
+    return figure, list(figure.subplots(1, columns, squeeze=False)[0])
+
+
+def save_figure(figure: Any, path: str | Path) -> None:
+    """Write a figure; the suffix chooses the format.
+
+    Raises:
+        UsageError: matplotlib cannot write that format.
+    """
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:
+        raise UsageError(f"plot {path}: {error}") from None
+
+
+def plot_points(result: Mapping[str, Any], metric: str, path: str | Path) -> None:
     """Draw a metric against FFN sparsity, with its intervals; a dense model is a horizontal line.
 
     Args:
         result: what ``Run.results`` returns.
         metric: a key of its points.
         path: file to write; its suffix chooses the format.
-        recommended: a tau to mark.
 
     Raises:
         UsageError: matplotlib is missing, or cannot write that format.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("matplotlib is not installed; expected prunepath-vllm[eval]") from None
-    figure = Figure(figsize=(6, 4), layout="constrained")
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure()
+    draw_points(axes, result, metric, "PrunePath, by tau")
+    axes.set(xlabel="FFN sparsity", ylabel=metric, title=f"{result['checkpoint']}: {result['task']}")
+    axes.legend()
+    save_figure(figure, path)
+
+
+def draw_points(axes: Any, result: Mapping[str, Any], metric: str, label: str) -> None:
+    """Draw one result's points on `axes`: a line labelled `label`, each point with its tau; dense is horizontal."""
     sparse = []
     for point, interval in zip(result["points"], result["intervals"], strict=True):
         if point["tau"] is None:
             axes.axhline(point[metric], linestyle="--", color="gray", label="dense")
         else:
             sparse.append((point["ffn_sparsity"], point[metric], *interval[metric], point["tau"]))
-    if sparse:
-        x, y, low, high, taus = map(list, zip(*sorted(sparse), strict=True))
-        # The percentile interval of a skewed statistic may leave its value outside.
-        below = [max(0.0, value - edge) for value, edge in zip(y, low, strict=True)]
-        above = [max(0.0, edge - value) for value, edge in zip(y, high, strict=True)]
-        axes.errorbar(x, y, yerr=[below, above], marker="o", capsize=3, label="PrunePath, by tau")
-        for sparsity, value, tau in zip(x, y, taus, strict=True):
-            axes.annotate(f"{tau:g}", (sparsity, value), textcoords="offset points", xytext=(4, 4), fontsize=7)
-            if tau == recommended:
-                axes.plot(sparsity, value, "*", markersize=14, label=f"recommended tau {tau:g}")
-    axes.set(xlabel="FFN sparsity", ylabel=metric, title=f"{result['checkpoint']}: {result['task']}")
-    axes.legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise UsageError(f"--plot {path}: {error}") from None
+    if not sparse:
+        return
+    x, y, low, high, taus = map(list, zip(*sorted(sparse), strict=True))
+    # The percentile interval of a skewed statistic may leave its value outside.
+    below = [max(0.0, value - edge) for value, edge in zip(y, low, strict=True)]
+    above = [max(0.0, edge - value) for value, edge in zip(y, high, strict=True)]
+    axes.errorbar(x, y, yerr=[below, above], marker="o", capsize=3, label=label)
+    for sparsity, value, tau in zip(x, y, taus, strict=True):
+        axes.annotate(f"{tau:g}", (sparsity, value), textcoords="offset points", xytext=(4, 4), fontsize=7)
+
+
+def plot_sweep(result: Mapping[str, Any], metric: str, path: str | Path) -> None:
+    """Draw a sweep: quality against FFN sparsity, and against decode speed where it was measured.
+
+    Points that another beats in both are hollow; the line joins the others, the Pareto front; a star is the tau that
+    the sweep recommends.
+
+    Args:
+        result: what ``sweep`` returns.
+        metric: a key of its points.
+        path: file to write; its suffix chooses the format.
+
+    Raises:
+        UsageError: matplotlib is missing, or cannot write that format.
+    """
+    columns = [("ffn_sparsity", "FFN sparsity")]
+    if any(point.get("tokens_per_second") for point in result["points"]):
+        columns.append(("tokens_per_second", "decode tokens/s, batch 1"))
+    figure, panels = new_figure(len(columns))
+    for axes, (column, title) in zip(panels, columns, strict=True):
+        points = [point for point in result["points"] if point.get(column) is not None]
+        front = pareto_front([(point[column], -point["loss"]) for point in points])
+        joined = sorted((points[i][column], points[i][metric]) for i in front)
+        axes.plot(*zip(*joined, strict=True), "o-", label="Pareto front")
+        others = [point for i, point in enumerate(points) if i not in front]
+        axes.plot([p[column] for p in others], [p[metric] for p in others], "o", mfc="none", color="gray")
+        for point in points:
+            label = "dense" if point["tau"] is None else f"{point['tau']:g}"
+            place = (point[column], point[metric])
+            axes.annotate(label, place, textcoords="offset points", xytext=(4, 4), fontsize=7)
+            if point["tau"] == result["recommended"]["tau"]:
+                axes.plot(*place, "*", markersize=14, label=f"recommended: tau {label}")
+        axes.set(xlabel=title, ylabel=metric)
+        axes.legend()
+    panels[0].set_title(f"{result['checkpoint']}, loss of at most {result['max_loss']:.1%}")
+    save_figure(figure, path)
+
+
+def pareto_front(points: Sequence[tuple[float, float]]) -> list[int]:
+    """Indices of the points that no other one equals or beats in both numbers, more being better; in their order."""
+    front = []
+    for i, (x, y) in enumerate(points):
+        beaten = any(u >= x and v >= y and ((u, v) != (x, y) or j < i) for j, (u, v) in enumerate(points) if j != i)
+        if not beaten:
+            front.append(i)
+    return front

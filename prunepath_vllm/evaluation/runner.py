@@ -276,8 +276,11 @@ def _mean_sparsity(pairs: Sequence[tuple[float, int]]) -> float:
 
 
 def _fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:
-    """Changes when the checkpoint does; the weights count by size and time of change."""
+    """Changes when what is measured does; the weights count by size and time of change, a tau curve not at all."""
     files = sorted(checkpoint.path.glob("*.safetensors"))
     weights = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    known = repr((sorted(checkpoint.config.items()), weights))
+    config = dict(checkpoint.config)
+    if checkpoint.prunepath is not None:
+        config["prunepath_config"] = checkpoint.prunepath.model_dump(exclude={"tau_curve"})
+    known = repr((sorted(config.items()), weights))
     return dict(name=checkpoint.path.resolve().name, sha256=hashlib.sha256(known.encode()).hexdigest())

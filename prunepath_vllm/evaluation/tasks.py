@@ -73,7 +73,6 @@ class Task:
     """Its folder, as ``prunepath fetch`` names it."""
     metrics: tuple[str, ...]
     """Keys of statistics.METRICS, the one that is plotted and swept first."""
-    help: str
     load: Callable[[Path, Options], list[Item]] | None = None
     """Items of a folder or file; perplexity has its own reader."""
     labels: int = 0
@@ -83,11 +82,6 @@ class Task:
     def causal(self) -> bool:
         """Whether it is asked of a language model, not of a classifier."""
         return self.kind != "classification"
-
-    @property
-    def lower_is_better(self) -> bool:
-        """Of the first metric."""
-        return self.metrics[0] == "perplexity"
 
 
 def data_file(data: Path, names: Sequence[str]) -> Path:
@@ -175,23 +169,23 @@ def _load_targets(ending: str) -> Callable[[Path, Options], list[Item]]:
     return load
 
 
-def _classes(corpus: str, labels: int, help: str, *more: str) -> Task:
-    return Task("classification", corpus, ("accuracy", *more), help, _load_labelled, labels=labels)
+def _classes(corpus: str, labels: int, *more: str) -> Task:
+    return Task("classification", corpus, ("accuracy", *more), _load_labelled, labels=labels)
 
 
 TASKS: dict[str, Task] = {
-    "wikitext": Task("perplexity", "wikitext-2", ("perplexity",), "perplexity of a text"),
-    "mmlu": Task("choice", "mmlu", ("accuracy",), "multiple choice, --shots examples", _load_mmlu),
-    "hellaswag": Task("choice", "hellaswag", ("accuracy_norm", "accuracy"), "multiple choice", _load_hellaswag),
-    "arc_easy": Task("choice", "arc", ("accuracy", "accuracy_norm"), "multiple choice", _load_arc("easy")),
-    "arc_challenge": Task("choice", "arc", ("accuracy_norm", "accuracy"), "multiple choice", _load_arc("challenge")),
-    "sst2": _classes("sst-2", 2, "sentiment of a sentence"),
-    "mrpc": _classes("mrpc", 2, "whether two sentences say the same", "f1"),
-    "rte": _classes("rte", 2, "whether one text follows from another"),
-    "qnli": _classes("qnli", 2, "whether a sentence answers a question"),
-    "mnli": _classes("mnli", 3, "entailment, neutral or contradiction"),
-    "xsum": Task("generation", "xsum", ("rouge_l",), "summaries", _load_targets("\nSummary:"), new_tokens=64),
-    "e2e": Task("generation", "e2e", ("rouge_l",), "texts from data", _load_targets("\nDescription:"), new_tokens=64),
+    "wikitext": Task("perplexity", "wikitext-2", ("perplexity",)),
+    "mmlu": Task("choice", "mmlu", ("accuracy",), _load_mmlu),
+    "hellaswag": Task("choice", "hellaswag", ("accuracy_norm", "accuracy"), _load_hellaswag),
+    "arc_easy": Task("choice", "arc", ("accuracy", "accuracy_norm"), _load_arc("easy")),
+    "arc_challenge": Task("choice", "arc", ("accuracy_norm", "accuracy"), _load_arc("challenge")),
+    "sst2": _classes("sst-2", 2),
+    "mrpc": _classes("mrpc", 2, "f1"),
+    "rte": _classes("rte", 2),
+    "qnli": _classes("qnli", 2),
+    "mnli": _classes("mnli", 3),
+    "xsum": Task("generation", "xsum", ("rouge_l",), _load_targets("\nSummary:"), new_tokens=64),
+    "e2e": Task("generation", "e2e", ("rouge_l",), _load_targets("\nDescription:"), new_tokens=64),
 }
 """Every task by name."""
 

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from prunepath_vllm.errors import UsageError
-from prunepath_vllm.tau import parse_tau
+from prunepath_vllm.tau import parse_tau_list
 
 
 def add_parser(
@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     evaluation = Run(
         open_checkpoint(args.checkpoint),
         args.task,
-        parse_taus(args.tau),
+        parse_tau_list(args.tau),
         data=Path(args.data) if args.data else None,
         backend=args.backend or ("transformers" if args.task == "wikitext" else "vllm"),
         dense=open_checkpoint(args.dense) if args.dense else None,
@@ -88,21 +88,6 @@ def journal_path(output: Path | None) -> Path | None:
     if not output.parent.is_dir():
         raise UsageError(f"--output {output}: no such folder; expected an existing one")
     return output.with_suffix(".jsonl")
-
-
-def parse_taus(text: str) -> list[float]:
-    """Taus separated by commas.
-
-    Raises:
-        UsageError: not numbers.
-        TauError: a tau out of range.
-    """
-    try:
-        return [parse_tau(float(tau)) for tau in text.split(",")]
-    except ValueError as error:
-        if type(error) is not ValueError:
-            raise
-        raise UsageError(f"--tau {text}: expected numbers separated by commas") from None
 
 
 def print_table(result: dict[str, Any], metrics: tuple[str, ...]) -> None:
