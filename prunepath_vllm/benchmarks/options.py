@@ -6,7 +6,7 @@ from typing import Any, TypeVar
 
 from prunepath_vllm.checkpoint import CheckpointSummary, validate_checkpoint
 from prunepath_vllm.errors import TauError, UsageError
-from prunepath_vllm.tau import parse_tau
+from prunepath_vllm.tau import parse_tau_list
 
 Number = TypeVar("Number", int, float)
 
@@ -29,7 +29,7 @@ def numbers(kind: Callable[[str], Number]) -> Callable[[str], list[Number]]:
 def taus(text: str) -> list[float]:
     """An argparse type: taus separated by commas."""
     try:
-        return [parse_tau(value) for value in numbers(float)(text)]
+        return parse_tau_list(text)
     except TauError as error:
         raise argparse.ArgumentTypeError(str(error)) from None
 

@@ -6,13 +6,13 @@ Its methods are called by name through ``LLM.collective_rpc``; nothing is pickle
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 from vllm.distributed import tensor_model_parallel_all_reduce
 
+from prunepath_vllm.benchmarks.float32 import layer_output
 from prunepath_vllm.benchmarks.shapes import randomise
 from prunepath_vllm.kernels import reference
-from prunepath_vllm.kernels.cpu import ACTIVATIONS
+from prunepath_vllm.kernels.weights import Weights
 from prunepath_vllm.model_executor.layers.routed_ffn import ExpertInputs, ExpertOutputs, ExpertRouter, RoutedFFN
 
 CHECKED_TOKENS = (1, 4, 16, 64, 256)
@@ -51,8 +51,11 @@ def check_first_layer(model: nn.Module) -> list[float | str] | None:
             break
     else:
         return None
-    ffn, router, inputs = parts[RoutedFFN], parts[ExpertRouter], parts[ExpertInputs]
+    ffn, router, inputs, outputs = (parts[part] for part in (RoutedFFN, ExpertRouter, ExpertInputs, ExpertOutputs))
     saved, weight = ffn.tau.clone(), inputs.weight
+    rule = {name: ffn.settings[name] for name in ("selection", "threshold", "gate")}
+    kind = {name: ffn.settings[name] for name in ("activation", "glu")}
+    weights = Weights(weight, inputs.bias, outputs.weight, outputs.bias, **kind)
     generator = torch.Generator(weight.device).manual_seed(0)
     worst = 0.0
     for tokens in sorted({min(tokens, len(ffn.tau)) for tokens in CHECKED_TOKENS}):
@@ -61,32 +64,11 @@ def check_first_layer(model: nn.Module) -> list[float | str] | None:
         ffn.tau[:tokens] = taus
         ffn.dense_step.fill_(False)
         y = block(x).float()
-        expected = _in_float32(x, taus, ffn.settings, router, inputs, parts[ExpertOutputs])
+        gates = reference.expert_weights(reference.router_logits(x, router.weight, router.bias), taus, **rule)
+        expected = layer_output(x, gates, weights)
         if ffn.world > 1:
             expected = tensor_model_parallel_all_reduce(expected)
         error = ((y - expected).norm() / expected.norm().clamp(min=1e-30)).item()
         worst = max(worst, error if error == error else float("inf"))
     ffn.tau.copy_(saved)
     return [worst, str(weight.dtype).removeprefix("torch.")]
-
-
-def _in_float32(
-    x: Tensor,
-    taus: Tensor,
-    settings: dict[str, Any],
-    router: ExpertRouter,
-    inputs: ExpertInputs,
-    outputs: ExpertOutputs,
-) -> Tensor:
-    """Eq. 7-10 on one rank's neurons, in float32."""
-    logits = reference.router_logits(x, router.weight, router.bias)
-    rule = {name: settings[name] for name in ("selection", "threshold", "gate")}
-    pre = F.linear(x.float(), inputs.weight.float(), None if inputs.bias is None else inputs.bias.float())
-    act = ACTIVATIONS[settings["activation"]]
-    if settings["glu"]:
-        gate, up = pre.chunk(2, dim=-1)
-        neurons = act(gate) * up
-    else:
-        neurons = act(pre)
-    y = reference.scale_neurons(neurons, reference.expert_weights(logits, taus, **rule)) @ outputs.weight.float()
-    return y if outputs.bias is None else y + outputs.bias.float()

@@ -1,16 +1,17 @@
 """Published shapes, checkpoints of them with random weights, and the tau at which random routing keeps a share."""
 
 import functools
-import itertools
 import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from prunepath_vllm.config import expected_sparsity
 from prunepath_vllm.families import Family, family_of
 
 SHAPES: dict[str, dict[str, Any]] = {
@@ -133,8 +134,5 @@ def share_on_curve(curve: Sequence[tuple[float, float]] | None, tau: float) -> f
         return 1.0
     if not curve:
         return None
-    points = sorted(curve)
-    for (low, more), (high, less) in itertools.pairwise(points):
-        if low <= tau <= high:
-            return 1 - (more + (less - more) * (tau - low) / (high - low))
-    return None
+    points = np.array(curve).T
+    return 1 - float(expected_sparsity(np.array(tau), points)) if points[0, 0] <= tau <= points[0, -1] else None

@@ -7,7 +7,7 @@ loss, so it compares experts of one layer and layers with one another. docs/cali
 Shapes: N tokens, H hidden size, E experts, D neurons per expert, F = E * D.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -22,9 +22,11 @@ from transformers.activations import ACT2FN
 from prunepath_vllm.checkpoint import CheckpointSummary, check_finite, validate_checkpoint
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.conversion.text import read_sequences
+from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import UsageError
+from prunepath_vllm.families import Family
 from prunepath_vllm.kernels import reference
-from prunepath_vllm.tau import DENSE_TAU
+from prunepath_vllm.tau import DENSE_TAU, level_curve
 
 MAX_TOKENS = 8192
 CONTEXT = 512
@@ -94,11 +96,10 @@ def calibrate(
         raise UsageError(f"{checkpoint}: selection {prunepath.selection!r} has no tau to calibrate for")
     if dense_positions is not None and dense_positions < 0:
         raise UsageError(f"dense positions: {dense_positions}; expected 0 or more")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device: {device!r}, but no CUDA GPU is visible; expected 'cpu'")
+    check_device(device)
     dense_positions = prunepath.dense_positions if dense_positions is None else dense_positions
     tokenizer = AutoTokenizer.from_pretrained(checkpoint)
-    length = sequence_length(summary, context, default=CONTEXT)
+    length = sequence_length(summary.family, summary.config, context, default=CONTEXT)
     if length <= dense_positions:
         raise UsageError(f"context: {length}; expected more than the {dense_positions} dense positions")
     # At least one sequence to fit on and one to measure on.
@@ -133,16 +134,16 @@ def calibrate(
     return curve
 
 
-def sequence_length(summary: CheckpointSummary, wanted: int | None, *, default: int) -> int:
-    """Tokens per sequence: `wanted`, or `default` where the model can take that many.
+def sequence_length(family: Family, config: Mapping[str, Any], wanted: int | None = None, *, default: int) -> int:
+    """Tokens per sequence: `wanted`, or `default` where the model of a config.json can take that many.
 
     Raises:
         UsageError: `wanted` is below 2 or more than the model takes.
     """
-    field_name = "n_positions" if summary.family.name == "gpt2" else "max_position_embeddings"
-    limit = int(summary.config.get(field_name, default))
-    if summary.family.name == "roberta":
-        limit -= int(summary.config.get("pad_token_id", 1)) + 1  # its position table starts behind the padding's row
+    field_name = "n_positions" if family.name == "gpt2" else "max_position_embeddings"
+    limit = int(config.get(field_name, default))
+    if family.name == "roberta":
+        limit -= int(config.get("pad_token_id", 1)) + 1  # its position table starts behind the padding's row
     if wanted is None:
         return min(default, limit)
     if not 2 <= wanted <= limit:
@@ -330,8 +331,5 @@ def _measure_curve(model: PreTrainedModel, sequences: Tensor) -> list[tuple[floa
             for sequence in sequences.to(model.device)
             for active in model.base_model(sequence[None], tau=tau, output_active_experts=True).active_experts
         ]
-        sparsity = 1 - float(torch.stack(layers).mean())
-        # What is measured at a lower tau is an upper bound, up to noise that the curve must not show.
-        bound = curve[-1][1] if curve else 1.0
-        curve.append((tau, round(min(sparsity, bound), 4)))
-    return curve
+        curve.append((tau, 1 - float(torch.stack(layers).mean())))
+    return level_curve(curve)

@@ -1,7 +1,6 @@
 """Dense checkpoint in, PrunePath checkpoint out: neurons permuted into experts, routers added, the function kept."""
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Mapping
@@ -26,10 +25,12 @@ from prunepath_vllm.checkpoint import (
     validate_checkpoint,
 )
 from prunepath_vllm.config import FORMAT_VERSION, PrunePathConfig, check_dense_shape
-from prunepath_vllm.conversion.model_card import write_model_card
+from prunepath_vllm.conversion.model_card import QUALITY_FILE, write_model_card
 from prunepath_vllm.conversion.splits import METHODS, neuron_orders
+from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
 from prunepath_vllm.families import Family, family_of
+from prunepath_vllm.files import new_directory
 
 ROUTERS = ("zero", "calibrated")
 GATES = ("none", "sigmoid")
@@ -120,10 +121,7 @@ def convert(
         )
     )
 
-    dst.parent.mkdir(parents=True, exist_ok=True)
-    staging = dst.parent / f".{dst.name}.partial-{os.getpid()}"
-    staging.mkdir()
-    try:
+    with new_directory(dst) as staging:
         _copy_files(source, staging)
         (staging / "config.json").write_text(json.dumps(_new_config(config, family, prunepath), indent=2) + "\n")
         # Gates of a zero router are 1/2; the calibrator takes the doubling back when it saturates them.
@@ -136,10 +134,6 @@ def convert(
 
             assert text is not None
             calibrate(staging, text, device=device, seed=seed)
-        os.replace(staging, dst)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return dst
 
 
@@ -158,8 +152,7 @@ def _check_arguments(
         raise UsageError(f"calibration text {text}: split {split!r} with router {router!r} uses none; expected no text")
     if text is not None and not text.is_file():
         raise UsageError(f"calibration text {text}: no such file")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device: {device!r}, but no CUDA GPU is visible; expected 'cpu'")
+    check_device(device)
     if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
         raise UsageError(f"{dst}: already there and not an empty directory; expected a new one")
 
@@ -237,7 +230,9 @@ def _new_config(config: Mapping[str, Any], family: Family, prunepath: PrunePathC
 def _copy_files(source: Path, staging: Path) -> None:
     for pattern in _COPIED_FILES:
         for file in source.glob(pattern):
-            if file.is_file() and file.name != "config.json" and not file.name.endswith(".index.json"):
+            # What a training measured is the dense model's.
+            own = file.name in ("config.json", QUALITY_FILE) or file.name.endswith(".index.json")
+            if file.is_file() and not own:
                 shutil.copyfile(file, staging / file.name)
 
 
@@ -318,8 +313,6 @@ class _ShardWriter:
     def _flush(self) -> None:
         path = self._temporary(len(self.files))
         save_file(self.shard, path, metadata={"format": "pt"})
-        # save_file makes it private to this user; a server may run as another.
-        path.chmod((self.directory / "config.json").stat().st_mode)
         self.files.append(list(self.shard))
         self.shard, self.shard_bytes = {}, 0
 

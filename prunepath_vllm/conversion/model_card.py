@@ -1,7 +1,9 @@
 """README.md of a PrunePath checkpoint, written from its config.json."""
 
 import json
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from prunepath_vllm.checkpoint import load_prunepath_config, read_json
 from prunepath_vllm.config import PrunePathConfig
@@ -9,7 +11,8 @@ from prunepath_vllm.tau import MAX_TAU
 
 CARD_FILE = "README.md"
 QUALITY_FILE = "quality.json"
-"""What a training measured of its result: {data, points: [{tau, ffn_sparsity, loss, perplexity, accuracy}]}."""
+"""What a training or a sweep measured: {data, points: [{tau, ffn_sparsity, loss, perplexity, accuracy}]}; a sweep also
+says {max_loss, recommended: {tau, ffn_sparsity, loss}}, where a loss is relative."""
 
 
 def write_model_card(path: str | Path) -> Path:
@@ -82,12 +85,23 @@ def _quality(path: Path, prunepath: PrunePathConfig) -> str | None:
     rows = [f"| {point['tau']:.3g} | {point['ffn_sparsity']:.1%} | {point[name]:.4g} |" for point in points]
     return "\n".join(
         [
-            f"FFN sparsity (share of experts left out) and {name} on {measured['data']}, measured after training.",
+            f"FFN sparsity (share of experts left out) and {name} on {measured['data']}.{_recommended(measured)}",
             "",
             f"| tau | FFN sparsity | {name} |",
             "|---|---|---|",
             *rows,
         ]
+    )
+
+
+def _recommended(measured: Mapping[str, Any]) -> str:
+    """A sweep's choice, where the file is a sweep's."""
+    chosen = measured.get("recommended")
+    if chosen is None:
+        return ""
+    return (
+        f" `prunepath sweep` recommends tau {chosen['tau']:.3g} for a loss of at most {measured['max_loss']:.1%}: "
+        f"{chosen['loss']:+.1%} at {chosen['ffn_sparsity']:.1%} sparsity."
     )
 
 

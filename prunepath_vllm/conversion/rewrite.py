@@ -14,6 +14,7 @@ from torch import Tensor
 from prunepath_vllm.checkpoint import INDEX_FILE, CheckpointSummary, read_json, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.conversion.model_card import CARD_FILE, write_model_card
+from prunepath_vllm.files import replace_directory
 
 
 def rewrite_checkpoint(summary: CheckpointSummary, tensors: Mapping[str, Tensor | None], **fields: Any) -> None:
@@ -42,15 +43,7 @@ def rewrite_checkpoint(summary: CheckpointSummary, tensors: Mapping[str, Tensor 
         write_model_card(staging)
         validate_checkpoint(staging)
         staging.chmod(directory.stat().st_mode)
-        aside = directory.with_name(f".{directory.name}.old")
-        shutil.rmtree(aside, ignore_errors=True)
-        os.rename(directory, aside)
-        try:
-            os.rename(staging, directory)
-        except BaseException:
-            os.rename(aside, directory)
-            raise
-        shutil.rmtree(aside)
+        replace_directory(directory, staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise

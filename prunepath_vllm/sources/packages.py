@@ -15,13 +15,10 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
 
 from tqdm import tqdm
 
 from prunepath_vllm.errors import PrunePathError
-
-Result = TypeVar("Result")
 
 
 class SourceError(PrunePathError):
@@ -151,20 +148,3 @@ def extract(wheel: zipfile.ZipFile, member: str, target: Path) -> None:
             file.write(chunk)
             progress.update(len(chunk))
     os.replace(partial, target)
-
-
-def build_directory(target: Path, build: Callable[[Path], Result]) -> Result:
-    """Let `build` fill a directory that appears at `target` complete or not at all.
-
-    Args:
-        target: must not exist.
-        build: called with the directory to fill.
-    """
-    partial = target.with_name(target.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    result = build(partial)
-    for weights in partial.rglob("*.safetensors"):
-        weights.chmod(partial.stat().st_mode & 0o666)  # written private to this user; a server may run as another
-    os.replace(partial, target)
-    return result

@@ -3,9 +3,8 @@
 merge_adapter(dense, adapter) makes the PrunePath checkpoint from it: no clustering, calibration or training.
 """
 
+import hashlib
 import json
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,12 +20,24 @@ from prunepath_vllm.conversion.convert import convert
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.errors import CheckpointError, UsageError
 from prunepath_vllm.families import Family, family_of
+from prunepath_vllm.files import new_directory
 
 ORDER = "{}.neuron_order"
 """Name of a layer's permutation, over the layer's feed-forward module: int16 (int32 beyond 32767 neurons) [F]."""
 UP, DOWN = ".up", ".down"
 """Suffixes of a linear's update: [outputs, rank] and [rank, inputs]."""
 METADATA = "prunepath"
+DENSE_DIGEST = "dense_sha256"
+"""Metadata: :func:`weights_digest` of the dense model."""
+
+
+def weights_digest(path: str | Path) -> str:
+    """SHA-256 of a checkpoint's weights, however they are cut into files: name, dtype, shape and bytes, by name."""
+    lines = []
+    for name, tensor in stream_tensors(path, read_tensor_index(Path(path))):
+        content = hashlib.sha256(tensor.reshape(-1).view(torch.uint8).numpy().data).hexdigest()
+        lines.append(f"{name} {tensor.dtype} {list(tensor.shape)} {content}\n")
+    return hashlib.sha256("".join(sorted(lines)).encode()).hexdigest()
 
 
 def neuron_order(dense: str | Path, converted: str | Path) -> list[Tensor]:
@@ -70,12 +81,18 @@ def _read(path: Path, family: Family, name: str) -> Tensor:
 
 
 def save_adapter(
-    checkpoint: str | Path, orders: list[Tensor], trained: Mapping[str, Tensor], *, destination: str | Path
+    dense: str | Path,
+    checkpoint: str | Path,
+    orders: list[Tensor],
+    trained: Mapping[str, Tensor],
+    *,
+    destination: str | Path,
 ) -> Path:
     """Write what a low-rank training changed, in bfloat16.
 
     Args:
-        checkpoint: the merged checkpoint: its configuration goes into the adapter's metadata.
+        dense: the dense model: the digest of its weights goes into the adapter's metadata.
+        checkpoint: the merged checkpoint: its configuration goes there as well.
         orders: of :func:`neuron_order`.
         trained: every trained parameter, by its name in the low-rank model.
         destination: the file.
@@ -86,14 +103,19 @@ def save_adapter(
     tensors = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in trained.items()}
     for layer, order in enumerate(orders):
         tensors[ORDER.format(family.ffn.format(layer))] = order.to(kind)
-    block = json.dumps(config["prunepath_config"])
+    metadata = {
+        "format": "pt",
+        "model_type": config["model_type"],
+        METADATA: json.dumps(config["prunepath_config"]),
+        DENSE_DIGEST: weights_digest(dense),
+    }
     destination = Path(destination)
-    save_file(tensors, destination, metadata={"format": "pt", METADATA: block, "model_type": config["model_type"]})
+    save_file(tensors, destination, metadata=metadata)
     return destination
 
 
-def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], PrunePathConfig]:
-    """An adapter's tensors and the configuration of the checkpoint it makes.
+def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], PrunePathConfig, str | None]:
+    """An adapter's tensors, the configuration of the checkpoint it makes, its dense model's digest if it has that.
 
     Raises:
         CheckpointError: no such file, or not an adapter.
@@ -107,7 +129,8 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], PrunePathConfig]:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
     if METADATA not in metadata:
         raise CheckpointError(f"{path}: no {METADATA!r} in its metadata; expected an adapter")
-    return tensors, PrunePathConfig.parse(json.loads(metadata[METADATA]), where=f"{path}: metadata")
+    block = PrunePathConfig.parse(json.loads(metadata[METADATA]), where=f"{path}: metadata")
+    return tensors, block, metadata.get(DENSE_DIGEST)
 
 
 def merge_adapter(dense: str | Path, adapter: str | Path, destination: str | Path) -> Path:
@@ -123,16 +146,19 @@ def merge_adapter(dense: str | Path, adapter: str | Path, destination: str | Pat
 
     Raises:
         UsageError: `destination` is there already.
-        CheckpointError: the adapter is not one, or does not fit the dense model.
+        CheckpointError: the adapter is not one, or was trained on another dense model.
         ConfigError: the dense model is of another family or size.
     """
     dense, destination = Path(dense), Path(destination)
-    tensors, block = read_adapter(adapter)
+    tensors, block, expected = read_adapter(adapter)
     if destination.exists() and any(destination.iterdir()):
         raise UsageError(f"{destination}: already there and not an empty directory; expected a new one")
-    destination.parent.mkdir(parents=True, exist_ok=True)
-    staging = destination.with_name(f".{destination.name}.merging-{os.getpid()}")
-    try:
+    found = expected and weights_digest(dense)
+    if found != expected:
+        raise CheckpointError(
+            f"{dense}: the digest of its weights is {found}; expected {expected}, the model {adapter} was trained on"
+        )
+    with new_directory(destination) as staging:
         # The split is made up: every tensor that depends on it is written anew below.
         convert(dense, staging, expert_size=block.expert_size, split="random")
         summary = validate_checkpoint(staging)
@@ -154,10 +180,6 @@ def merge_adapter(dense: str | Path, adapter: str | Path, destination: str | Pat
         if unknown:
             raise CheckpointError(f"{adapter}: {unknown[0]} is no tensor of {dense}; expected the adapter's own model")
         rewrite_checkpoint(summary, updates, **block.to_json())
-        os.replace(staging, destination)
-    except BaseException:
-        shutil.rmtree(staging, ignore_errors=True)
-        raise
     return destination
 
 

@@ -15,8 +15,6 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from prunepath_vllm.modeling.routing import Router
-
 TERMS = ("entropy", "balance", "gate", "contribution", "efficiency", "separation")
 """What a recipe can weigh, in the order of :attr:`RouterTerms.terms`; the last two are LTE's."""
 
@@ -187,8 +185,3 @@ class RouterTerms(nn.Module):
 def mean_terms(observers: Sequence[RouterTerms]) -> Tensor:
     """The terms of the last forward averaged over layers: float32 [len(TERMS)], with gradient."""
     return torch.stack([observer.terms for observer in observers if observer.terms is not None]).mean(dim=0)
-
-
-def routers_of(model: nn.Module) -> list[Router]:
-    """The model's routers, from the first layer up."""
-    return [module for module in model.modules() if isinstance(module, Router)]

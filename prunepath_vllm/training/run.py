@@ -1,7 +1,6 @@
 """A recipe from start to end: convert, load, train, export, measure. What ``prunepath train`` runs."""
 
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,9 @@ from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.families import Family, family_of
+from prunepath_vllm.files import new_directory
 from prunepath_vllm.modeling.modeling_utils import checkpoint_directory
+from prunepath_vllm.tau import level_curve
 from prunepath_vllm.training.adapter import neuron_order, save_adapter
 from prunepath_vllm.training.data import (
     TEXT_SUFFIXES,
@@ -165,11 +166,9 @@ def _make_dense(recipe: Recipe, destination: Path) -> None:
     except (KeyError, OSError, TypeError, ValueError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UsageError(f"model: {recipe.model.scratch or recipe.model.path}: cannot be made ({reason})") from None
-    staging = destination.with_name(f".{destination.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    os.replace(staging, destination)
+    with new_directory(destination) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
 
 
 def _task_class(recipe: Recipe) -> str:
@@ -183,37 +182,35 @@ def _convert(recipe: Recipe, options: Conversion, destination: Path) -> None:
     calibrated = options.router == "calibrated"
     if (calibrated or options.split == "coactivation") and options.text is None:
         raise UsageError("model.convert.text: null; expected a text file for calibrated routers or co-activation")
-    staging = destination.with_name(f".{destination.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    convert(
-        _source(recipe),
-        staging,
-        expert_size=options.expert_size,
-        split=options.split,
-        gate=options.gate,
-        calibration_text=options.text if options.split == "coactivation" else None,
-        seed=recipe.seed,
-        device=device,
-    )
-    if calibrated:
-        assert options.text is not None
-        calibrate(
+    with new_directory(destination) as staging:
+        convert(
+            _source(recipe),
             staging,
-            options.text,
-            max_tokens=options.tokens,
-            dense_positions=options.dense_positions,
+            expert_size=options.expert_size,
+            split=options.split,
+            gate=options.gate,
+            calibration_text=options.text if options.split == "coactivation" else None,
             seed=recipe.seed,
             device=device,
         )
-    else:
-        summary = validate_checkpoint(staging)
-        routers: dict[str, Tensor | None] = {}
-        generator = torch.Generator().manual_seed(recipe.seed)
-        for layer in range(summary.num_layers if options.router == "random" else 0):
-            name = f"{summary.family.router(layer)}.weight"
-            routers[name] = torch.randn(summary.tensors[name].shape, generator=generator) * ROUTER_DEVIATION
-        rewrite_checkpoint(summary, routers, dense_positions=options.dense_positions)
-    os.replace(staging, destination)
+        if calibrated:
+            assert options.text is not None
+            calibrate(
+                staging,
+                options.text,
+                max_tokens=options.tokens,
+                dense_positions=options.dense_positions,
+                seed=recipe.seed,
+                device=device,
+            )
+        else:
+            summary = validate_checkpoint(staging)
+            routers: dict[str, Tensor | None] = {}
+            generator = torch.Generator().manual_seed(recipe.seed)
+            for layer in range(summary.num_layers if options.router == "random" else 0):
+                name = f"{summary.family.router(layer)}.weight"
+                routers[name] = torch.randn(summary.tensors[name].shape, generator=generator) * ROUTER_DEVIATION
+            rewrite_checkpoint(summary, routers, dense_positions=options.dense_positions)
 
 
 def load_model(recipe: Recipe, start: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
@@ -286,55 +283,46 @@ def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: Pre
     """Write the trained model in its starting dtype, measure it, write the card; the directory appears complete."""
     recipe, model = trainer.recipe, trainer.training.model
     dtype = getattr(torch, str(read_config(start).get("dtype") or read_config(start).get("torch_dtype") or "float32"))
-    staging = result.with_name(f".{result.name}.partial")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
     routing = None
     if trainer.block is not None:
         routing = routing_of(recipe, len(recipe.stages) - 1, trainer.block)
         block = PrunePathConfig.parse(trainer.block.to_json() | routing | {"tau_curve": None})
         model.config.prunepath_config = block.to_json()
-    adapter = None
     if recipe.model.rank is not None:
         dense = _directory(recipe.model.dense or _source(recipe))
         for parameter in model.parameters():
             if parameter.requires_grad:  # as the adapter holds it, so that merging it gives the same checkpoint
                 parameter.data = parameter.data.bfloat16().float()
-        adapter = (neuron_order(dense, start), {n: p.detach() for n, p in model.named_parameters() if p.requires_grad})
+        trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
+        orders = neuron_order(dense, start)
         merge_low_rank(model.base_model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
     model.config.dtype = dtype
-    model.save_pretrained(staging)
-    tokenizer.save_pretrained(staging)
-    save_recipe(recipe, staging)
-    if model.device.type == "cpu":
-        model.float()  # the same weights; many CPUs have no fast bfloat16 product
-    exported = TrainingModel(model.eval())
-    if routing is not None:
-        exported.set_routing(**routing)
-    batches = held_out_batches(recipe, tokenizer, recipe.evaluation.max_tokens)
-    points = _measure(exported, batches, routing) if batches else []
-    curve = tau_curve(points) if routing is not None and routing["selection"] == "cumulative_mass" else None
-    if points:
-        measured = dict(data=_data_name(recipe), points=[asdict(point) for point in points])
-        (staging / QUALITY_FILE).write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
-    if routing is not None:
-        config = read_config(staging)
-        config["prunepath_config"]["tau_curve"] = curve
-        (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        validate_checkpoint(staging, check_values=True)
-        write_model_card(staging)
-    if adapter is not None:
-        save_adapter(staging, *adapter, destination=result.parent / ADAPTER)
-        (result.parent / ADAPTER).chmod((staging / "config.json").stat().st_mode)
-    for weights in staging.glob("*.safetensors"):
-        weights.chmod((staging / "config.json").stat().st_mode)  # written private; a server may run as another user
-    aside = result.with_name(f".{result.name}.old")
-    if result.exists():
-        os.replace(result, aside)
-    os.replace(staging, result)
-    shutil.rmtree(aside, ignore_errors=True)
+    with new_directory(result, replace=True) as staging:
+        model.save_pretrained(staging)
+        tokenizer.save_pretrained(staging)
+        save_recipe(recipe, staging)
+        if model.device.type == "cpu":
+            model.float()  # the same weights; many CPUs have no fast bfloat16 product
+        exported = TrainingModel(model.eval())
+        if routing is not None:
+            exported.set_routing(**routing)
+        batches = held_out_batches(recipe, tokenizer, recipe.evaluation.max_tokens)
+        points = _measure(exported, batches, routing) if batches else []
+        curve = tau_curve(points) if routing is not None and routing["selection"] == "cumulative_mass" else None
+        if points:
+            measured = dict(data=_data_name(recipe), points=[asdict(point) for point in points])
+            (staging / QUALITY_FILE).write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+        if routing is not None:
+            config = read_config(staging)
+            config["prunepath_config"]["tau_curve"] = curve
+            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            validate_checkpoint(staging, check_values=True)
+            write_model_card(staging)
+        if recipe.model.rank is not None:
+            save_adapter(dense, staging, orders, trained, destination=result.parent / ADAPTER)
+            (result.parent / ADAPTER).chmod((staging / "config.json").stat().st_mode)
 
 
 def _data_name(recipe: Recipe) -> str:
@@ -351,11 +339,6 @@ def _measure(exported: TrainingModel, batches: list[Batch], routing: dict[str, A
     return measure(exported, batches, taus, progress=True)
 
 
-def tau_curve(points: list[Point]) -> list[list[float]] | None:
-    """The (tau, FFN sparsity) pairs of a checkpoint's configuration: what is noise against monotony is levelled."""
-    curve: list[list[float]] = []
-    for point in points:
-        assert point.tau is not None
-        bound = curve[-1][1] if curve else 1.0
-        curve.append([point.tau, round(min(point.ffn_sparsity, bound), 4)])
-    return curve or None
+def tau_curve(points: list[Point]) -> list[tuple[float, float]] | None:
+    """The (tau, FFN sparsity) pairs of a checkpoint's configuration."""
+    return level_curve((point.tau, point.ffn_sparsity) for point in points if point.tau is not None) or None

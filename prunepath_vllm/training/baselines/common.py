@@ -11,10 +11,12 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from prunepath_vllm.checkpoint import read_config
+from prunepath_vllm.conversion.calibrate import sequence_length
 from prunepath_vllm.conversion.text import read_sequences
+from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import UsageError
-from prunepath_vllm.families import Family
-from prunepath_vllm.sources.packages import build_directory
+from prunepath_vllm.families import Family, family_of
+from prunepath_vllm.files import new_directory
 
 SEQUENCES = 128
 CONTEXT = 512
@@ -31,8 +33,7 @@ def check_arguments(dst: Path, sparsity: float, device: str) -> None:
         raise UsageError(f"sparsity: {sparsity}; expected a number in (0, 1)")
     if dst.exists():
         raise UsageError(f"{dst}: already there; expected a new directory")
-    if torch.device(device).type == "cuda" and not torch.cuda.is_available():
-        raise UsageError(f"device: {device!r}, but no CUDA GPU is visible; expected 'cpu'")
+    check_device(device)
 
 
 def calibration_sequences(src: str | Path, text: str | Path, sequences: int) -> Tensor:
@@ -42,8 +43,7 @@ def calibration_sequences(src: str | Path, text: str | Path, sequences: int) -> 
         UsageError: the text is missing or has not one sequence.
     """
     config = read_config(src)
-    positions = int(config.get("max_position_embeddings", config.get("n_positions", CONTEXT + 2)))
-    length = min(CONTEXT, positions - 2)  # RoBERTa's position table starts behind the padding's row
+    length = sequence_length(family_of(config, converted="prunepath_config" in config), config, default=CONTEXT)
     tokenizer = AutoTokenizer.from_pretrained(src)
     return read_sequences(tokenizer, text, length=length, max_tokens=sequences * length)
 
@@ -70,13 +70,10 @@ def run_layer_by_layer(model: Any, family: Family, layers: int, tokens: Tensor, 
 
 def write_checkpoint(dst: Path, src: str | Path, save: Callable[[Path], None], record: dict[str, Any]) -> None:
     """A dense checkpoint with its tokenizer and what was done to it, complete or not at all."""
-
-    def build(folder: Path) -> None:
+    with new_directory(dst) as folder:
         save(folder)
         AutoTokenizer.from_pretrained(src).save_pretrained(folder)
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-
-    build_directory(dst, build)
 
 
 def share_of_zeros(modules: list[nn.Module]) -> float:

@@ -1,0 +1,141 @@
+"""Perplexity against FFN sparsity of several trainings and baselines: one figure and one Markdown table.
+
+    python -m prunepath_vllm.benchmarks.training_curves --dense dense=runs/dense/model/quality.json \\
+        --curve full=runs/full/model/quality.json --models Wanda=wanda50.json@0.5,wanda70.json@0.7 --plot out.png
+
+Reads what a training leaves in quality.json, or what ``prunepath eval --task wikitext --output`` writes.
+"""
+
+import argparse
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from prunepath_vllm.checkpoint import read_json
+from prunepath_vllm.errors import PrunePathError, UsageError
+
+SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
+Curve = list[tuple[float, float]]
+"""(FFN sparsity, perplexity), ascending in sparsity."""
+
+
+def read_curve(path: str) -> Curve:
+    """Every point of one file.
+
+    Raises:
+        UsageError: no such file, or it holds no perplexities.
+        CheckpointError: not JSON.
+    """
+    if not Path(path).is_file():
+        raise UsageError(f"{path}: no such file; expected quality.json of a training, or results of prunepath eval")
+    points: Any = read_json(Path(path)).get("points")
+    try:
+        return sorted((float(point["ffn_sparsity"]), float(point["perplexity"])) for point in points)
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(f"{path}: expected points with an ffn_sparsity and a perplexity") from None
+
+
+def read_models(files: str) -> Curve:
+    """One point of each of several files, FILE or FILE@SPARSITY, separated by commas: models with one sparsity each.
+
+    A file's sparsest point counts; @SPARSITY says the sparsity where the model was pruned and measured as a dense one.
+
+    Raises:
+        UsageError: as :func:`read_curve`, or a sparsity outside [0, 1).
+    """
+    curve = []
+    for entry in files.split(","):
+        path, _, given = entry.partition("@")
+        sparsity, perplexity = read_curve(path)[-1]
+        if given:
+            try:
+                sparsity = float(given)
+            except ValueError:
+                sparsity = math.nan
+            if not 0 <= sparsity < 1:
+                raise UsageError(f"{entry}: sparsity {given}; expected a number in [0, 1)")
+        curve.append((sparsity, perplexity))
+    return sorted(curve)
+
+
+def perplexity_at(curve: Curve, sparsity: float) -> float | None:
+    """Log perplexity is taken as linear in sparsity between neighbours; None outside of what was measured."""
+    for (low, below), (high, above) in pairwise(curve):
+        if low <= sparsity <= high and low < high:
+            share = (sparsity - low) / (high - low)
+            return math.exp((1 - share) * math.log(below) + share * math.log(above))
+    return next((perplexity for measured, perplexity in curve if measured == sparsity), None)
+
+
+def table(curves: Mapping[str, Curve], dense: float, *, sparsities: Sequence[float] = SPARSITIES) -> str:
+    """Markdown: a row a method, a column a sparsity; perplexity and, in brackets, its ratio to the dense model's."""
+    rows = [["method", *(f"{sparsity:g}" for sparsity in sparsities)], ["---"] * (1 + len(sparsities))]
+    for label, curve in curves.items():
+        values = [perplexity_at(curve, sparsity) for sparsity in sparsities]
+        rows.append([label, *("-" if v is None else f"{v:,.4g} ({v / dense:.3g})" for v in values)])
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+def plot(curves: Mapping[str, Curve], dense: tuple[str, float], path: str) -> None:
+    """Draw every curve, perplexity on a logarithmic axis; the dense model is a horizontal line.
+
+    Raises:
+        UsageError: matplotlib is missing, or cannot write that format.
+    """
+    try:
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise UsageError("matplotlib is not installed; expected prunepath-vllm[eval]") from None
+    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.axhline(dense[1], linestyle="--", color="gray", label=dense[0])
+    for label, curve in curves.items():
+        axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, label=label)
+    axes.set(xlabel="FFN sparsity", ylabel="perplexity", yscale="log", xlim=(0, 1))
+    axes.legend()
+    try:
+        figure.savefig(path, dpi=150)
+    except ValueError as error:
+        raise UsageError(f"--plot {path}: {error}") from None
+
+
+def _labelled(entries: Iterable[str]) -> Iterable[tuple[str, str]]:
+    for entry in entries:
+        label, equals, value = entry.partition("=")
+        if not label or not equals or not value:
+            raise UsageError(f"{entry}: expected LABEL=FILE")
+        yield label, value
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Print the table; write it and the figure where asked."""
+    parser = argparse.ArgumentParser(prog="training_curves", description=__doc__.splitlines()[0])
+    parser.add_argument("--dense", required=True, metavar="LABEL=FILE", help="the dense model to compare with")
+    parser.add_argument("--curve", action="append", default=[], metavar="LABEL=FILE", help="one model, many taus")
+    parser.add_argument(
+        "--models", action="append", default=[], metavar="LABEL=FILE[@SPARSITY],...", help="a model for each sparsity"
+    )
+    parser.add_argument("--table", metavar="FILE", help="write the table here as well")
+    parser.add_argument("--plot", metavar="FILE", help="write the figure (.png, .pdf, .svg)")
+    args = parser.parse_args(argv)
+    ((label, file),) = _labelled([args.dense])
+    sparsity, dense = read_curve(file)[0]
+    if sparsity != 0:
+        raise UsageError(f"--dense {file}: FFN sparsity {sparsity:g}; expected a dense model's, 0")
+    curves = {name: read_curve(path) for name, path in _labelled(args.curve)}
+    curves |= {name: read_models(files) for name, files in _labelled(args.models)}
+    text = f"Perplexity (ratio to {label}'s {dense:.4g}) by FFN sparsity:\n\n{table(curves, dense)}\n"
+    print(text)
+    if args.table:
+        Path(args.table).write_text(text, encoding="utf-8")
+    if args.plot:
+        plot(curves, (label, dense), args.plot)
+
+
+if __name__ == "__main__":
+    try:
+        run()
+    except PrunePathError as error:
+        raise SystemExit(f"training_curves: {error}") from None
