@@ -4,6 +4,7 @@ Pure Python, so that the server front end, the workers and the transformers side
 """
 
 import math
+import reprlib
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -126,6 +127,12 @@ def resolve_tau(
     return tau_for_sparsity(tau_curve, target)
 
 
+def shown(value: Any) -> str:
+    """`value` as an error message quotes it: at most 80 characters, however long it is or deep."""
+    text = reprlib.repr(value)
+    return text if len(text) <= 80 else text[:77] + "..."
+
+
 def _parse_number(value: Any) -> float | None:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return None
@@ -137,7 +144,4 @@ def _parse_number(value: Any) -> float | None:
 
 
 def _out_of_range(parameter: str, value: Any, expected: str) -> TauError:
-    shown = repr(value)
-    if len(shown) > 80:
-        shown = shown[:77] + "..."
-    return TauError(f"{parameter} must be {expected}, got {shown}", parameter=parameter, value=value)
+    return TauError(f"{parameter} must be {expected}, got {shown(value)}", parameter=parameter, value=value)

@@ -51,7 +51,8 @@ class TauRequestError(VLLMValidationError, ValueError):
     """A request's tau or sparsity cannot be honoured: HTTP 400, and a ValueError offline."""
 
     def __init__(self, error: TauError) -> None:
-        VLLMValidationError.__init__(self, str(error), parameter=error.parameter, value=error.value)
+        # Not its value: vLLM would repeat it whole, however long, and the message names it.
+        VLLMValidationError.__init__(self, str(error), parameter=error.parameter)
 
 
 def install_request_hooks() -> None:
@@ -138,12 +139,9 @@ class KnobMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        body, receive = await json_body(scope, receive)
-        if body is None:
-            await self.app(scope, receive, send)
-            return
         try:
-            knob = knob_of_body(body)
+            body, receive = await json_body(scope, receive)
+            knob = knob_of_body(body or {})
             if knob and (service := app_service(scope["app"])) is not None:
                 service.tau_of(knob)
         except TauError as error:
@@ -174,6 +172,9 @@ async def json_body(scope: Scope, receive: Receive) -> tuple[dict[str, Any] | No
     Returns:
         The object, None where the request has none (the engine has its own answer to a broken one), and what the next
         application is to receive from.
+
+    Raises:
+        TauError: what neither Python nor FastAPI can decode; FastAPI's own answer would not be an OpenAI error.
     """
     if _BODY in scope:
         return scope[_BODY], receive
@@ -184,8 +185,10 @@ async def json_body(scope: Scope, receive: Receive) -> tuple[dict[str, Any] | No
         messages.append(await receive())
     try:
         data = json.loads(b"".join(message.get("body", b"") for message in messages))
-    except ValueError:
+    except json.JSONDecodeError:
         data = None
+    except (ValueError, RecursionError) as error:  # not UTF-8, nested too deep, too many digits
+        raise TauError(f"body must be JSON that can be decoded, got: {error}", parameter="body", value=None) from None
     scope[_BODY] = data if isinstance(data, dict) else None
     return scope[_BODY], _replay(messages, receive)
 

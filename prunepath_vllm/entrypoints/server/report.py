@@ -24,6 +24,7 @@ from prunepath_vllm.config import expected_sparsity, sparsity_curve
 from prunepath_vllm.errors import TauError
 from prunepath_vllm.model_executor.engine_config import REPORT_KEY, Service
 from prunepath_vllm.model_executor.requests import body_values, json_body, refusal
+from prunepath_vllm.tau import shown
 
 FIELD = "prunepath"
 
@@ -88,8 +89,8 @@ class ReportMiddleware:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handle one request."""
-        body, receive = await json_body(scope, receive)
         try:
+            body, receive = await json_body(scope, receive)
             wanted = body is not None and asks_for_report(body)
         except TauError as error:
             await refusal(error)(scope, receive, send)
@@ -114,7 +115,7 @@ def asks_for_report(body: dict[str, Any]) -> bool:
     values = body_values(body, REPORT_KEY)
     for value in values:
         if not isinstance(value, bool):
-            raise TauError(f"{REPORT_KEY} must be true or false, got {value!r:.80}", parameter=REPORT_KEY, value=value)
+            raise TauError(f"{REPORT_KEY} must be true or false, got {shown(value)}", parameter=REPORT_KEY, value=value)
     return any(values)
 
 
