@@ -22,6 +22,7 @@ serve = test_server.serve
 CURVE = [[0.2, 0.9], [0.5, 0.7], [0.8, 0.3], [1.0, 0.0]]
 PREFILL_TAU = 0.5
 BLOCK = 32
+TAUS = (0.4, 0.7, 1.0)
 BOUNDS = {"default_tau": 0.7, "min_tau": 0.4, "max_tau": 1.0, "prefill_tau": PREFILL_TAU}
 
 
@@ -50,15 +51,24 @@ def prefilling_model(checkpoint: Path):
     return model
 
 
-def expected(model, prompt: list[int], tau: float, count: int) -> list[int]:
-    """Greedy tokens with positions of the prompt at PREFILL_TAU and later ones at `tau`."""
+def greedy(model, prompt: list[int], tokens: list[int], tau: float) -> list[int]:
+    """What greedy decoding has after the prompt and after each of `tokens` but the last, in one pass.
+
+    Positions of the prompt are at PREFILL_TAU and later ones at `tau`.
+    """
     for module in model.modules():
         if isinstance(module, NaiveFFN):
             module.block["dense_positions"] = len(prompt)
-    tokens = list(prompt)
+    logits = naive_logits(model, [*prompt, *tokens[:-1]], max(tau, 1.05) if tau >= 1 else tau)
+    return logits[len(prompt) - 1 :].argmax(-1).tolist()
+
+
+def expected(model, prompt: list[int], tau: float, count: int) -> list[int]:
+    """`count` greedy tokens with positions of the prompt at PREFILL_TAU and later ones at `tau`."""
+    tokens: list[int] = []
     for _ in range(count):
-        tokens.append(int(naive_logits(model, tokens, max(tau, 1.05) if tau >= 1 else tau)[-1].argmax()))
-    return tokens[len(prompt) :]
+        tokens.append(greedy(model, prompt, [*tokens, 0], tau)[-1])
+    return tokens
 
 
 def run(server: Server, prompt: list[int], tau: float, count: int) -> tuple[list[int], int]:
@@ -109,7 +119,7 @@ def test_the_bounds_themselves_and_a_sparsity_within_are_served(server):
         assert len(complete(server, **knob)) == 10
 
 
-@pytest.mark.parametrize("tau", [0.4, 0.7, 1.0])
+@pytest.mark.parametrize("tau", TAUS)
 def test_prompts_run_at_the_prefill_tau_and_answers_at_the_requests(server, naive, tau):
     prompt = build_tokenizer()(PROMPTS[1])["input_ids"]
     tokens, _ = run(server, prompt, tau, 10)
@@ -158,13 +168,22 @@ def metrics(server: Server) -> dict[str, float]:
 
 
 def test_preempted_requests_keep_both_taus(server, naive):
+    """Each body has four prompts, admitted as one, whose blocks do not fit: they overlap on a busy machine too."""
     before = metrics(server)["vllm:num_preemptions_total"]
-    jobs = [(build_tokenizer()(f"{i}: {PROMPTS[1]}")["input_ids"][:50], (0.4, 0.7, 1.0)[i % 3]) for i in range(6)]
-    with concurrent.futures.ThreadPoolExecutor(len(jobs)) as pool:
-        results = list(pool.map(lambda job: run(server, *job, 40)[0], jobs))
+    prompts = [build_tokenizer()(f"{i}: {PROMPTS[1]}")["input_ids"][:50] for i in range(4)]
+
+    def answers(tau: float) -> list[list[int]]:
+        told = {"tau": tau, "ignore_eos": True, "return_token_ids": True}
+        body = dict(model=MODEL, prompt=prompts, max_tokens=100, temperature=0)
+        return [choice.token_ids for choice in server.client.completions.create(**body, extra_body=told).choices]
+
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        results = list(zip(TAUS, pool.map(answers, TAUS), strict=True))
     assert metrics(server)["vllm:num_preemptions_total"] > before
-    for (prompt, tau), tokens in zip(jobs, results, strict=True):
-        assert tokens == expected(naive, prompt, tau, 40)
+    for tau, lists in results:
+        for prompt, tokens in zip(prompts, lists, strict=True):
+            assert len(tokens) == 100
+            assert tokens == greedy(naive, prompt, tokens, tau)
 
 
 def test_metrics_count_what_was_sent(server, naive):
