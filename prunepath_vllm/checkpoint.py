@@ -17,6 +17,7 @@ from torch import Tensor
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import CheckpointError, ConfigError
 from prunepath_vllm.families import Family, family_of
+from prunepath_vllm.tau import shown
 
 WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
@@ -69,7 +70,7 @@ def read_json(path: Path) -> dict[str, Any]:
         data = json.loads(path.read_text(encoding="utf-8"))
     except (FileNotFoundError, NotADirectoryError):
         raise CheckpointError(f"{path}: no such file; expected a JSON object") from None
-    except ValueError as error:  # bad JSON, bad UTF-8
+    except (ValueError, RecursionError) as error:  # bad JSON, bad UTF-8, nested too deep
         raise CheckpointError(f"{path}: expected a JSON object ({error})") from None
     if not isinstance(data, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(data).__name__}")
@@ -166,6 +167,21 @@ def check_finite(name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite")
 
 
+def routed_layers(where: object, family: Family, config: Mapping[str, Any], tensors: Mapping[str, object]) -> range:
+    """The layers that a configuration promises, before anything is made for each of them.
+
+    Raises:
+        CheckpointError: more layers than there are tensors.
+    """
+    count = family.num_layers(config)
+    if count > len(tensors):
+        raise CheckpointError(
+            f"{where}: config.json says {family.num_layers_field} {shown(count)}, but there are {len(tensors)} "
+            "tensors; expected several in every layer"
+        )
+    return range(count)
+
+
 def ffn_tensor_shapes(family: Family, config: Mapping[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
     """Names and shapes of one layer's feed-forward tensors, routers excluded; the same dense and converted."""
     hidden, intermediate = family.hidden_size(config), family.intermediate_size(config)
@@ -221,7 +237,7 @@ def validate_checkpoint(path: str | Path, *, check_values: bool = False) -> Chec
     if stray:
         raise CheckpointError(f"{path / min(stray)}: not part of this checkpoint's index; expected no other weights")
 
-    layers = range(family.num_layers(config))
+    layers = routed_layers(path, family, config, tensors)
     with_bias = [layer for layer in layers if f"{family.router(layer)}.bias" in tensors]
     if with_bias and len(with_bias) < len(layers):
         lacking = next(layer for layer in layers if layer not in with_bias)

@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prunepath_vllm.errors import ConfigError
-from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, tau_for_sparsity
+from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, shown, tau_for_sparsity
 
 FORMAT_VERSION = 1
 SPARSE_TAU = 0.5
@@ -131,14 +131,15 @@ class PrunePathConfig(BaseModel):
         version = data.get("format_version")
         if version != FORMAT_VERSION or isinstance(version, bool):
             raise ConfigError(
-                f"{where}.format_version: {version!r} is not a format this version reads; expected {FORMAT_VERSION}"
+                f"{where}.format_version: {shown(version)} is not a format this version reads; "
+                f"expected {FORMAT_VERSION}"
             )
         try:
             return cls.model_validate(dict(data))
         except ValidationError as error:
             first = error.errors(include_url=False)[0]
             field = ".".join(str(part) for part in first["loc"])
-            got = "" if first["type"] in ("missing", "value_error") else f", got {first['input']!r}"
+            got = "" if first["type"] in ("missing", "value_error") else f", got {shown(first['input'])}"
             name = f"{where}.{field}" if field else where
             raise ConfigError(f"{name}: {first['msg'].removeprefix('Value error, ')}{got}") from None
 

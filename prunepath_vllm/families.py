@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prunepath_vllm.errors import ConfigError
+from prunepath_vllm.tau import shown
 
 
 @dataclass(frozen=True)
@@ -172,5 +173,5 @@ def family_of(config: Mapping[str, Any], *, converted: bool) -> Family:
 def _positive_int(config: Mapping[str, Any], field: str) -> int:
     value = config.get(field)
     if not isinstance(value, int) or isinstance(value, bool) or value <= 0:
-        raise ConfigError(f"{field}: expected a positive integer, got {value!r}")
+        raise ConfigError(f"{field}: expected a positive integer, got {shown(value)}")
     return value

@@ -21,6 +21,7 @@ from prunepath_vllm.checkpoint import (
     ffn_tensor_shapes,
     read_config,
     read_tensor_index,
+    routed_layers,
     stream_tensors,
     validate_checkpoint,
 )
@@ -101,7 +102,7 @@ def convert(
     new_names = _new_names(family, tensors)
     old_names = {new: old for old, new in new_names.items()}
     expected: dict[str, tuple[int, ...]] = {}
-    for layer in range(family.num_layers(config)):
+    for layer in routed_layers(source, family, config, tensors):
         expected.update(ffn_tensor_shapes(family, config, layer))
     check_tensors(source, {new: tensors[old] for new, old in old_names.items()}, expected)
 

@@ -157,6 +157,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     draft = getattr(speculative, "draft_model_config", None)
     drafts_with_us = draft is not None and draft is not vllm_config.model_config and _is_prunepath(draft.hf_config)
     refused = {
+        "pickled weights (load_format pt, npcache)": vllm_config.load_config.load_format in ("pt", "npcache"),
         "quantization": vllm_config.model_config.quantization is not None,
         "LoRA adapters (--enable-lora)": vllm_config.lora_config is not None,
         "dual-batch overlap (--enable-dbo)": parallel.enable_dbo or getattr(parallel, "ubatch_size", 0) > 1,
