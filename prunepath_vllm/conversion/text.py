@@ -41,11 +41,21 @@ def read_sequences(
     except (OSError, EOFError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else error
         raise UsageError(f"text {text}: expected a readable UTF-8 text file ({reason})") from None
-    chunks = tokenizer(content, truncation=True, max_length=length, return_overflowing_tokens=True)["input_ids"]
-    sequences = [chunk for chunk in chunks if len(chunk) == length][: max_tokens // length]
-    if len(sequences) < minimum:
-        tokens = sum(len(chunk) for chunk in chunks)
+    # Cut here: what a tokenizer returns as overflow differs between releases of transformers.
+    tokens = tokenizer(content, add_special_tokens=False, verbose=False)["input_ids"]
+    before, after = special_tokens(tokenizer)
+    room = length - len(before) - len(after)
+    starts = range(0, len(tokens) - room + 1, room)[: max_tokens // length]
+    if len(starts) < minimum:
         raise UsageError(
-            f"text {text}: {tokens} tokens; expected at least {minimum * length}, {minimum} sequences of {length}"
+            f"text {text}: {len(tokens)} tokens; expected at least {minimum * room}, {minimum} sequences of {length}"
         )
-    return torch.tensor(sequences)
+    return torch.tensor([before + tokens[start : start + room] + after for start in starts])
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The token ids that a tokenizer puts before and behind a text."""
+    text = tokenizer("a", add_special_tokens=False)["input_ids"]
+    whole = tokenizer("a")["input_ids"]
+    at = next(at for at in range(len(whole)) if whole[at : at + len(text)] == text)
+    return whole[:at], whole[at + len(text) :]
