@@ -17,6 +17,9 @@ MAX_TAU = 1.05
 DENSE_TAU = 1.0
 """From here on a token uses every expert, by definition (not by comparing a cumulative sum)."""
 
+AUTO_TAU = "auto"
+"""A request's tau that leaves the choice to the server, which goes by its load; a range of taus does too."""
+
 PARAMETERS = ("tau", "sparsity")
 """The names a request may use, as ``extra_args`` / ``extra_kwargs`` keys and as top-level HTTP body fields."""
 
@@ -44,6 +47,33 @@ def parse_tau_list(text: str) -> list[float]:
     except ValueError:
         raise _out_of_range("tau", text, "numbers separated by commas") from None
     return [parse_tau(number) for number in numbers]
+
+
+def is_adaptive(value: Any) -> bool:
+    """Whether a request's tau is meant to leave the choice to the server: ``"auto"``, or an object."""
+    return isinstance(value, Mapping) or (isinstance(value, str) and value == AUTO_TAU)
+
+
+def parse_tau_range(value: str | Mapping[str, Any], parameter: str = "tau") -> tuple[float, float] | None:
+    """Return the ends of an adaptive tau's ``{"min": a, "max": b}``; None for ``"auto"``, whose ends are the server's.
+
+    Raises:
+        TauError: other keys, an end that is no tau, or ends that are crossed.
+    """
+    if isinstance(value, str):
+        return None
+    if set(value) != {"min", "max"}:
+        forms = f'a number in (0, {MAX_TAU}], "{AUTO_TAU}" or {{"min": a, "max": b}} with a and b such numbers'
+        raise _out_of_range(parameter, dict(value), forms)
+    try:
+        low, high = (parse_tau(value[end], f"{parameter}.{end}") for end in ("min", "max"))
+    except TauError as error:
+        raise TauError(str(error), parameter=parameter, value=error.value) from None
+    if low > high:
+        raise TauError(
+            f"{parameter}.min must be at most {parameter}.max {high}, got {low}", parameter=parameter, value=low
+        )
+    return low, high
 
 
 def parse_sparsity(value: Any, parameter: str = "sparsity") -> float:

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -23,7 +24,7 @@ CURVE = [[0.2, 0.9], [0.5, 0.7], [0.8, 0.3], [1.0, 0.0]]
 PREFILL_TAU = 0.5
 BLOCK = 32
 TAUS = (0.4, 0.7, 1.0)
-BOUNDS = {"default_tau": 0.7, "min_tau": 0.4, "max_tau": 1.0, "prefill_tau": PREFILL_TAU}
+BOUNDS = {"default_tau": 0.7, "min_tau": 0.4, "max_tau": 1.0, "prefill_tau": PREFILL_TAU, "full_queue": 2}
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +120,44 @@ def test_the_bounds_themselves_and_a_sparsity_within_are_served(server):
         assert len(complete(server, **knob)) == 10
 
 
+@pytest.mark.parametrize("nested", [False, True], ids=["top-level", "vllm_xargs"])
+@pytest.mark.parametrize(
+    ("tau", "said"),
+    [
+        ("Auto", "tau must be a number in (0, 1.05]"),
+        ({}, '"auto" or {"min": a, "max": b}'),
+        ({"min": 0.5}, '"auto" or {"min": a, "max": b}'),
+        ({"min": 0.5, "max": "1"}, "tau.max must be a number in (0, 1.05], got '1'"),
+        ({"min": 0.9, "max": 0.5}, "tau.min must be at most tau.max 0.5, got 0.9"),
+        ({"min": 0.1, "max": 0.3}, "[0.1, 0.3] has nothing in common with [0.4, 1.0]"),
+    ],
+    ids=str,
+)
+def test_a_malformed_range_is_http_400_saying_what_was_expected(server, tau, said, nested):
+    knob = {"vllm_xargs": {"tau": tau}} if nested else {"tau": tau}
+    response = server.post("/v1/completions", {**ENDPOINTS["/v1/completions"], **knob})
+    assert response.status_code == 400, response.text
+    error = response.json()["error"]
+    assert error["param"] == "tau"
+    assert said in error["message"]
+
+
+def ask_report(server: Server, knob: dict, prompt: list[int], **options):
+    """An answer of four greedy tokens that tells what it ran at."""
+    told = {**knob, "ignore_eos": True, "return_token_ids": True, "prunepath_report": True}
+    body = dict(model=MODEL, prompt=prompt, max_tokens=4, temperature=0)
+    return server.client.completions.create(**body, **options, extra_body=told)
+
+
+def test_an_idle_server_gives_the_highest_tau_of_a_range(server, naive):
+    prompt = build_tokenizer()("at leisure")["input_ids"]
+    for asked, tau in [("auto", 1.0), ({"min": 0.5, "max": 0.8}, 0.8), ({"min": 0.2, "max": 1.05}, 1.0)]:
+        for knob in ({"tau": asked}, {"vllm_xargs": {"tau": asked}}):
+            answer = ask_report(server, knob, prompt)
+            assert answer.model_extra["prunepath"]["tau"] == tau
+            assert answer.choices[0].token_ids == expected(naive, prompt, tau, 4)
+
+
 @pytest.mark.parametrize("tau", TAUS)
 def test_prompts_run_at_the_prefill_tau_and_answers_at_the_requests(server, naive, tau):
     prompt = build_tokenizer()(PROMPTS[1])["input_ids"]
@@ -167,6 +206,13 @@ def metrics(server: Server) -> dict[str, float]:
     return values
 
 
+def until(condition) -> None:
+    """Wait for it, a minute at most."""
+    deadline = time.monotonic() + 60
+    while not condition():
+        assert time.monotonic() < deadline
+
+
 def test_preempted_requests_keep_both_taus(server, naive):
     """Each body has four prompts, admitted as one, whose blocks do not fit: they overlap on a busy machine too."""
     before = metrics(server)["vllm:num_preemptions_total"]
@@ -184,6 +230,30 @@ def test_preempted_requests_keep_both_taus(server, naive):
         for prompt, tokens in zip(prompts, lists, strict=True):
             assert len(tokens) == 100
             assert tokens == greedy(naive, prompt, tokens, tau)
+
+
+def test_a_queue_lowers_the_tau_that_requests_leave_to_the_server(server, naive):
+    prompt = build_tokenizer()("under pressure")["input_ids"]
+    before = metrics(server)
+    # One body of more prompts than run at once.
+    body = dict(model=MODEL, prompt=PROMPTS[:1] * 30, max_tokens=200, stream=True)
+    pressure = server.client.completions.create(**body, extra_body={"tau": 1.0, "ignore_eos": True})
+    until(lambda: metrics(server)["vllm:num_requests_waiting"] >= 4)
+    knobs = [{"tau": "auto"}, {"vllm_xargs": {"tau": {"min": 0.6, "max": 1.0}}}, {"tau": 0.9}]
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        sent = [pool.submit(ask_report, server, knob, prompt) for knob in knobs]
+        stream = pool.submit(lambda: list(ask_report(server, {"tau": "auto"}, prompt, stream=True)))
+        until(lambda: metrics(server)["prunepath:request_tau_count"] == before["prunepath:request_tau_count"] + 34)
+        pressure.close()
+    for answer, tau in zip(sent, (0.4, 0.6, 0.9), strict=True):
+        assert answer.result().model_extra["prunepath"]["tau"] == tau
+        assert answer.result().choices[0].token_ids == expected(naive, prompt, tau, 4)
+    assert stream.result()[-1].model_extra["prunepath"]["tau"] == 0.4
+    after = metrics(server)
+    counted = [after[name] - before[name] for name in (f"prunepath:request_tau_bucket:{le}" for le in (0.4, 0.6))]
+    assert counted == [2, 3]
+    until(lambda: not metrics(server)["vllm:num_requests_waiting"])
+    assert ask_report(server, {"tau": "auto"}, prompt).model_extra["prunepath"]["tau"] == 1.0
 
 
 def test_metrics_count_what_was_sent(server, naive):
@@ -244,6 +314,7 @@ def test_info_says_what_is_served_and_what_may_be_asked(server):
     assert info["defaults"] == {"tau": 0.7, "prefill_tau": PREFILL_TAU}
     limits = info["limits"]
     assert (limits["min_tau"], limits["max_tau"]) == (0.4, 1.0)
+    assert (limits["auto_tau"], limits["full_queue"]) == ([0.4, 1.0], 2)
     assert str(server.checkpoint) not in json.dumps(info)
 
 
@@ -253,7 +324,9 @@ REPORT = {
     "expected_ffn_sparsity": pytest.approx(0.3),
     "expected_prompt_ffn_sparsity": pytest.approx(0.7),
     "ffn_sparsity": pytest.approx(0.5, abs=0.5),
+    "ffn_sparsity_by_layer": pytest.approx([0.5] * 3, abs=0.5),
     "prompt_ffn_sparsity": pytest.approx(0.5, abs=0.5),
+    "prompt_ffn_sparsity_by_layer": pytest.approx([0.5] * 3, abs=0.5),
 }
 """Of answers and prompts whose counts are not looked at."""
 WANTED = {"sparsity": 0.3, "prunepath_report": True}
@@ -276,6 +349,7 @@ def test_a_report_tells_the_sparsity_that_the_tokens_had(server, naive, tau, str
     assert sparsity.shape[1] == len(prompt) + len(tokens) - 1
     assert report["prompt_ffn_sparsity"] == pytest.approx(sparsity[:, : len(prompt)].mean().item(), abs=1e-6)
     assert report["ffn_sparsity"] == pytest.approx(sparsity[:, len(prompt) :].mean().item(), abs=1e-6)
+    assert report["ffn_sparsity_by_layer"] == pytest.approx(sparsity[:, len(prompt) :].mean(1).tolist(), abs=1e-4)
 
 
 def test_a_report_comes_with_the_answer_that_asked_for_it(server):
@@ -366,8 +440,10 @@ def test_the_v2_runner_keeps_both_taus_under_preemption_and_chunked_prompts(prun
         ("llama", {"min_tau": 0.5, "default_tau": 0.4}, "default_tau: 0.4 is outside [0.5, 1.05]"),
         ("llama", {"prefill_tau": "1"}, "prefill_tau must be a number in (0, 1.05], got '1'"),
         ("roberta", {"prefill_tau": 1.0}, "prefill_tau"),
+        ("llama", {"full_queue": 0}, "full_queue: expected a whole number of requests, at least 1, got 0"),
+        ("llama", {"full_queue": True}, "full_queue: expected a whole number"),
     ],
-    ids=["crossed", "checkpoint-default", "default", "not-a-number", "pooling"],
+    ids=["crossed", "checkpoint-default", "default", "not-a-number", "pooling", "no-queue", "bool-queue"],
 )
 def test_a_policy_that_makes_no_sense_stops_the_server(prunepath_checkpoint, family, options, named):
     from vllm.engine.arg_utils import EngineArgs

@@ -9,7 +9,7 @@ from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import ConfigError, TauError, UnsupportedFeatureError
 from prunepath_vllm.model_executor.compat import VerifyAndUpdateConfig, VllmConfig, current_platform
-from prunepath_vllm.tau import MAX_TAU, parse_tau, resolve_tau
+from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, is_adaptive, parse_tau, parse_tau_range, resolve_tau
 
 _WORKERS = {
     "cpu": "prunepath_vllm.model_executor.worker_cpu.PrunePathCPUWorker",
@@ -23,6 +23,9 @@ PREFILL_KEY = "prunepath_prefill_tau"
 REPORT_KEY = "prunepath_report"
 """Key of a request's extra arguments: a name under which its experts are counted. Offline the caller's own; over HTTP
 the server gives one to each request that asks."""
+
+_ADAPTIVE_STEPS = 20
+"""Steps per unit of tau in which load lowers it: requests of one tau share prefix-cache blocks."""
 
 _ROUNDING = 1e-9
 """A tau looked up for a sparsity may miss a bound by the curve's interpolation."""
@@ -61,20 +64,29 @@ class ServerOptions:
         min_tau, max_tau: what a request may ask for, both ends included.
         prefill_tau: prompts are computed at this tau whatever their request's, so that they share prefix-cache blocks;
             None computes them at the request's.
+        full_queue: waiting requests from which on a request that leaves its tau to the server gets the lowest; as many
+            as may run at once unless given.
     """
 
     default_tau: float
+    full_queue: int
     min_tau: float = 0.0
     max_tau: float = MAX_TAU
     prefill_tau: float | None = None
+
+    @property
+    def auto_range(self) -> tuple[float, float]:
+        """What ``"auto"`` ranges over: never below what the operator has named, never more than dense."""
+        low = self.min_tau or self.default_tau
+        return low, max(low, min(self.max_tau, DENSE_TAU))
 
 
 def server_options(vllm_config: VllmConfig) -> ServerOptions:
     """Read and check the ``prunepath`` object of ``--additional-config``.
 
     Raises:
-        ConfigError: an unknown key, bounds that leave nothing, a default outside them, or prefill_tau with a model that
-            generates nothing.
+        ConfigError: an unknown key, bounds that leave nothing, a default outside them, prefill_tau with a model that
+            generates nothing, or a full_queue that is no number of requests.
         TauError: a value that is no tau.
     """
     where = "additional_config.prunepath"
@@ -85,8 +97,12 @@ def server_options(vllm_config: VllmConfig) -> ServerOptions:
     known = [field.name for field in fields(ServerOptions)]
     if unknown := set(given) - set(known):
         raise ConfigError(f"{where}: unknown key {min(unknown)!r}; expected one of {', '.join(known)}")
-    taus = {name: parse_tau(value, f"{where}.{name}") for name, value in given.items()}
-    options = ServerOptions(**{"default_tau": vllm_config.model_config.hf_config.prunepath.unset_tau, **taus})
+    full_queue = given.get("full_queue", vllm_config.scheduler_config.max_num_seqs)
+    if isinstance(full_queue, bool) or not isinstance(full_queue, int) or full_queue < 1:
+        raise ConfigError(f"{where}.full_queue: expected a whole number of requests, at least 1, got {full_queue!r}")
+    taus = {name: parse_tau(value, f"{where}.{name}") for name, value in given.items() if name != "full_queue"}
+    defaults = {"default_tau": vllm_config.model_config.hf_config.prunepath.unset_tau}
+    options = ServerOptions(full_queue=full_queue, **{**defaults, **taus})
     if options.min_tau > options.max_tau:
         raise ConfigError(f"{where}.min_tau: {options.min_tau} is above max_tau {options.max_tau}")
     source = "" if "default_tau" in given else " (the checkpoint's)"
@@ -123,20 +139,23 @@ class Service:
             return None
         return cls(vllm_config.model_config.hf_config.prunepath, server_options(vllm_config))
 
-    def tau_of(self, requested: Mapping[str, Any]) -> float:
+    def tau_of(self, requested: Mapping[str, Any], waiting: float = 0.0) -> float:
         """The tau that a request runs at.
 
         Args:
             requested: its extra arguments; keys other than ``tau`` and ``sparsity`` are not looked at.
+            waiting: requests in the engine's queue; what ``"auto"`` and a range go by.
 
         Raises:
             TauError: what :func:`prunepath_vllm.tau.resolve_tau` refuses, or a tau outside the operator's bounds.
         """
         low, high = self.options.min_tau, self.options.max_tau
+        if is_adaptive(requested.get("tau")) and requested.get("sparsity") is None:
+            return self._adaptive_tau(requested["tau"], waiting)
         tau = resolve_tau(requested, default_tau=self.options.default_tau, tau_curve=self.prunepath.tau_curve)
         if low - _ROUNDING <= tau <= high + _ROUNDING:
             return tau
-        bounds = f"[{low}, {high}] (this server's min_tau and max_tau)"
+        bounds = self._bounds
         sparsity = requested.get("sparsity")
         if sparsity is None:
             raise TauError(f"tau must be in {bounds}, got {tau}", parameter="tau", value=tau)
@@ -145,6 +164,24 @@ class Service:
             parameter="sparsity",
             value=sparsity,
         )
+
+    def _adaptive_tau(self, tau: str | Mapping[str, Any], waiting: float) -> float:
+        """Linear in the queue's length, from the range's high end at none to its low end at full_queue."""
+        options = self.options
+        low, high = parse_tau_range(tau) or options.auto_range
+        bottom, top = max(low, options.min_tau), min(high, options.max_tau)
+        if bottom > top:
+            raise TauError(
+                f"tau range [{low}, {high}] has nothing in common with {self._bounds}", parameter="tau", value=tau
+            )
+        if waiting >= options.full_queue:
+            return bottom
+        steps = round((top - bottom) * waiting / options.full_queue * _ADAPTIVE_STEPS)
+        return max(round(top - steps / _ADAPTIVE_STEPS, 6), bottom) if steps else top
+
+    @property
+    def _bounds(self) -> str:
+        return f"[{self.options.min_tau}, {self.options.max_tau}] (this server's min_tau and max_tau)"
 
     def prompt_tau(self, tau: float) -> float:
         """The tau that the prompt of a request at `tau` is computed at."""

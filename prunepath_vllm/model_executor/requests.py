@@ -29,7 +29,8 @@ from prunepath_vllm.model_executor.compat import (
     wrap_once,
 )
 from prunepath_vllm.model_executor.engine_config import PREFILL_KEY, Service
-from prunepath_vllm.tau import DENSE_TAU, PARAMETERS, resolve_tau
+from prunepath_vllm.model_executor.load import expect_scheduler_stats, waiting_requests
+from prunepath_vllm.tau import DENSE_TAU, PARAMETERS, is_adaptive, parse_tau_range, resolve_tau
 
 _http_knob: ContextVar[dict[str, Any] | None] = ContextVar("prunepath_http_knob", default=None)
 """``tau`` / ``sparsity`` of the HTTP request being handled; inherited by the tasks that stream its answer."""
@@ -62,6 +63,7 @@ def install_request_hooks() -> None:
         EngineVersionError: vLLM's front end has moved.
     """
     expect_parameters(InputProcessor.process_inputs, "self", "request_id", "prompt", "params")
+    expect_scheduler_stats()
     wrap_once(InputProcessor, "process_inputs", _with_tau)
     # The API server imports its launcher before it reads any model's configuration; elsewhere there is no HTTP.
     if _API_SERVER in sys.modules:
@@ -142,8 +144,12 @@ class KnobMiddleware:
         try:
             body, receive = await json_body(scope, receive)
             knob = knob_of_body(body or {})
-            if knob and (service := app_service(scope["app"])) is not None:
-                service.tau_of(knob)
+            if body is not None and (service := app_service(scope["app"])) is not None:
+                # For every body: the queue is listened to from the first on.
+                tau = service.tau_of(knob, waiting_requests(scope["app"].state.engine_client))
+                if is_adaptive(knob.get("tau")):  # chosen once, for all prompts and choices of the body
+                    knob["tau"] = tau
+                    receive = _without_range(body, tau, receive)
         except TauError as error:
             await refusal(error)(scope, receive, send)
             return
@@ -210,7 +216,10 @@ def knob_of_body(body: dict[str, Any]) -> dict[str, Any]:
     for name in PARAMETERS:
         values = body_values(body, name)
         for value in values:
-            resolve_tau({name: value}, default_tau=DENSE_TAU, tau_curve=[(DENSE_TAU, 0.0)])
+            if name == "tau" and is_adaptive(value):
+                parse_tau_range(value)
+            else:
+                resolve_tau({name: value}, default_tau=DENSE_TAU, tau_curve=[(DENSE_TAU, 0.0)])
         if len(values) == 2 and values[0] != values[1]:
             raise TauError(
                 f"{name} is {values[0]!r} in the body and {values[1]!r} in vllm_xargs; expected one value",
@@ -225,6 +234,15 @@ def knob_of_body(body: dict[str, Any]) -> dict[str, Any]:
 def _is_json(scope: Scope) -> bool:
     content_type = next((value for name, value in scope["headers"] if name == b"content-type"), b"")
     return b"json" in content_type.lower()
+
+
+def _without_range(body: dict[str, Any], tau: float, receive: Receive) -> Receive:
+    """What the engine is to read where ``vllm_xargs`` holds a range of taus, for which its schema has no type."""
+    xargs = body.get("vllm_xargs")
+    if not isinstance(xargs, dict) or not isinstance(xargs.get("tau"), dict):
+        return receive
+    content = json.dumps({**body, "vllm_xargs": {**xargs, "tau": tau}}).encode()
+    return _replay([{"type": "http.request", "body": content, "more_body": False}], receive)
 
 
 def _replay(messages: list[Message], receive: Receive) -> Receive:

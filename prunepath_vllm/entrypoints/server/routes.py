@@ -73,5 +73,7 @@ def info(service: Service, vllm_config: VllmConfig, served_names: list[str]) -> 
             "accepted_tau": f"(0, {MAX_TAU}]",
             "accepted_sparsity": "[0, 1)" if prunepath.tau_curve else None,
             "dense_from_tau": DENSE_TAU,
+            "auto_tau": options.auto_range,
+            "full_queue": options.full_queue,
         },
     }

@@ -1,0 +1,77 @@
+"""How load picks a tau, without a server; test_server_policy.py asks a real one."""
+
+from types import SimpleNamespace
+
+import pytest
+from vllm.v1.metrics.stats import SchedulerStats
+
+from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.errors import TauError
+from prunepath_vllm.model_executor.engine_config import ServerOptions, Service
+from prunepath_vllm.model_executor.load import QueueLength, waiting_requests
+
+RANGE = {"min": 0.5, "max": 1.0}
+
+
+def service(**options) -> Service:
+    block = PrunePathConfig.model_construct(tau_curve=[(0.5, 0.5), (1.0, 0.0)])
+    return Service(block, ServerOptions(**{"default_tau": 0.8, "full_queue": 10, **options}))
+
+
+@pytest.mark.parametrize(
+    ("waiting", "tau"), [(0, 1.0), (1, 0.95), (4, 0.8), (5, 0.75), (9, 0.55), (10, 0.5), (1000, 0.5)], ids=str
+)
+def test_tau_falls_linearly_until_the_queue_is_full(waiting, tau):
+    assert service().tau_of({"tau": RANGE}, waiting) == tau
+
+
+def test_taus_are_few_so_that_they_share_prefix_blocks_and_ends_are_exact():
+    taus = [service(full_queue=1000).tau_of({"tau": {"min": 0.52, "max": 0.97}}, waiting) for waiting in range(1001)]
+    assert sorted(set(taus)) == [0.52, 0.57, 0.62, 0.67, 0.72, 0.77, 0.82, 0.87, 0.92, 0.97]
+    assert taus == sorted(taus, reverse=True)
+
+
+@pytest.mark.parametrize(
+    ("options", "ends"),
+    [
+        ({}, (0.8, 1.0)),
+        ({"default_tau": 1.0}, (1.0, 1.0)),
+        ({"min_tau": 0.4}, (0.4, 1.0)),
+        ({"min_tau": 0.4, "max_tau": 0.9}, (0.4, 0.9)),
+    ],
+    ids=str,
+)
+def test_auto_ranges_over_what_the_operator_has_named(options, ends):
+    assert service(**options).options.auto_range == ends
+    assert tuple(service(**options).tau_of({"tau": "auto"}, waiting) for waiting in (10, 0)) == ends
+
+
+def test_a_range_is_narrowed_to_the_bounds_and_refused_outside_them():
+    bounded = service(min_tau=0.6, max_tau=0.9)
+    assert [bounded.tau_of({"tau": RANGE}, waiting) for waiting in (0, 10)] == [0.9, 0.6]
+    with pytest.raises(TauError, match=r"\[0.2, 0.5\] has nothing in common with \[0.6, 0.9\]"):
+        bounded.tau_of({"tau": {"min": 0.2, "max": 0.5}})
+
+
+@pytest.mark.parametrize("tau", ["auto", RANGE], ids=str)
+def test_a_choice_left_to_the_server_and_a_sparsity_contradict(tau):
+    with pytest.raises(TauError, match="both given"):
+        service().tau_of({"tau": tau, "sparsity": 0.3})
+
+
+def test_the_queue_is_what_the_schedulers_said_last():
+    engine = SimpleNamespace(logger_manager=SimpleNamespace(stat_loggers=[]))
+    assert waiting_requests(engine) == waiting_requests(engine) == 0
+    (queue,) = engine.logger_manager.stat_loggers
+    assert isinstance(queue, QueueLength)
+    queue.record(SchedulerStats(num_waiting_reqs=5, num_skipped_waiting_reqs=1), None)
+    queue.record(None, None)
+    assert waiting_requests(engine) == 6
+    queue.record(SchedulerStats(num_waiting_reqs=2), None, mm_cache_stats=None, engine_idx=1)
+    assert waiting_requests(engine) == 4  # on each of two engines
+    queue.record(SchedulerStats(), None, engine_idx=0)
+    assert waiting_requests(engine) == 1
+
+
+def test_without_statistics_nothing_is_known_to_wait():
+    assert waiting_requests(SimpleNamespace(logger_manager=None)) == 0
