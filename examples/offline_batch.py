@@ -29,10 +29,10 @@ def main() -> None:
     ]
     outputs = llm.generate([prompt for prompt, _ in jobs], params)
     for (prompt, tau), name, output in zip(jobs, names, outputs, strict=True):
-        # One entry per worker: active and possible experts, of the prompt and of the answer.
-        counts = [count for count in llm.collective_rpc("prunepath_report", args=(name,)) if count]
-        active, possible = (sum(count[1][kind] for count in counts) for kind in range(2))
-        sparsity = f"{1 - active / possible:.1%}" if possible else "none run"
+        # One entry per worker: of prompt and answer, the active experts of each layer and the possible ones of any.
+        answers = [count[1] for count in llm.collective_rpc("prunepath_report", args=(name,)) if count]
+        shares = [active / possible for layers, possible in answers for active in layers if possible]
+        sparsity = f"{1 - sum(shares) / len(shares):.1%}" if shares else "none run"
         print(f"tau {tau:<5} FFN sparsity {sparsity:<7} {prompt}{output.outputs[0].text!r}")
 
 

@@ -1,8 +1,8 @@
 """Counting the experts that tokens used, on the worker: nothing here waits for the device inside a step.
 
-Layers add to static buffers, one entry per row of the step, one buffer per third of the layers. The rows are summed up
-on the device now and then, and read on the host only when somebody asks: at a scrape of /metrics, or at the end of a
-request that wanted a report.
+Layers add to static buffers, one per layer, with one entry per row of the step. The rows are summed up on the device
+now and then, and read on the host only when somebody asks: at a scrape of /metrics, or at the end of a request that
+wanted a report.
 """
 
 import functools
@@ -21,7 +21,7 @@ from prunepath_vllm.model_executor.compat import async_tensor_h2d
 from prunepath_vllm.tau import DENSE_TAU
 
 GROUPS = ("first", "middle", "last")
-"""Thirds of the model's layers."""
+"""Thirds of the model's layers, as /metrics has them."""
 
 MAX_REPORTS = 1024
 """Reports kept on a worker; the oldest give way, in case nobody comes for them."""
@@ -39,19 +39,20 @@ class _Report:
 
 
 class ExpertCounts:
-    """Active experts of the steps on this worker: totals by layer group, and of the requests that asked.
+    """Active experts of the steps on this worker, by layer: of all requests, and of those that asked.
 
     Attributes:
-        active: per group, int32 [max_num_batched_tokens] on the model's device: experts active at each row, over the
-            group's layers and the steps since they were last summed up.
+        active: per layer of this worker, int32 [max_num_batched_tokens] on the model's device: experts active at each
+            row, over the steps since they were last summed up.
     """
 
     def __init__(self, prunepath: PrunePathConfig, num_layers: int, max_tokens: int) -> None:
         self.num_experts = prunepath.num_experts
         self.num_layers = num_layers
-        self.active = [torch.zeros(max_tokens, dtype=torch.int32) for _ in GROUPS]
-        self.layers = [0] * len(GROUPS)
-        self.totals = torch.zeros(len(GROUPS), dtype=torch.int64)
+        self.max_tokens = max_tokens
+        self.active: list[Tensor] = []
+        self.groups: list[int] = []  # of each layer in `active`
+        self.totals = torch.zeros((), dtype=torch.int64)  # [layers] from the first sum on
         self.tokens = 0
         self.steps_in_rows = -1  # not begun: rows hold what profiling and graph capture ran
         self.reports: dict[str, _Report] = {}
@@ -68,10 +69,10 @@ class ExpertCounts:
         self.exported = self.speaks and exported
 
     def buffer(self, layer: int) -> Tensor:
-        """The buffer that a layer, numbered through the whole model, is to add its active experts to."""
-        group = layer * len(GROUPS) // self.num_layers
-        self.layers[group] += 1
-        return self.active[group]
+        """A new buffer, which a layer, numbered through the whole model, is to add its active experts to."""
+        self.groups.append(layer * len(GROUPS) // self.num_layers)
+        self.active.append(torch.zeros(self.max_tokens, dtype=torch.int32))
+        return self.active[-1]
 
     def begin_step(
         self,
@@ -91,8 +92,7 @@ class ExpertCounts:
             reports: per request the name to count it under, or None; empty where none has one.
         """
         if self.steps_in_rows < 0:
-            for rows in self.active:
-                rows.zero_()
+            torch._foreach_zero_(self.active)
             self.steps_in_rows = 0
         self.tokens += int(scheduled.sum())
         if self.step_counters is not None:
@@ -105,7 +105,7 @@ class ExpertCounts:
 
     @functools.cached_property
     def _max_steps(self) -> int:
-        return _MAX_ROW // max(1, self.num_experts * max(self.layers))
+        return _MAX_ROW // self.num_experts
 
     def _mark_rows(
         self, computed: np.ndarray, scheduled: np.ndarray, prompt_lens: np.ndarray, reports: Sequence[str | None]
@@ -126,35 +126,35 @@ class ExpertCounts:
     def _report(self, name: str) -> _Report:
         if self.reported is None:
             # One entry each for prompt and answer, and the last for everybody else.
-            self.reported = torch.zeros(2 * MAX_REPORTS + 1, dtype=torch.int64, device=self.totals.device)
+            size = (len(self.active), 2 * MAX_REPORTS + 1)
+            self.reported = torch.zeros(size, dtype=torch.int64, device=self.totals.device)
         if name not in self.reports:
             if len(self.reports) == MAX_REPORTS:
                 entry = self.reports.pop(next(iter(self.reports))).entry
             else:
                 entry = min(set(range(MAX_REPORTS)) - {report.entry for report in self.reports.values()})
-            self.reported[2 * entry : 2 * entry + 2] = 0
+            self.reported[:, 2 * entry : 2 * entry + 2] = 0
             self.reports[name] = _Report(entry)
         return self.reports[name]
 
     def _sum_up(self) -> None:
         """Bring what the rows hold where it belongs; device work alone."""
+        rows = torch.stack(self.active)
         if self.step_rows is not None:
             assert self.reported is not None
-            for rows in self.active:
-                self.reported.index_add_(0, self.step_rows, rows[: self.step_rows.shape[0]].long())
+            self.reported.index_add_(1, self.step_rows, rows[:, : self.step_rows.shape[0]].long())
             self.step_rows = None
-        self.totals += torch.stack([rows.sum() for rows in self.active])
-        for rows in self.active:
-            rows.zero_()
+        self.totals = self.totals + rows.sum(dim=1)
+        torch._foreach_zero_(self.active)
         self.steps_in_rows = 0
 
     @torch.inference_mode()
-    def take_report(self, name: str) -> list[list[int]] | None:
+    def take_report(self, name: str) -> list[tuple[list[int], int]] | None:
         """What was counted under a name, which is forgotten. Waits for the device.
 
         Returns:
-            (active experts, possible ones) of prompt and of answer, summed over tokens and this worker's layers; None
-            where the name is unknown or another rank speaks for this one.
+            Of prompt and of answer, summed over tokens: the experts active in each of this worker's layers, and those
+            that a layer could have had. None where the name is unknown or another rank speaks for this one.
         """
         if self.step_rows is not None:
             self._sum_up()
@@ -162,9 +162,8 @@ class ExpertCounts:
         if report is None or not self.speaks:
             return None
         assert self.reported is not None
-        active = self.reported[2 * report.entry : 2 * report.entry + 2].tolist()
-        possible = self.num_experts * sum(self.layers)
-        return [[active[part], report.tokens[part] * possible] for part in range(2)]
+        active = self.reported[:, 2 * report.entry : 2 * report.entry + 2].t().tolist()
+        return [(active[part], report.tokens[part] * self.num_experts) for part in range(2)]
 
     @torch.inference_mode()
     def publish(self) -> None:
@@ -172,10 +171,12 @@ class ExpertCounts:
         if not self.exported or self.steps_in_rows < 0:
             return
         self._sum_up()
-        totals = self.totals.tolist()
+        totals = [0] * len(GROUPS)
+        for group, active in zip(self.groups, self.totals.tolist(), strict=True):
+            totals[group] += active
         counters = _counters()
         for group, name in enumerate(GROUPS):
-            possible = (self.tokens - self.published_tokens) * self.num_experts * self.layers[group]
+            possible = (self.tokens - self.published_tokens) * self.num_experts * self.groups.count(group)
             counters["active"].labels(layers=name).inc(totals[group] - self.published[group])
             counters["possible"].labels(layers=name).inc(possible)
         self.published, self.published_tokens = totals, self.tokens

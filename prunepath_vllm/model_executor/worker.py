@@ -17,7 +17,7 @@ class PrunePathWorkerMixin(_Worker):
         super().init_device()
         attach_to_v1_runner(self)
 
-    def prunepath_report(self, name: str) -> list[list[int]] | None:
+    def prunepath_report(self, name: str) -> list[tuple[list[int], int]] | None:
         """See :meth:`ExpertCounts.take_report`."""
         return TokenTaus.of(self.vllm_config).counts.take_report(name)
 

@@ -56,11 +56,14 @@ class Report:
             except Exception as error:  # the answer itself is there, and worth more than its report
                 logger.warning("No count for a report: %s", error)
                 counts = []
+            for name in names:
+                self.content[name] = self.content[f"{name}_by_layer"] = None
             # A pipeline's stages each speak for their layers.
             for name, stages in zip(names, zip(*filter(None, counts), strict=True), strict=False):
-                active, possible = (sum(stage[kind] for stage in stages) for kind in range(2))
-                self.content[name] = 1 - active / possible if possible else None
-            self.content = {**dict.fromkeys(names), **self.content}
+                if stages[0][1]:
+                    layers = [1 - active / possible for counted, possible in stages for active in counted]
+                    self.content[name] = sum(layers) / len(layers)
+                    self.content[f"{name}_by_layer"] = [round(sparsity, 4) for sparsity in layers]
         return self.content
 
 
