@@ -34,6 +34,9 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
 KNOBS = ("tau", "sparsity", "prunepath_report")
 COSTS = {"n": 2, "best_of": 2, "max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4, "min_tokens": 2}
 """Numbers in generated bodies are held down to these: this asks whether answers are right, not how many fit in."""
+FASTAPI_REFUSAL = '{"detail":"There was an error parsing the body"}'
+DEEP = 900
+"""Python's limit is near here, and FastAPI reads the body further down the stack than the plugin."""
 MAX_LISTED = 20
 PROBE_EVERY = 1000
 
@@ -58,7 +61,7 @@ class Summary:
     refused_for: Counter = field(default_factory=Counter)
     """Refusals of the knob, by the field they name."""
     engine_errors: Counter = field(default_factory=Counter)
-    """5xx that the same body without a knob gets too, by message: the engine's own."""
+    """The engine's own, by message: a 5xx that the same body without a knob gets too, or FastAPI's refusal."""
     probes: int = 0
     failures: list[dict[str, Any]] = field(default_factory=list)
     failed: int = 0
@@ -90,22 +93,36 @@ def judge(body: bytes) -> set[str] | None:
     places = [data, xargs] if isinstance(xargs, dict) else [data]
     given_values = {name: [p[name] for p in places if p.get(name) is not None] for name in KNOBS}
     wrong = {"prunepath_report"} if any(not isinstance(v, bool) for v in given_values["prunepath_report"]) else set()
-    for name, accepts in (("tau", lambda v: 0 < v <= 1.05), ("sparsity", lambda v: 0 <= v < 1)):
+    for name, accepts in (("tau", _is_tau), ("sparsity", lambda v: _is_number(v) and 0 <= v < 1)):
         values = given_values[name]
-        if not all(_is_number(v) and accepts(v) for v in values) or (len(values) == 2 and values[0] != values[1]):
+        if not all(accepts(v) for v in values) or (len(values) == 2 and values[0] != values[1]):
             wrong.add(name)
     if given_values["tau"] and given_values["sparsity"]:
         wrong |= {"tau", "sparsity"}
     if wrong:
         return wrong
-    usual = xargs is None or (isinstance(xargs, dict) and all(_is_number(v) for v in xargs.values()))
+    usual = xargs is None or (isinstance(xargs, dict) and all(_is_number(v) or _is_tau(v) for v in xargs.values()))
     return set() if usual else None
+
+
+def _is_tau(value: Any) -> bool:
+    if value == "auto":
+        return True
+    if isinstance(value, dict):
+        ends = [value.get("min"), value.get("max")]
+        numbers = all(_is_number(end) and 0 < end <= 1.05 for end in ends)
+        return numbers and len(value) == 2 and ends[0] <= ends[1]
+    return _is_number(value) and 0 < value <= 1.05
 
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, bool) or not isinstance(value, int | float):
         return False
     return abs(value) < 1e300 if isinstance(value, int) else math.isfinite(value)
+
+
+ENDS = st.sampled_from(["0.3", "0.9", "1", "1.05", "0", "1.06", "null", "true", '"0.5"', "NaN", "[]", "{}"])
+"""Of a range of taus."""
 
 
 def values() -> st.SearchStrategy[str]:
@@ -121,6 +138,7 @@ def values() -> st.SearchStrategy[str]:
         st.floats(allow_nan=False, allow_infinity=False).map(repr),
         st.integers().map(str),
         strings.map(json.dumps),
+        st.builds(lambda low, high: f'{{"min": {low}, "max": {high}}}', *[ENDS] * 2),
         st.recursive(
             st.none() | st.booleans() | st.floats(0, 1) | st.text(max_size=3),
             lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=3), inner, max_size=3),
@@ -217,7 +235,9 @@ class Fuzzer:
     """Sends attempts to one server and judges what comes back."""
 
     def __init__(self, url: str) -> None:
-        self.client = httpx.Client(base_url=url, timeout=120)
+        # A connection each: the server closes one that carried a 5xx, and a later request would take the blame.
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=0)
+        self.client = httpx.Client(base_url=url, timeout=120, limits=limits)
         self.model = self.client.get("/v1/models").json()["data"][0]["id"]
         self.summary = Summary()
         self.right = self.probe()
@@ -247,14 +267,16 @@ class Fuzzer:
             self._server_error(attempt, status, text)
         elif status >= 400:
             error = openai_error(text, status)
-            if error is None:
+            if error is None and attempt.body.count(b"[") + attempt.body.count(b"{") > DEEP and text == FASTAPI_REFUSAL:
+                self.summary.engine_errors[text] += 1
+            elif error is None:
                 self.summary.fail("not an OpenAI error", attempt, text)
-            elif wrong and (status != 400 or error["param"] not in wrong or error["param"] not in error["message"]):
+            elif wrong and (status != 400 or _field(error) not in wrong or _field(error) not in error["message"]):
                 self.summary.fail(f"expected a 400 that names {' or '.join(sorted(wrong))}", attempt, text)
             elif wrong == set() and attempt.plain:
                 self.summary.fail(f"{status} for a right request", attempt, text)
             elif wrong:
-                self.summary.refused_for[error["param"]] += 1
+                self.summary.refused_for[_field(error)] += 1
         elif wrong:
             self.summary.fail(f"{status}, expected a 400 that names {' or '.join(sorted(wrong))}", attempt, text)
         elif attempt.plain and '"error": {' in text:
@@ -281,6 +303,11 @@ class Fuzzer:
                 self.summary.fail("greedy answers have changed", None, repr(answers))
         except (httpx.HTTPError, ValueError, KeyError) as error:
             self.summary.fail("the server no longer answers", None, repr(error))
+
+
+def _field(error: dict[str, Any]) -> str:
+    """The request's field that an error names: "tau" for "tau.min"."""
+    return (error["param"] or "").split(".")[0]
 
 
 def openai_error(text: str, status: int) -> dict[str, Any] | None:

@@ -77,6 +77,8 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
 
     yield start
     for process in running:
+        if process.poll() is not None:  # a test has ended it
+            continue
         os.killpg(process.pid, signal.SIGTERM)
         try:
             process.wait(30)

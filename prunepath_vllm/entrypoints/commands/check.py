@@ -1,33 +1,48 @@
-"""``prunepath check``: versions, engine, GPU and kernels; what works here and what does not."""
+"""``prunepath check``: versions, engine, GPU and kernels; what works here and what does not, for a bug report too."""
 
 import argparse
+import json
+import os
 import platform
-from importlib.metadata import PackageNotFoundError, version
+from importlib import resources
+from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
 
 from prunepath_vllm import __version__
 from prunepath_vllm.errors import PrunePathError
 from prunepath_vllm.families import FAMILIES
 
-_PACKAGES = ("torch", "triton", "transformers", "safetensors", "pydantic")
+_PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pydantic", "numpy")
+_SETTINGS = ("VLLM_", "PRUNEPATH_", "CUDA_VISIBLE", "TRITON_", "TORCH_", "OMP_NUM_THREADS", "PROMETHEUS_MULTIPROC")
+"""Beginnings of the names of environment variables that change what the engine does."""
+_SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "URL", "HOST")
+"""A variable with one of these in its name is reported as set; its value is nobody's business."""
 
 
 def add_parser(
     subparsers: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]
 ) -> argparse.ArgumentParser:
     """Add the subcommand."""
-    return subparsers.add_parser("check", parents=parents, help="what works on this machine and what does not")
+    parser = subparsers.add_parser(
+        "check", parents=parents, help="what works on this machine and what does not; paste it into a bug report"
+    )
+    parser.add_argument("--json", action="store_true", help="the same facts as JSON")
+    return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Print one line per fact; exit 1 where serving cannot work."""
-    facts = [("prunepath-vllm", __version__), ("python", platform.python_version())]
-    facts += [(name, _version(name)) for name in _PACKAGES]
+    facts = {"prunepath-vllm": f"{__version__}, {_installation()}", "python": platform.python_version()}
+    facts |= {name: _version(name) for name in _PACKAGES}
     engine, serves = _engine()
-    facts += [("engine", engine), ("device", _device()), ("kernels", _kernels())]
+    facts |= {"engine": engine, "system": _system(), "device": _device(), "kernels": _kernels()}
     if serves:
-        facts.append(("architectures", _architectures()))
-    for name, value in facts:
+        facts["architectures"] = _architectures()
+    facts["environment"] = _environment()
+    if args.json:
+        print(json.dumps({**facts, "serving": serves}, indent=2))
+        return 0 if serves else 1
+    for name, value in facts.items():
         print(f"{name:<16}{value}")
     print(f"\nserving: {'works here' if serves else 'does not work here'}")
     return 0 if serves else 1
@@ -38,6 +53,28 @@ def _version(package: str) -> str:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
+
+
+def _installation() -> str:
+    try:
+        origin = json.loads(distribution("prunepath-vllm").read_text("direct_url.json") or "{}")
+    except PackageNotFoundError:
+        return "not installed as a package: vLLM cannot find the plugin"
+    return "editable" if origin.get("dir_info", {}).get("editable") else "installed"
+
+
+def _system() -> str:
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30
+    return f"{platform.system()} {platform.release()} {platform.machine()}, {os.cpu_count()} CPUs, {memory:.0f} GiB"
+
+
+def _environment() -> str:
+    shown = {
+        name: "(set)" if any(word in name for word in _SECRET) else value
+        for name, value in sorted(os.environ.items())
+        if name.startswith(_SETTINGS)
+    }
+    return " ".join(f"{name}={value}" for name, value in shown.items()) or "nothing that concerns the engine"
 
 
 def _engine() -> tuple[str, bool]:
@@ -61,9 +98,14 @@ def _device() -> str:
 
     if not torch.cuda.is_available():
         return f"CPU only, {torch.get_num_threads()} threads"
-    major, minor = torch.cuda.get_device_capability()
-    memory = torch.cuda.get_device_properties(0).total_memory / 2**30
-    return f"{torch.cuda.get_device_name()} (sm_{major}{minor}, {memory:.0f} GiB), CUDA {torch.version.cuda}"
+    gpus = {}
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        memory = torch.cuda.get_device_properties(index).total_memory / 2**30
+        name = f"{torch.cuda.get_device_name(index)} (sm_{major}{minor}, {memory:.0f} GiB)"
+        gpus[name] = gpus.get(name, 0) + 1
+    names = ", ".join(f"{count} x {name}" if count > 1 else name for name, count in gpus.items())
+    return f"{names}, CUDA {torch.version.cuda}"
 
 
 def _kernels() -> str:
@@ -71,7 +113,14 @@ def _kernels() -> str:
 
     if not torch.cuda.is_available():
         return "PyTorch on the CPU (the Triton kernels need a CUDA GPU)"
-    return "Triton" if find_spec("triton") is not None else "PyTorch: Triton is not installed, expect no speed-up"
+    if find_spec("triton") is None:
+        return "PyTorch: Triton is not installed, expect no speed-up"
+    from prunepath_vllm.kernels.ffn import table_name
+
+    table = resources.files("prunepath_vllm.kernels") / "configs" / table_name(torch.cuda.get_device_name())
+    if not table.is_file():
+        return "Triton, no table shipped for this GPU (see `prunepath bench tune`)"
+    return f"Triton, tuned for {', '.join(json.loads(table.read_text()))}"
 
 
 def _architectures() -> str:

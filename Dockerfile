@@ -1,0 +1,13 @@
+# prunepath-vllm on vLLM's own image: its engine, torch and Triton stay as they are.
+#     docker build -t prunepath-vllm .
+#     docker run --gpus all --ipc=host -p 8000:8000 -v /models:/models prunepath-vllm /models/CKPT
+FROM vllm/vllm-openai:v0.32.0
+
+COPY pyproject.toml setup.py README.md LICENSE /opt/prunepath-vllm/
+COPY prunepath_vllm /opt/prunepath-vllm/prunepath_vllm
+
+# --no-deps: whatever the package needs to serve, the engine's image has; an upgrade of torch would break the engine.
+RUN python3 -m pip install --no-cache-dir --no-deps /opt/prunepath-vllm
+
+EXPOSE 8000
+ENTRYPOINT ["prunepath", "serve"]
