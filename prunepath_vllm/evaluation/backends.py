@@ -87,8 +87,8 @@ class Answer:
     """Generated ones, without the end-of-sequence token."""
     read: int = 0
     """Tokens over which the sparsity was counted."""
-    ffn_sparsity: float | None = None
-    """Eq. 15 over those tokens and all layers; None where the backend does not say."""
+    ffn_sparsity: float = 0.0
+    """Eq. 15 over those tokens and all layers."""
 
 
 class Backend(Protocol):
@@ -129,19 +129,22 @@ class TransformersBackend:
     @torch.inference_mode()
     def loglikelihood(self, requests: Sequence[Request], tau: float | None) -> list[Answer]:
         """See :class:`Backend`."""
+        groups = _sharing(requests)
+        sequences, members = list(map(list, groups)), list(groups.values())
         answers: dict[int, Answer] = {}
-        for batch in self._batches([request.context + request.continuation for request in requests]):
+        for batch in self._batches(sequences):
             # Padding stands on the right, where a causal model's tokens do not see it.
-            ids, mask = self._pad([requests[i].context + requests[i].continuation for i in batch])
-            first = min(len(requests[i].context) for i in batch) - 1
+            ids, mask = self._pad([sequences[place] for place in batch])
+            first = min(len(requests[members[place][0]].context) for place in batch) - 1
             output = self.model(ids, use_cache=False, logits_to_keep=ids.shape[1] - first, **_options(tau))
             counted = _sparsities(output, mask)
-            for row, i in enumerate(batch):
-                start, end = len(requests[i].context) - 1 - first, int(mask[row].sum()) - 1 - first
-                scores = output.logits[row, start:end].float().log_softmax(-1)
-                chosen = torch.tensor(requests[i].continuation, device=ids.device)
-                logprob = scores.gather(1, chosen[:, None]).double().sum().item()
-                answers[i] = Answer(logprob=logprob, read=int(mask[row].sum()), ffn_sparsity=counted[row])
+            for row, place in enumerate(batch):
+                for i in members[place]:
+                    start, end = len(requests[i].context) - 1 - first, len(sequences[place]) - first
+                    scores = output.logits[row, start:end].float().log_softmax(-1)
+                    chosen = torch.tensor(requests[i].continuation, device=ids.device)
+                    logprob = scores.gather(1, chosen[:, None]).double().sum().item()
+                    answers[i] = Answer(logprob=logprob, read=len(sequences[place]), ffn_sparsity=counted[row])
         return [answers[i] for i in range(len(requests))]
 
     @torch.inference_mode()
@@ -209,7 +212,7 @@ def _eos(generation_config: Any) -> tuple[int, ...]:
 
 
 class VllmBackend:
-    """vLLM's offline engine, in the checkpoint's dtype; it does not say how many experts ran."""
+    """vLLM's offline engine, in the checkpoint's dtype; its layers count the experts that ran."""
 
     name = "vllm"
 
@@ -225,38 +228,84 @@ class VllmBackend:
             str(checkpoint.path), dtype=checkpoint.dtype, max_model_len=self.max_length + 1, seed=0, **options
         )
         self.tokenizer = tokenizer
+        summary = checkpoint.summary
+        self.experts = summary.prunepath.num_experts * summary.num_layers if summary else 0
 
     def loglikelihood(self, requests: Sequence[Request], tau: float | None) -> list[Answer]:
-        """See :class:`Backend`."""
-        prompts = [request.context + request.continuation for request in requests]
-        outputs = self._run(prompts, tau, max_tokens=1, prompt_logprobs=0)
-        answers = []
-        for request, output in zip(requests, outputs, strict=True):
-            places = zip(request.continuation, output.prompt_logprobs[len(request.context) :], strict=True)
-            answers.append(Answer(logprob=sum(place[token].logprob for token, place in places)))
-        return answers
+        """See :class:`Backend`. What the prefix cache holds is not read again, nor counted."""
+        groups = _sharing(requests)
+        options = []
+        for members in groups.values():
+            last = sorted({requests[i].continuation[-1] for i in members})
+            # The engine computes anew, without its prefix cache, what prompt_logprobs asks for.
+            inner = 0 if len(requests[members[0]].continuation) > 1 else None
+            options.append(dict(max_tokens=1, logprob_token_ids=last, prompt_logprobs=inner))
+        answers: dict[int, Answer] = {}
+        for members, (output, cost) in zip(
+            groups.values(), self._run(list(map(list, groups)), tau, options), strict=True
+        ):
+            for i in members:
+                context, continuation = requests[i].context, requests[i].continuation
+                places = [*(output.prompt_logprobs or [])[len(context) :], output.outputs[0].logprobs[0]]
+                pairs = zip(continuation, places, strict=True)
+                answers[i] = Answer(logprob=sum(place[token].logprob for token, place in pairs), **cost)
+        return [answers[i] for i in range(len(requests))]
 
     def classify(self, prompts: Sequence[list[int]], tau: float | None) -> list[Answer]:
         """See :class:`Backend`."""
         from vllm import PoolingParams
 
-        params = PoolingParams(extra_kwargs={} if tau is None else {"tau": tau})
+        params = [PoolingParams(extra_kwargs=self._extra(tau, i)) for i in range(len(prompts))]
         outputs = self.llm.classify(
             [{"prompt_token_ids": prompt} for prompt in prompts], pooling_params=params, use_tqdm=False
         )
-        return [Answer(probabilities=tuple(output.outputs.probs)) for output in outputs]
+        return [
+            Answer(probabilities=tuple(output.outputs.probs), **self._cost(tau, i)) for i, output in enumerate(outputs)
+        ]
 
     def generate(self, prompts: Sequence[list[int]], tau: float | None, new_tokens: int) -> list[Answer]:
         """See :class:`Backend`."""
-        outputs = self._run(prompts, tau, max_tokens=new_tokens)
-        return [Answer(tokens=_without_eos(output.outputs[0])) for output in outputs]
+        results = self._run(prompts, tau, [dict(max_tokens=new_tokens)] * len(prompts))
+        return [Answer(tokens=_without_eos(output.outputs[0]), **cost) for output, cost in results]
 
-    def _run(self, prompts: Sequence[list[int]], tau: float | None, **options: Any) -> list[Any]:
+    def _run(
+        self, prompts: Sequence[list[int]], tau: float | None, options: Sequence[dict[str, Any]]
+    ) -> list[tuple[Any, dict[str, Any]]]:
         from vllm import SamplingParams
 
-        extra_args = {} if tau is None else {"tau": tau}
-        params = SamplingParams(temperature=0, extra_args=extra_args, detokenize=False, **options)
-        return self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        params = [
+            SamplingParams(temperature=0, extra_args=self._extra(tau, i), detokenize=False, **one)
+            for i, one in enumerate(options)
+        ]
+        outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+        return [(output, self._cost(tau, i)) for i, output in enumerate(outputs)]
+
+    def _extra(self, tau: float | None, i: int) -> dict[str, Any]:
+        """What the i-th request of a call says to our layers; nothing to a dense model."""
+        from prunepath_vllm.model_executor.engine_config import REPORT_KEY
+
+        return {} if tau is None else {"tau": tau, REPORT_KEY: f"eval-{i}"}
+
+    def _cost(self, tau: float | None, i: int) -> dict[str, Any]:
+        """What the workers counted for it, as fields of an Answer."""
+        if tau is None:
+            return {}
+        stages = filter(None, self.llm.collective_rpc("prunepath_report", args=(f"eval-{i}",)))
+        parts = [part for stage in stages for part in stage]  # of prompt and answer, by pipeline stage
+        active = sum(sum(layers) for layers, _ in parts)
+        possible = sum(len(layers) * of_each for layers, of_each in parts)
+        return dict(read=possible // self.experts, ffn_sparsity=1 - active / possible)
+
+
+def _sharing(requests: Sequence[Request]) -> dict[tuple[int, ...], list[int]]:
+    """Sequences to read, each with the requests it answers: nothing needs to read a request's last token.
+
+    So the choices of a multiple-choice question whose answers are single letters are one sequence.
+    """
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for i, request in enumerate(requests):
+        groups.setdefault((*request.context, *request.continuation[:-1]), []).append(i)
+    return groups
 
 
 def _without_eos(completion: Any) -> tuple[int, ...]:

@@ -24,8 +24,11 @@ CONTEXT = 512
 class _Distance(nn.Module):
     """A router's observer: sums squared distances between its layer's output with every expert and with the first k."""
 
-    def __init__(self, down: Tensor, bias: Tensor | None, gate: str, counts: Sequence[int]) -> None:
+    def __init__(
+        self, down: Tensor, bias: Tensor | None, gate: str, counts: Sequence[int], dense_positions: int
+    ) -> None:
         super().__init__()
+        self.routed = slice(dense_positions, None)
         self.down = down.float()  # [F, H]
         self.bias = bias
         self.gate, self.counts = gate, counts
@@ -35,6 +38,7 @@ class _Distance(nn.Module):
 
     def forward(self, logits: Tensor, active: Tensor, neurons: Tensor) -> None:
         """logits: [B, S, E]; neurons: [B, S, F]."""
+        logits, active, neurons = (each[:, self.routed] for each in (logits, active, neurons))
         ranks = logits.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         neurons = neurons.float()
         for i, count in enumerate(self.counts):
@@ -62,6 +66,8 @@ def reconstruction(
     """Mean squared error of the layers' outputs from the router's first k experts, against every expert's.
 
     Gates count where the checkpoint has them, on both sides. Every layer reads what it reads when all experts run.
+    Tokens at the checkpoint's dense positions are not routed and do not count: an attention sink's output would hide
+    all others.
 
     Args:
         checkpoint: PrunePath checkpoint directory.
@@ -96,7 +102,7 @@ def reconstruction(
         weight = down.weight if family.conv1d else down.weight.T
         router = model.get_submodule(family.router(layer))
         assert isinstance(router, Router)
-        router.observer = _Distance(weight, down.bias, prunepath.gate, counts)
+        router.observer = _Distance(weight, down.bias, prunepath.gate, counts, prunepath.dense_positions)
         seen.append(router.observer)
     for sequence in tqdm(sequences, desc=f"reading {Path(text).name}", unit="sequence"):
         model.base_model(sequence[None].to(device), tau=DENSE_TAU)

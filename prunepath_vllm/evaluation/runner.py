@@ -23,8 +23,6 @@ BACKENDS = ("vllm", "transformers")
 SHARD_ITEMS = 64
 SHARD_SEQUENCES = 8
 """Of a perplexity task, whose items are long."""
-SPARSITY_ITEMS = 32
-"""Items over which sparsity is counted, with transformers, where the engine answers."""
 CONTEXT = 1024
 DATA_FOLDER = Path(".cache/data")
 
@@ -136,24 +134,20 @@ class Run:
         points, intervals = [], []
         rounds = [(True, None)] * (self.dense is not None) + [(False, tau) for tau in self.taus]
         with tqdm(total=len(rounds) * len(self.items), desc=self.name, unit="item") as progress:
-            if self.backend == "vllm":
-                self._count_sparsity()
             for dense, tau in rounds:
                 records = [record for shard in self._shards(dense, tau, progress) for record in shard]
                 estimates = estimate([record["statistics"] for record in records], self.task.metrics)
                 values = {metric: value for metric, (value, _, _) in estimates.items()}
-                sparsity = self._sparsity(tau, records)
+                sparsity = _mean_sparsity([(record["ffn_sparsity"], record["read"]) for record in records])
                 points.append(dict(tau=tau, ffn_sparsity=sparsity, **values))
                 intervals.append({metric: [low, high] for metric, (_, low, high) in estimates.items()})
         prunepath = self.checkpoint.prunepath
-        counted = len(self.items) if self.backend == "transformers" else min(SPARSITY_ITEMS, len(self.items))
         return {
             "task": self.name,
             "checkpoint": self.checkpoint.path.resolve().name,
             **self.facts,
             "items": len(self.items),
             "backend": self.backend,
-            "sparsity_from": f"transformers, {counted} items",
             "device": self.device,
             "dtype": self.checkpoint.dtype,
             "torch": torch.__version__,
@@ -174,25 +168,6 @@ class Run:
             progress.update(len(items))
         return shards
 
-    def _count_sparsity(self) -> None:
-        """Count the experts of the first items with transformers, before the engine takes the memory."""
-        missing = [tau for tau in self.taus if tau is not None and self.journal.get(f"sparsity/{tau}") is None]
-        if not missing:
-            return
-        model = TransformersBackend(self.checkpoint, self.tokenizer, self.device)
-        for tau in tqdm(missing, desc="sparsity", unit="tau"):
-            answers = read(self.task, self.items[:SPARSITY_ITEMS], model, tau)
-            self.journal.put(
-                f"sparsity/{tau}", _mean_sparsity([(one.ffn_sparsity or 0.0, one.read) for one in answers])
-            )
-
-    def _sparsity(self, tau: float | None, records: list[dict[str, Any]]) -> float:
-        if tau is None:
-            return 0.0
-        if self.backend == "vllm":
-            return self.journal.get(f"sparsity/{tau}")
-        return _mean_sparsity([(record["ffn_sparsity"], record["read"]) for record in records])
-
     @cached_property
     def _model(self) -> Backend:
         self.__dict__.pop("_dense", None)  # measured first, and no longer needed
@@ -209,7 +184,7 @@ class Run:
 
 
 def ask(task: Task, items: Sequence[Item], model: Backend, tau: float | None) -> list[dict[str, Any]]:
-    """One record per item: its statistics, what the model answered, and where the backend says it, the FFN sparsity."""
+    """One record per item: its statistics, what the model answered, and its FFN sparsity."""
     tokenizer, longest = model.tokenizer, model.max_length
     details: list[dict[str, Any]]
     if task.kind == "perplexity":
@@ -247,7 +222,7 @@ def ask(task: Task, items: Sequence[Item], model: Backend, tau: float | None) ->
 
 
 def read(task: Task, items: Sequence[Item], model: Backend, tau: float | None) -> list[Answer]:
-    """One answer per sequence the model reads for these items; for generation, the prompt and its first reference."""
+    """One answer per sequence the model reads for these items."""
     tokenizer, longest = model.tokenizer, model.max_length
     if task.kind == "classification":
         return model.classify([tasks.classification_ids(item, tokenizer, longest) for item in items], tau)
@@ -255,24 +230,20 @@ def read(task: Task, items: Sequence[Item], model: Backend, tau: float | None) -
     for item in items:
         if task.kind == "perplexity":
             requests.append(Request(list(item.tokens[:1]), list(item.tokens[1:])))
-        elif task.kind == "choice":
-            requests += tasks.choice_requests(item, tokenizer, longest)
         else:
-            prompt = tasks.generation_prompt(item, tokenizer, longest - task.new_tokens)
-            target = tokenizer(f" {item.choices[0]}", add_special_tokens=False)["input_ids"][: task.new_tokens]
-            requests.append(Request(prompt, target))
+            requests += tasks.choice_requests(item, tokenizer, longest)
     return model.loglikelihood(requests, tau)
 
 
 def _cost(answers: Sequence[Answer]) -> dict[str, Any]:
-    """FFN sparsity over all tokens read for one item, where the backend says it."""
-    pairs = [(answer.ffn_sparsity, answer.read) for answer in answers if answer.ffn_sparsity is not None]
-    return dict(ffn_sparsity=_mean_sparsity(pairs), read=sum(size for _, size in pairs)) if pairs else {}
+    """FFN sparsity over all tokens read for one item."""
+    pairs = [(answer.ffn_sparsity, answer.read) for answer in answers]
+    return dict(ffn_sparsity=_mean_sparsity(pairs), read=sum(size for _, size in pairs))
 
 
 def _mean_sparsity(pairs: Sequence[tuple[float, int]]) -> float:
-    """Mean over tokens."""
-    return sum(sparsity * size for sparsity, size in pairs) / sum(size for _, size in pairs)
+    """Mean over tokens; a dense model's answers in the engine count none."""
+    return sum(sparsity * size for sparsity, size in pairs) / max(1, sum(size for _, size in pairs))
 
 
 def _fingerprint(checkpoint: Checkpoint) -> dict[str, Any]:

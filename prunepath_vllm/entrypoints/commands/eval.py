@@ -32,7 +32,7 @@ def add_parser(
     parser.add_argument(
         "--backend",
         metavar="NAME",
-        help="vllm or transformers (default: vllm; transformers for wikitext, where it counts sparsity as it goes)",
+        help="vllm or transformers (default: vllm; transformers for wikitext)",
     )
     parser.add_argument("--dense", metavar="DIR", help="the dense model, to measure beside it with transformers")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N items")
@@ -94,7 +94,7 @@ def print_table(result: dict[str, Any], metrics: tuple[str, ...]) -> None:
     """One line per point: tau, sparsity, and each metric with its interval."""
     read = f"{result['sequences']} sequences of {result['context']} tokens" if "sequences" in result else ""
     read = read or f"{result['items']} items"
-    print(f"{result['task']}: {read}, {result['dtype']}, {result['backend']}; sparsity: {result['sparsity_from']}")
+    print(f"{result['task']}: {read}, {result['dtype']}, {result['backend']}")
     print(f"{'tau':>6}  {'FFN sparsity':>12}" + "".join(f"  {metric:>13} {'95%':<15}" for metric in metrics))
     for point, interval in zip(result["points"], result["intervals"], strict=True):
         tau = "dense" if point["tau"] is None else f"{point['tau']:g}"
