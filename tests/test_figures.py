@@ -65,6 +65,8 @@ def test_fig2_is_the_error_of_the_first_k_experts(family, gate, prunepath_checkp
         assert point["mse"] == pytest.approx(sum(errors) / len(errors), rel=1e-3, abs=1e-9)
     last, middle, first = (series["points"][i]["mse"] for i in (2, 1, 0))
     assert last == 0 < middle < first
+    again = figures("fig2", tmp_path / "again.json", f"again={tmp_path}/fig2.json")
+    assert again["series"] == [series | {"label": "again"}]
 
 
 def test_fig3_has_every_method_and_the_dense_line(prunepath_checkpoint, dense_checkpoint, tmp_path):
@@ -149,6 +151,8 @@ def test_what_is_wrong_is_named(prunepath_checkpoint, dense_checkpoint, text, tm
         ("fig8", [f"Wanda={ours}@0.5"], "@SPARSITY is for"),
         ("fig9", [f"PrunePath={ours}"], "expected results of prunepath bench latency"),
         ("fig2", [f"PrunePath={dense_checkpoint('gpt2')}", *more], "expected a PrunePath checkpoint"),
+        ("fig2", [f"PrunePath={prunepath_checkpoint('gpt2')}"], "expected --text"),
+        ("fig2", [f"PrunePath={ours}"], "ours.json: expected the output of prunepath figures fig2"),
         ("fig2", [f"PrunePath={prunepath_checkpoint('gpt2')}", *more, "--top-k", "9"], "--top-k 9: expected 1 to 8"),
     ):
         capsys.readouterr()

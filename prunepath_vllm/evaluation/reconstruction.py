@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from prunepath_vllm.checkpoint import read_json
 from prunepath_vllm.conversion.calibrate import load_model
 from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.devices import check_device
@@ -120,3 +121,18 @@ def reconstruction(
         expert_size=prunepath.expert_size,
         points=points,
     )
+
+
+def read_reconstruction(path: str | Path) -> dict[str, Any]:
+    """What :func:`reconstruction` returned, from the one series of an earlier figure's data.
+
+    Raises:
+        UsageError: the file holds something else.
+    """
+    content: Any = read_json(Path(path))
+    try:
+        (series,) = content["series"]
+        [(point["k"], point["mse"], point["relative_mse"]) for point in series["points"]]
+    except (KeyError, TypeError, ValueError):
+        raise UsageError(f"{path}: expected the output of prunepath figures fig2 for one checkpoint") from None
+    return dict(series)

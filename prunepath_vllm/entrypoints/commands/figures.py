@@ -9,7 +9,7 @@ from typing import Any
 from prunepath_vllm.errors import UsageError
 
 NAMES = {
-    "fig2": "router reconstruction by top-k: LABEL=CKPT, with --text",
+    "fig2": "router reconstruction by top-k: LABEL=CKPT, with --text, or an earlier output of one",
     "fig3": "NLU, accuracy against sparsity: LABEL=results of `eval`",
     "fig4": "NLG, ROUGE-L or perplexity against sparsity: LABEL=results of `eval`",
     "fig5": "MMLU by tau: LABEL=results of `eval --task mmlu`",
@@ -33,13 +33,13 @@ def add_parser(
     figures = parser.add_subparsers(dest="figure", metavar="NAME", required=True)
     for name, line in NAMES.items():
         one = figures.add_parser(name, parents=parents, help=line, description=line)
-        what = "CKPT" if name == "fig2" else "FILE" if name == "fig9" else "FILE[@SPARSITY][,FILE...]"
+        what = "CKPT|FILE" if name == "fig2" else "FILE" if name == "fig9" else "FILE[@SPARSITY][,FILE...]"
         one.add_argument("series", nargs="+", metavar=f"LABEL={what}", help="a method, named as in the legend")
         one.add_argument(
             "--output", required=True, metavar="FILE.json", help="write the data; the image beside it, .png"
         )
         if name == "fig2":
-            one.add_argument("--text", required=True, metavar="FILE", help="what the model reads")
+            one.add_argument("--text", metavar="FILE", help="what the model reads; needed with CKPT")
             one.add_argument("--top-k", default="1,2,4,8", metavar="LIST", help="(default: %(default)s)")
             one.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="(default: %(default)s)")
             one.add_argument("--context", type=int, metavar="N", help="tokens per sequence (default: 512)")
@@ -88,7 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _reconstructions(args: argparse.Namespace) -> list[dict[str, Any]]:
-    from prunepath_vllm.evaluation.reconstruction import reconstruction
+    from prunepath_vllm.evaluation.reconstruction import read_reconstruction, reconstruction
 
     try:
         counts = [int(count) for count in args.top_k.split(",")]
@@ -99,6 +99,11 @@ def _reconstructions(args: argparse.Namespace) -> list[dict[str, Any]]:
         label, given, path = text.partition("=")
         if not given or not label or not path:
             raise UsageError(f"{text}: expected LABEL=CKPT, the method's name and its checkpoint")
+        if Path(path).is_file():
+            series.append(read_reconstruction(path) | dict(label=label))
+            continue
+        if args.text is None:
+            raise UsageError(f"{text}: expected --text, what the checkpoint is to read")
         options = dict(max_tokens=args.max_tokens, context=args.context, device=args.device)
         series.append(dict(label=label) | reconstruction(path, args.text, counts, **options))
     return series
