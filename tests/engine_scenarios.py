@@ -106,9 +106,10 @@ def graphs():
 
 def preemption():
     """More tokens than the KV cache holds: requests are preempted and recomputed at their own tau."""
-    llm = engine(enforce_eager=True, num_gpu_blocks_override=12, disable_log_stats=False)
+    llm = engine(enforce_eager=True, num_gpu_blocks_override=12, disable_log_stats=False, additional_config=POLICY)
     taus = [TAUS[i % len(TAUS)] for i in range(6)]
-    outputs = llm.generate(PROMPTS[:6], [params(tau, max_tokens=40) for tau in taus], use_tqdm=False)
+    many = [params(tau, max_tokens=OPTIONS.get("max_tokens", 40)) for tau in taus]
+    outputs = llm.generate(PROMPTS[:6], many, use_tqdm=False)
     return {
         "mixed": [row(output, tau) for output, tau in zip(outputs, taus, strict=True)],
         "preemptions": counter(llm, "vllm:num_preemptions"),
@@ -183,7 +184,10 @@ def refusals():
     mine = params(0.5)
     llm.generate([PROMPTS[0]], mine, use_tqdm=False)
     after = llm.generate([PROMPTS[0]], params(0.5), use_tqdm=False)[0].outputs[0].token_ids
-    return {"said": said, "before": list(before), "after": list(after), "mine": mine.extra_args}
+    ranges = {"auto": params("auto"), "range": params({"min": 0.3, "max": 0.5}), "dense": params(1.0)}
+    offline = {name: llm.generate([PROMPTS[0]], one, use_tqdm=False)[0] for name, one in ranges.items()}
+    left = {name: list(output.outputs[0].token_ids) for name, output in offline.items()}
+    return {"said": said, "before": list(before), "after": list(after), "mine": mine.extra_args, "left": left}
 
 
 if __name__ == "__main__":

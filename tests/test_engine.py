@@ -153,4 +153,11 @@ def test_refusals_name_the_parameter_the_value_and_the_range(prunepath_checkpoin
             assert value[:10] in message
             assert "(0, 1.05]" in message
     assert result["after"] == result["before"]
+    # Offline nobody waits: a tau left to the engine is the range's highest, here dense and 0.5.
+    assert result["left"] == {
+        "auto": result["left"]["dense"],
+        "range": result["before"],
+        "dense": result["left"]["dense"],
+    }
+    assert result["left"]["dense"] != result["before"]
     assert result["mine"] == {"tau": 0.5}

@@ -2,10 +2,7 @@
 
 import concurrent.futures
 import json
-import os
 import re
-import subprocess
-import sys
 import time
 from pathlib import Path
 
@@ -15,6 +12,7 @@ import pytest
 import test_server
 from naive import NaiveFFN, load_naive, naive_logits, naive_sparsity
 from prometheus_client.parser import text_string_to_metric_families
+from test_engine import run_engine
 from test_server import BIN, ENDPOINTS, MODEL, PROMPTS, Server, complete
 from tiny_models import build_tokenizer
 
@@ -25,11 +23,14 @@ PREFILL_TAU = 0.5
 BLOCK = 32
 TAUS = (0.4, 0.7, 1.0)
 BOUNDS = {"default_tau": 0.7, "min_tau": 0.4, "max_tau": 1.0, "prefill_tau": PREFILL_TAU, "full_queue": 2}
+COARSE = "tiny-coarse"
 
 
 @pytest.fixture(scope="module")
 def server(serve, prunepath_checkpoint) -> Server:
-    options = ["--additional-config", json.dumps({"prunepath": BOUNDS}), "--enable-prompt-tokens-details"]
+    policy = {**BOUNDS, "default_tau_by_model": {COARSE: 0.5}}
+    options = ["--additional-config", json.dumps({"prunepath": policy}), "--enable-prompt-tokens-details"]
+    options += ["--served-model-name", MODEL, COARSE]
     # Room for 384 tokens in all: several requests at once are preempted and resumed.
     options += ["--block-size", str(BLOCK), "--num-gpu-blocks-override", "12"]
     checkpoint = prunepath_checkpoint("llama", default_tau=0.6, tau_curve=CURVE)
@@ -140,6 +141,19 @@ def test_a_malformed_range_is_http_400_saying_what_was_expected(server, tau, sai
     error = response.json()["error"]
     assert error["param"] == "tau"
     assert said in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("model", "knob", "tau"),
+    [(MODEL, {}, 0.7), (COARSE, {}, 0.5), (COARSE, {"tau": None}, 0.5), (COARSE, {"tau": 0.9}, 0.9)],
+    ids=str,
+)
+def test_every_served_name_has_its_default(server, model, knob, tau):
+    told = {**knob, "prunepath_report": True}
+    answer = server.client.chat.completions.create(
+        model=model, messages=[{"role": "user", "content": "hi"}], max_tokens=2, extra_body=told
+    )
+    assert answer.model_extra["prunepath"]["tau"] == tau
 
 
 def ask_report(server: Server, knob: dict, prompt: list[int], **options):
@@ -306,12 +320,12 @@ def test_info_says_what_is_served_and_what_may_be_asked(server):
     info = httpx.get(f"{server.url}/prunepath/info").json()
     block = json.loads((server.checkpoint / "config.json").read_text())
     experts = block["prunepath_config"]
-    assert info["model"]["served_names"] == [MODEL]
+    assert info["model"]["served_names"] == [MODEL, COARSE]
     assert info["model"]["num_layers"] == block["num_hidden_layers"]
     assert info["model"]["max_model_len"] == 256
     assert {name: experts[name] for name in info["experts"]} == info["experts"]
     assert info["tau_curve"] == CURVE
-    assert info["defaults"] == {"tau": 0.7, "prefill_tau": PREFILL_TAU}
+    assert info["defaults"] == {"tau": 0.7, "tau_by_model": {COARSE: 0.5}, "prefill_tau": PREFILL_TAU}
     limits = info["limits"]
     assert (limits["min_tau"], limits["max_tau"]) == (0.4, 1.0)
     assert (limits["auto_tau"], limits["full_queue"]) == ([0.4, 1.0], 2)
@@ -405,49 +419,10 @@ def test_a_refused_request_that_wanted_a_report_gets_the_refusal(server):
         assert response.json()["error"]["param"] == "tau"
 
 
-PREEMPTED = """
-import json, sys
-sys.argv = ["engine_scenarios.py", "", {checkpoint!r}, "v2"]
-import engine_scenarios as s
-llm = s.engine(enforce_eager=True, num_gpu_blocks_override=12, disable_log_stats=False,
-               additional_config={{"prunepath": {{"prefill_tau": {prefill_tau}}}}})
-taus = [1.0, 0.9, 0.5, 0.3, 0.7, 1.05]
-outputs = llm.generate(s.PROMPTS[:6], [s.params(tau, max_tokens=20) for tau in taus], use_tqdm=False)
-print("RESULT " + json.dumps({{
-    "rows": [s.row(output, tau) for output, tau in zip(outputs, taus)],
-    "preemptions": s.counter(llm, "vllm:num_preemptions"),
-}}))
-"""
-
-
 def test_the_v2_runner_keeps_both_taus_under_preemption_and_chunked_prompts(prunepath_checkpoint, naive):
-    checkpoint = str(prunepath_checkpoint("llama", default_tau=0.6, tau_curve=CURVE))
-    code = PREEMPTED.format(checkpoint=checkpoint, prefill_tau=PREFILL_TAU)
-    path = {"PYTHONPATH": str(Path(__file__).parent), "OMP_NUM_THREADS": "1"}
-    process = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env={**os.environ, **path})
-    assert process.returncode == 0, process.stderr[-3000:]
-    result = json.loads(re.search(r"^RESULT (.*)$", process.stdout, re.MULTILINE).group(1))
+    checkpoint = prunepath_checkpoint("llama", default_tau=0.6, tau_curve=CURVE)
+    result = run_engine("preemption", checkpoint, "v2", policy={"prefill_tau": PREFILL_TAU}, max_tokens=20)
     assert result["preemptions"] > 0
-    for row in result["rows"]:
-        assert row["tokens"][0] == expected(naive, row["prompt"], row["tau"], 20)
-
-
-@pytest.mark.parametrize(
-    ("family", "options", "named"),
-    [
-        ("llama", {"min_tau": 0.8, "max_tau": 0.5}, "min_tau: 0.8 is above max_tau 0.5"),
-        ("llama", {"max_tau": 0.5}, "default_tau: 0.6 (the checkpoint's) is outside [0.0, 0.5]"),
-        ("llama", {"min_tau": 0.5, "default_tau": 0.4}, "default_tau: 0.4 is outside [0.5, 1.05]"),
-        ("llama", {"prefill_tau": "1"}, "prefill_tau must be a number in (0, 1.05], got '1'"),
-        ("roberta", {"prefill_tau": 1.0}, "prefill_tau"),
-        ("llama", {"full_queue": 0}, "full_queue: expected a whole number of requests, at least 1, got 0"),
-        ("llama", {"full_queue": True}, "full_queue: expected a whole number"),
-    ],
-    ids=["crossed", "checkpoint-default", "default", "not-a-number", "pooling", "no-queue", "bool-queue"],
-)
-def test_a_policy_that_makes_no_sense_stops_the_server(prunepath_checkpoint, family, options, named):
-    from vllm.engine.arg_utils import EngineArgs
-
-    checkpoint = prunepath_checkpoint(family, default_tau=0.6)
-    with pytest.raises(ValueError, match=re.escape(named)):
-        EngineArgs(model=str(checkpoint), additional_config={"prunepath": options}).create_engine_config()
+    for row in result["mixed"]:
+        (tokens,) = row["tokens"]
+        assert tokens == greedy(naive, row["prompt"], tokens, row["tau"])

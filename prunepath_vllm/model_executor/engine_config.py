@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from prunepath_vllm.checkpoint import validate_checkpoint
@@ -64,6 +64,7 @@ class ServerOptions:
         min_tau, max_tau: what a request may ask for, both ends included.
         prefill_tau: prompts are computed at this tau whatever their request's, so that they share prefix-cache blocks;
             None computes them at the request's.
+        default_tau_by_model: default_tau of requests by the served name that they ask for; others get default_tau.
         full_queue: waiting requests from which on a request that leaves its tau to the server gets the lowest; as many
             as may run at once unless given.
     """
@@ -73,6 +74,7 @@ class ServerOptions:
     min_tau: float = 0.0
     max_tau: float = MAX_TAU
     prefill_tau: float | None = None
+    default_tau_by_model: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def auto_range(self) -> tuple[float, float]:
@@ -94,23 +96,34 @@ def server_options(vllm_config: VllmConfig) -> ServerOptions:
     given: Any = additional.get("prunepath", {}) if isinstance(additional, dict) else {}
     if not isinstance(given, dict):
         raise ConfigError(f"{where}: expected an object, got {given!r}")
-    known = [field.name for field in fields(ServerOptions)]
+    known = [one.name for one in fields(ServerOptions)]
     if unknown := set(given) - set(known):
         raise ConfigError(f"{where}: unknown key {min(unknown)!r}; expected one of {', '.join(known)}")
     full_queue = given.get("full_queue", vllm_config.scheduler_config.max_num_seqs)
     if isinstance(full_queue, bool) or not isinstance(full_queue, int) or full_queue < 1:
         raise ConfigError(f"{where}.full_queue: expected a whole number of requests, at least 1, got {full_queue!r}")
-    taus = {name: parse_tau(value, f"{where}.{name}") for name, value in given.items() if name != "full_queue"}
+    named = given.get("default_tau_by_model", {})
+    if not isinstance(named, dict):
+        raise ConfigError(f"{where}.default_tau_by_model: expected an object of served names and taus, got {named!r}")
+    named = {name: parse_tau(value, f"{where}.default_tau_by_model.{name}") for name, value in named.items()}
+    taus = {
+        name: parse_tau(value, f"{where}.{name}")
+        for name, value in given.items()
+        if name not in ("full_queue", "default_tau_by_model")
+    }
     defaults = {"default_tau": vllm_config.model_config.hf_config.prunepath.unset_tau}
-    options = ServerOptions(full_queue=full_queue, **{**defaults, **taus})
+    options = ServerOptions(full_queue=full_queue, default_tau_by_model=named, **{**defaults, **taus})
     if options.min_tau > options.max_tau:
         raise ConfigError(f"{where}.min_tau: {options.min_tau} is above max_tau {options.max_tau}")
     source = "" if "default_tau" in given else " (the checkpoint's)"
-    if not options.min_tau <= options.default_tau <= options.max_tau:
-        raise ConfigError(
-            f"{where}.default_tau: {options.default_tau}{source} is "
-            f"outside [{options.min_tau}, {options.max_tau}] (min_tau, max_tau); expected one that requests may ask for"
-        )
+    all_defaults = {"default_tau": (options.default_tau, source)}
+    all_defaults |= {f"default_tau_by_model.{name}": (tau, "") for name, tau in named.items()}
+    for key, (tau, source) in all_defaults.items():
+        if not options.min_tau <= tau <= options.max_tau:
+            raise ConfigError(
+                f"{where}.{key}: {tau}{source} is outside [{options.min_tau}, {options.max_tau}] (min_tau, max_tau); "
+                "expected one that requests may ask for"
+            )
     if options.prefill_tau is not None and vllm_config.model_config.runner_type == "pooling":
         raise ConfigError(f"{where}.prefill_tau: this model is all prompt and generates nothing; expected it unset")
     return options

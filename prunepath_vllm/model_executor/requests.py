@@ -21,7 +21,7 @@ from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from vllm.v1.engine.input_processor import InputProcessor
 
-from prunepath_vllm.errors import TauError
+from prunepath_vllm.errors import ConfigError, TauError
 from prunepath_vllm.model_executor.compat import (
     VLLMValidationError,
     create_error_response,
@@ -123,6 +123,7 @@ def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
 def _with_middleware(init_entrypoints_middleware: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(init_entrypoints_middleware)
     def wrapped(args: Any, app: Any, *rest: Any, **kwargs: Any) -> None:
+        expect_served_names(args)
         init_entrypoints_middleware(args, app, *rest, **kwargs)
         # Innermost: authentication and request identifiers come first.
         app.user_middleware.append(Middleware(KnobMiddleware))
@@ -145,6 +146,8 @@ class KnobMiddleware:
             body, receive = await json_body(scope, receive)
             knob = knob_of_body(body or {})
             if body is not None and (service := app_service(scope["app"])) is not None:
+                if not knob and (tau := service.options.default_tau_by_model.get(str(body.get("model")))) is not None:
+                    knob = {"tau": tau}
                 # For every body: the queue is listened to from the first on.
                 tau = service.tau_of(knob, waiting_requests(scope["app"].state.engine_client))
                 if is_adaptive(knob.get("tau")):  # chosen once, for all prompts and choices of the body
@@ -158,6 +161,24 @@ class KnobMiddleware:
             await self.app(scope, receive, send)
         finally:
             _http_knob.reset(token)
+
+
+def expect_served_names(args: Any) -> None:
+    """Refuse defaults for names that the server does not have: a typing error would go unnoticed.
+
+    Args:
+        args: the server's command line, whose ``additional_config`` :func:`server_options` has checked.
+
+    Raises:
+        ConfigError: names the name.
+    """
+    options = (args.additional_config or {}).get("prunepath", {})
+    served = args.served_model_name or [args.model]
+    if unknown := set(options.get("default_tau_by_model", {})) - set(served):
+        raise ConfigError(
+            f"additional_config.prunepath.default_tau_by_model: {min(unknown)!r} is not served; "
+            f"expected one of {', '.join(served)}"
+        )
 
 
 def app_service(app: Any) -> Service | None:

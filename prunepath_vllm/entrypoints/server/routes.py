@@ -66,7 +66,11 @@ def info(service: Service, vllm_config: VllmConfig, served_names: list[str]) -> 
             "dense_positions": prunepath.dense_positions,
         },
         "tau_curve": prunepath.tau_curve,
-        "defaults": {"tau": options.default_tau, "prefill_tau": options.prefill_tau},
+        "defaults": {
+            "tau": options.default_tau,
+            "tau_by_model": options.default_tau_by_model,
+            "prefill_tau": options.prefill_tau,
+        },
         "limits": {
             "min_tau": options.min_tau,
             "max_tau": options.max_tau,

@@ -1,14 +1,16 @@
-"""How load picks a tau, without a server; test_server_policy.py asks a real one."""
+"""The operator's options without a server: what is refused, and how load picks a tau. test_server_policy.py has one."""
 
+import re
 from types import SimpleNamespace
 
 import pytest
 from vllm.v1.metrics.stats import SchedulerStats
 
 from prunepath_vllm.config import PrunePathConfig
-from prunepath_vllm.errors import TauError
+from prunepath_vllm.errors import ConfigError, TauError
 from prunepath_vllm.model_executor.engine_config import ServerOptions, Service
 from prunepath_vllm.model_executor.load import QueueLength, waiting_requests
+from prunepath_vllm.model_executor.requests import expect_served_names
 
 RANGE = {"min": 0.5, "max": 1.0}
 
@@ -75,3 +77,42 @@ def test_the_queue_is_what_the_schedulers_said_last():
 
 def test_without_statistics_nothing_is_known_to_wait():
     assert waiting_requests(SimpleNamespace(logger_manager=None)) == 0
+
+
+def test_a_default_for_a_name_that_is_not_served_stops_the_server():
+    options = {"prunepath": {"default_tau_by_model": {"fats": 0.5}}}
+    with pytest.raises(ConfigError, match="default_tau_by_model: 'fats' is not served; expected one of fast, best"):
+        expect_served_names(SimpleNamespace(additional_config=options, served_model_name=["fast", "best"], model="m"))
+
+
+@pytest.mark.parametrize(
+    ("family", "options", "named"),
+    [
+        ("llama", {"min_tau": 0.8, "max_tau": 0.5}, "min_tau: 0.8 is above max_tau 0.5"),
+        ("llama", {"max_tau": 0.5}, "default_tau: 0.6 (the checkpoint's) is outside [0.0, 0.5]"),
+        ("llama", {"min_tau": 0.5, "default_tau": 0.4}, "default_tau: 0.4 is outside [0.5, 1.05]"),
+        ("llama", {"prefill_tau": "1"}, "prefill_tau must be a number in (0, 1.05], got '1'"),
+        ("roberta", {"prefill_tau": 1.0}, "prefill_tau"),
+        ("llama", {"min_tau": 0.5, "default_tau_by_model": {"a": 0.4}}, "default_tau_by_model.a: 0.4 is outside [0.5,"),
+        ("llama", {"default_tau_by_model": 0.4}, "default_tau_by_model: expected an object of served names and taus"),
+        ("llama", {"full_queue": 0}, "full_queue: expected a whole number of requests, at least 1, got 0"),
+        ("llama", {"full_queue": True}, "full_queue: expected a whole number"),
+    ],
+    ids=[
+        "crossed",
+        "checkpoint-default",
+        "default",
+        "not-a-number",
+        "pooling",
+        "named-default",
+        "no-names",
+        "no-queue",
+        "bool-queue",
+    ],
+)
+def test_a_policy_that_makes_no_sense_stops_the_server(prunepath_checkpoint, family, options, named):
+    from vllm.engine.arg_utils import EngineArgs
+
+    checkpoint = prunepath_checkpoint(family, default_tau=0.6)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        EngineArgs(model=str(checkpoint), additional_config={"prunepath": options}).create_engine_config()
