@@ -15,7 +15,7 @@ import statistics
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -85,14 +85,10 @@ class Soak:
         async with http.stream("POST", "/v1/completions", json=body(self.model, job, stream=True)) as answer:
             if answer.status_code != 200:
                 raise ValueError(f"HTTP {answer.status_code}: {(await answer.aread())[:200]!r}")
-            async for line in answer.aiter_lines():
-                if not line.startswith("data: "):
-                    continue
-                if line == "data: [DONE]":
-                    break
-                chunk = json.loads(line[6:])
+            async for data in events(answer):
+                chunk = json.loads(data)
                 if "error" in chunk:
-                    raise ValueError(line)
+                    raise ValueError(data)
                 reported |= "prunepath" in chunk
                 for choice in chunk["choices"]:
                     tokens += choice["token_ids"]
@@ -109,6 +105,18 @@ class Soak:
         if reported != job.knob.get("prunepath_report", False):
             raise ValueError(f"report: {reported}: {job}")
         self.finished.append(Job(job.prompt, job.knob, job.max_tokens, tuple(tokens)))
+
+
+async def events(answer: httpx.Response) -> AsyncIterator[bytes]:
+    """The data of a stream's events up to [DONE]; httpx's lines end at U+2028 too, which answers may hold."""
+    pending = b""
+    async for part in answer.aiter_bytes():
+        *lines, pending = (pending + part).split(b"\n")
+        for line in lines:
+            if line == b"data: [DONE]":
+                return
+            if line.startswith(b"data: "):
+                yield line.removeprefix(b"data: ")
 
 
 def body(model: str, job: Job, **more: Any) -> dict[str, Any]:
