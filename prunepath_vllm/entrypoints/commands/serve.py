@@ -1,12 +1,18 @@
 """``prunepath serve``: the engine's OpenAI-compatible server, after the checkpoint has been looked over."""
 
 import argparse
+import functools
 import os
 import sys
 import tempfile
 
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.entrypoints.engine_defaults import set_server_defaults
+
+DRAIN_SECONDS = 10
+"""How long a server that is told to stop goes on with the answers it has begun."""
+CUT_SECONDS = 5
+"""After which their connections are closed."""
 
 
 def add_parser(
@@ -32,8 +38,24 @@ def run(args: argparse.Namespace) -> int:
         # The workers' counters reach the server's /metrics through files; read when prometheus_client is imported.
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics)
         set_server_defaults()
+        _end_streams()
         from vllm.entrypoints.cli.main import main
 
-        sys.argv = ["vllm", "serve", args.checkpoint, *args.engine_args]
+        # Before the user's own: the last one counts.
+        drain = ["--shutdown-timeout", str(DRAIN_SECONDS)]
+        sys.argv = ["vllm", "serve", args.checkpoint, *drain, *args.engine_args]
         main()
     return 0
+
+
+def _end_streams() -> None:
+    """When the server stops, cut the streams that the engine has not finished.
+
+    vLLM 0.32 ends the engine and then waits, for ever, for their connections to close.
+    """
+    from vllm.entrypoints.cli import serve
+
+    from prunepath_vllm.model_executor.compat import expect_parameters
+
+    expect_parameters(serve.run_server, "args", "uvicorn_kwargs")
+    serve.run_server = functools.partial(serve.run_server, timeout_graceful_shutdown=CUT_SECONDS)
