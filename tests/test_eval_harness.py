@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from test_server import MODEL, serve  # noqa: F401
 
 from prunepath_vllm.entrypoints.cli import main
 
@@ -92,7 +93,7 @@ def assert_same(theirs: tuple[dict, list[dict]], ours: tuple[dict, list[dict]]) 
         assert logprobs == pytest.approx(record["logprobs"], abs=1e-2)
 
 
-def test_through_the_engine_at_the_servers_default_tau(folder, ours, prunepath_checkpoint):
+def test_through_the_engine_at_a_default_tau(folder, ours, prunepath_checkpoint):
     arguments = {
         "pretrained": str(prunepath_checkpoint("llama")),
         "dtype": "float32",
@@ -101,3 +102,16 @@ def test_through_the_engine_at_the_servers_default_tau(folder, ours, prunepath_c
         "additional_config": {"prunepath": {"default_tau": TAU}},
     }
     assert_same(harness(folder, "vllm", arguments), ours)
+
+
+def test_against_the_server_at_its_default_tau(folder, ours, prunepath_checkpoint, serve):  # noqa: F811
+    checkpoint = prunepath_checkpoint("llama")
+    server = serve(checkpoint, "--additional-config", json.dumps({"prunepath": {"default_tau": TAU}}))
+    arguments = {
+        "model": MODEL,
+        "base_url": f"{server.url}/v1/completions",
+        "tokenizer": str(checkpoint),
+        "max_length": 256,
+        "num_concurrent": 8,
+    }
+    assert_same(harness(folder, "local-completions", arguments), ours)
