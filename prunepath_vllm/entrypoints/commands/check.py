@@ -98,7 +98,7 @@ def _device() -> str:
 
     if not torch.cuda.is_available():
         return f"CPU only, {torch.get_num_threads()} threads"
-    gpus = {}
+    gpus: dict[str, int] = {}
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
         memory = torch.cuda.get_device_properties(index).total_memory / 2**30
