@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Trainer
 from prunepath_vllm.checkpoint import read_config, read_tensor_index, stream_tensors, validate_checkpoint
 from prunepath_vllm.errors import TrainingError, UsageError
 from prunepath_vllm.modeling import register_auto_classes
+from prunepath_vllm.training import run
 from prunepath_vllm.training.adapter import merge_adapter
 from prunepath_vllm.training.recipe import load_recipe, parse_recipe
 from prunepath_vllm.training.run import train
@@ -308,3 +309,32 @@ def test_another_runs_directory_is_refused(recipe):
 def test_what_does_not_fit_is_named(recipe, changes, message):
     with pytest.raises(UsageError, match=message):
         train(recipe(**changes))
+
+
+def test_a_measurement_that_fails_loses_nothing(recipe, texts, dense_checkpoint, tmp_path, monkeypatch):
+    def fail(*args, **kwargs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(run, "measure", fail)
+    plan = recipe(model=dict(rank=2), schedule=dict(max_steps=2), evaluation=dict(data=str(texts[1]), max_tokens=256))
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(plan)
+    output = Path(plan.output)
+    validate_checkpoint(output / "model", check_values=True)
+    assert (output / "model" / "README.md").exists()
+    merged = merge_adapter(dense_checkpoint("llama"), output / "adapter.safetensors", tmp_path / "merged")
+    assert_same(tensors(merged), tensors(output / "model"))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("rank", [None, 4])
+def test_a_compiled_training_on_the_gpu_ends_with_a_measured_checkpoint(recipe, texts, rank):
+    plan = recipe(
+        model=dict(rank=rank),
+        runtime=dict(device="auto", bf16=True),
+        evaluation=dict(data=str(texts[1]), max_tokens=512, points=1, point_tokens=256),
+    )
+    result = train(plan)
+    assert validate_checkpoint(result, check_values=True).prunepath.tau_curve
+    assert json.loads((result / "quality.json").read_text())["points"][-1]["ffn_sparsity"] == 0

@@ -5,6 +5,7 @@ merge_adapter(dense, adapter) makes the PrunePath checkpoint from it: no cluster
 
 import hashlib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -110,7 +111,10 @@ def save_adapter(
         DENSE_DIGEST: weights_digest(dense),
     }
     destination = Path(destination)
-    save_file(tensors, destination, metadata=metadata)
+    staging = destination.with_name(f"{destination.name}.partial")
+    save_file(tensors, staging, metadata=metadata)
+    staging.chmod((Path(checkpoint) / "config.json").stat().st_mode)  # safetensors writes it private to this user
+    os.replace(staging, destination)
     return destination
 
 

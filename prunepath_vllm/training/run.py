@@ -1,8 +1,9 @@
 """A recipe from start to end: convert, load, train, export, measure. What ``prunepath train`` runs."""
 
+import functools
 import json
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -280,7 +281,7 @@ def held_out_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_tok
 
 
 def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Write the trained model in its starting dtype, measure it, write the card; the directory appears complete."""
+    """Write the trained model in its starting dtype, the directory complete or not at all; then measure it."""
     recipe, model = trainer.recipe, trainer.training.model
     dtype = getattr(torch, str(read_config(start).get("dtype") or read_config(start).get("torch_dtype") or "float32"))
     routing = None
@@ -288,6 +289,7 @@ def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: Pre
         routing = routing_of(recipe, len(recipe.stages) - 1, trainer.block)
         block = PrunePathConfig.parse(trainer.block.to_json() | routing | {"tau_curve": None})
         model.config.prunepath_config = block.to_json()
+    write_adapter: Callable[[], Any] | None = None
     if recipe.model.rank is not None:
         dense = _directory(recipe.model.dense or _source(recipe))
         for parameter in model.parameters():
@@ -295,6 +297,8 @@ def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: Pre
                 parameter.data = parameter.data.bfloat16().float()
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         orders = neuron_order(dense, start)
+        adapter = result.parent / ADAPTER
+        write_adapter = functools.partial(save_adapter, dense, result, orders, trained, destination=adapter)
         merge_low_rank(model.base_model)
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -303,26 +307,27 @@ def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: Pre
         model.save_pretrained(staging)
         tokenizer.save_pretrained(staging)
         save_recipe(recipe, staging)
-        if model.device.type == "cpu":
-            model.float()  # the same weights; many CPUs have no fast bfloat16 product
-        exported = TrainingModel(model.eval())
         if routing is not None:
-            exported.set_routing(**routing)
-        batches = held_out_batches(recipe, tokenizer, recipe.evaluation.max_tokens)
-        points = _measure(exported, batches, routing) if batches else []
-        curve = tau_curve(points) if routing is not None and routing["selection"] == "cumulative_mass" else None
-        if points:
-            measured = dict(data=_data_name(recipe), points=[asdict(point) for point in points])
-            (staging / QUALITY_FILE).write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
-        if routing is not None:
-            config = read_config(staging)
-            config["prunepath_config"]["tau_curve"] = curve
-            (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
             validate_checkpoint(staging, check_values=True)
             write_model_card(staging)
-        if recipe.model.rank is not None:
-            save_adapter(dense, staging, orders, trained, destination=result.parent / ADAPTER)
-            (result.parent / ADAPTER).chmod((staging / "config.json").stat().st_mode)
+    if write_adapter is not None:
+        write_adapter()
+    # From here on nothing can lose the training.
+    if model.device.type == "cpu":
+        model.float()  # the same weights; many CPUs have no fast bfloat16 product
+    exported = TrainingModel(model.eval()).to(model.device)
+    if routing is not None:
+        exported.set_routing(**routing)
+    if not (batches := held_out_batches(recipe, tokenizer, recipe.evaluation.max_tokens)):
+        return
+    points = _measure(exported, batches, routing)
+    measured = dict(data=_data_name(recipe), points=[asdict(point) for point in points])
+    (result / QUALITY_FILE).write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
+    if routing is not None:
+        curve = tau_curve(points) if routing["selection"] == "cumulative_mass" else None
+        rewrite_checkpoint(validate_checkpoint(result), {}, tau_curve=curve)
+    if write_adapter is not None:
+        write_adapter()  # with the curve
 
 
 def _data_name(recipe: Recipe) -> str:
