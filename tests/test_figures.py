@@ -1,6 +1,8 @@
 """`prunepath figures`: each from a tiny checkpoint or its results, end to end; the reconstruction by the equations."""
 
 import json
+import re
+import shlex
 from pathlib import Path
 
 import naive
@@ -10,7 +12,10 @@ from naive import NaiveFFN, load_naive, naive_logits
 from tiny_models import build_tokenizer
 
 from prunepath_vllm.entrypoints.cli import main
+from prunepath_vllm.entrypoints.commands.figures import NAMES
 
+ROOT = Path(__file__).parents[1]
+RESULTS = "benchmarks/results/"
 TEXT = "The quick brown fox jumps over the lazy dog and looks around for more. " * 10
 PNG = b"\x89PNG"
 
@@ -159,3 +164,22 @@ def test_what_is_wrong_is_named(prunepath_checkpoint, dense_checkpoint, text, tm
         assert main(["figures", name, *map(str, series), "--output", str(tmp_path / "out.json")]) == 2
         assert named in capsys.readouterr().err.splitlines()[-1]
         assert not (tmp_path / "out.json").exists()
+
+
+def documented() -> list[list[str]]:
+    """The words after `prunepath figures` of every such command in docs/reproduction.md."""
+    text = (ROOT / "docs/reproduction.md").read_text().replace("\\\n", " ")
+    return [shlex.split(line) for line in re.findall(r"^    prunepath figures (.*)$", text, re.MULTILINE)]
+
+
+def test_every_figure_is_documented():
+    assert {command[0] for command in documented()} == set(NAMES)
+
+
+@pytest.mark.parametrize("command", [one for one in documented() if RESULTS in one[1]], ids=lambda one: one[0])
+def test_documented_figures_are_rebuilt_from_committed_results(command, tmp_path, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    name, *series, option, output = command
+    assert option == "--output"
+    data = figures(name, tmp_path / output, *series)
+    assert {one["label"] for one in data["series"]} == {one.partition("=")[0] for one in series}
