@@ -31,7 +31,8 @@ ENDPOINTS: dict[str, dict[str, Any]] = {
     "/v1/chat/completions": {"messages": [{"role": "user", "content": "a"}], "max_tokens": 2},
     "/v1/responses": {"input": "a", "max_output_tokens": 2},
 }
-KNOBS = ("tau", "sparsity", "prunepath_report")
+REPORT = "prunepath_report"
+KNOBS = ("tau", "sparsity", REPORT)
 COSTS = {"n": 2, "best_of": 2, "max_tokens": 4, "max_completion_tokens": 4, "max_output_tokens": 4, "min_tokens": 2}
 """Numbers in generated bodies are held down to these: this asks whether answers are right, not how many fit in."""
 FASTAPI_REFUSAL = '{"detail":"There was an error parsing the body"}'
@@ -154,8 +155,8 @@ def knobs(draw: st.DrawFn) -> str:
     if draw(st.integers(0, 2)) == 0:
         number = st.floats(0, 0.99, exclude_min=True).map(repr)
         name = draw(st.sampled_from(KNOBS))
-        text = f'"{name}": {draw(number if name != KNOBS[2] else st.sampled_from(["true", "false"]))}'
-        return text if name == KNOBS[2] or draw(st.booleans()) else f'"vllm_xargs": {{{text}}}'
+        text = f'"{name}": {draw(number if name != REPORT else st.sampled_from(["true", "false"]))}'
+        return text if name == REPORT or draw(st.booleans()) else f'"vllm_xargs": {{{text}}}'
     member = st.builds(lambda name, value: f'"{name}": {value}', st.sampled_from(KNOBS), values())
     members = draw(st.lists(member, min_size=1, max_size=3))
     place = draw(st.sampled_from(["top", "nested", "both", "odd"]))

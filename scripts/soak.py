@@ -210,7 +210,7 @@ def compare_metrics(soak: Soak, before: Counter[str], after: Counter[str]) -> li
 def soak_server(
     url: str, pid: int, *, clients: int, seconds: float, abort: float = 0.2, samples: int = 1000, progress: bool = True
 ) -> dict[str, Any]:
-    """Soak the server at `url` and return the summary; every list in it must be empty.
+    """Soak the server at `url` and return the summary; ``wrong``, ``errors`` and ``metrics`` must be empty.
 
     Args:
         url: the server's.

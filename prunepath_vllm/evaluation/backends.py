@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+from transformers import GenerationConfig
 
 from prunepath_vllm.checkpoint import CheckpointSummary, read_config, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
@@ -164,11 +165,14 @@ class TransformersBackend:
     def generate(self, prompts: Sequence[list[int]], tau: float | None, new_tokens: int) -> list[Answer]:
         """See :class:`Backend`. One prompt at a time: padding on the left would move positions."""
         options = {} if tau is None else {"tau": tau}
+        # Greedy and nothing else: a checkpoint's own penalties are not the engine's either.
+        own = self.model.generation_config
+        greedy = GenerationConfig(eos_token_id=own.eos_token_id, pad_token_id=own.pad_token_id, do_sample=False)
         answers = []
         for prompt in prompts:
             ids = torch.tensor([prompt], device=self.model.device)
             written = self.model.generate(
-                ids, attention_mask=torch.ones_like(ids), max_new_tokens=new_tokens, do_sample=False, **options
+                ids, attention_mask=torch.ones_like(ids), generation_config=greedy, max_new_tokens=new_tokens, **options
             )[0, len(prompt) :].tolist()
             (counted,) = self.loglikelihood([Request(prompt, written)], tau)
             tokens = tuple(written[:-1] if written[-1] in _eos(self.model.generation_config) else written)
@@ -238,7 +242,7 @@ class VllmBackend:
         for members in groups.values():
             last = sorted({requests[i].continuation[-1] for i in members})
             # The engine computes anew, without its prefix cache, what prompt_logprobs asks for.
-            inner = 0 if len(requests[members[0]].continuation) > 1 else None
+            inner = 0 if any(len(requests[i].continuation) > 1 for i in members) else None
             options.append(dict(max_tokens=1, logprob_token_ids=last, prompt_logprobs=inner))
         answers: dict[int, Answer] = {}
         for members, (output, cost) in zip(
@@ -273,12 +277,19 @@ class VllmBackend:
     ) -> list[tuple[Any, dict[str, Any]]]:
         from vllm import SamplingParams
 
+        from prunepath_vllm.model_executor.counts import MAX_REPORTS
+
         params = [
             SamplingParams(temperature=0, extra_args=self._extra(tau, i), detokenize=False, **one)
             for i, one in enumerate(options)
         ]
-        outputs = self.llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
-        return [(output, self._cost(tau, i)) for i, output in enumerate(outputs)]
+        results: list[tuple[Any, dict[str, Any]]] = []
+        for start in range(0, len(prompts), MAX_REPORTS):  # as many as the workers keep reports of
+            part = slice(start, start + MAX_REPORTS)
+            given = [{"prompt_token_ids": prompt} for prompt in prompts[part]]
+            outputs = self.llm.generate(given, params[part], use_tqdm=False)
+            results += [(output, self._cost(tau, start + i)) for i, output in enumerate(outputs)]
+        return results
 
     def _extra(self, tau: float | None, i: int) -> dict[str, Any]:
         """What the i-th request of a call says to our layers; nothing to a dense model."""

@@ -12,6 +12,7 @@ from transformers import AutoTokenizer
 
 from prunepath_vllm import __version__
 from prunepath_vllm.conversion.text import read_sequences
+from prunepath_vllm.entrypoints.engine_defaults import runs_on_cpu
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.evaluation import tasks
 from prunepath_vllm.evaluation.backends import Answer, Backend, Checkpoint, TransformersBackend, VllmBackend
@@ -39,7 +40,7 @@ class Run:
         dense: a dense checkpoint to measure first, with transformers.
         limit: how many items; None takes all.
         options: of the task.
-        device: of transformers, "cpu" or "cuda".
+        device: of transformers, "cpu" or "cuda"; the engine has its own.
         journal: file that results are appended to and read back from; None keeps none.
 
     Raises:
@@ -67,6 +68,8 @@ class Run:
         self.checkpoint, self.name, self.dense, self.device = checkpoint, name, dense, device
         self.task: Task = TASKS[name]
         self.backend = backend
+        if backend == "vllm":  # the engine chooses for itself
+            self.device = "cpu" if runs_on_cpu() else "cuda"
         self.taus: list[float | None] = [None] if checkpoint.prunepath is None else list(dict.fromkeys(taus))
         options = options or Options()
         self._check(options)
@@ -83,6 +86,7 @@ class Run:
                 checkpoint=_fingerprint(checkpoint),
                 dense=dense and _fingerprint(dense),
                 backend=backend,
+                device=self.device,
                 items=hashlib.sha256(repr(self.items).encode()).hexdigest(),
                 shard=self.size,
             ),
@@ -115,8 +119,8 @@ class Run:
             self.facts["data"] = data.name
             return self.task.load(data, options)
         # The engine needs room for the token that it always generates.
-        room = self.checkpoint.context(default=CONTEXT + 1) - (self.backend == "vllm")
-        length = self.checkpoint.context(options.context or min(CONTEXT, room))
+        room = self.checkpoint.context() - (self.backend == "vllm")
+        length = self.checkpoint.context(min(CONTEXT, room) if options.context is None else options.context)
         if length > room and self.backend == "vllm":
             raise UsageError(f"context: {length}; expected at most {room} with the engine")
         text = tasks.data_file(data, tasks.WIKITEXT_FILES)

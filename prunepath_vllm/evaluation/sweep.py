@@ -140,7 +140,7 @@ def write_to_checkpoint(run: Run, result: Mapping[str, Any]) -> None:
         }
         for point in points
     ]
-    if quality[0]["perplexity"] is not None or quality[0]["accuracy"] is not None:
+    if run.task.metrics[0] in ("perplexity", "accuracy"):  # what the card shows is what was swept
         chosen = {name: result["recommended"][name] for name in ("tau", "ffn_sparsity", "loss")}
         data = str(result.get("text") or result["task"])
         content = dict(data=data, points=quality, max_loss=result["max_loss"], recommended=chosen)

@@ -1,6 +1,7 @@
-"""Everything this package takes from inside vLLM beyond its documented interfaces. Read in vLLM 0.32.0.
+"""What several modules take from inside vLLM beyond its documented interfaces, and how signatures are checked.
 
-One place, so that an engine that has moved is noticed here, at start-up and by name, not as wrong output later.
+Read in vLLM 0.32.0. One place, so that an engine that has moved is noticed here, at start-up and by name, not as wrong
+output later.
 """
 
 import inspect

@@ -190,7 +190,7 @@ class _StepCounters:
     def __init__(self, prunepath: PrunePathConfig) -> None:
         self.curve = sparsity_curve(prunepath)
         self.last_step: tuple[bytes, bytes] | None = None
-        self.step_tokens, self.step_inactive = 0, 0.0
+        self.step_tokens, self.step_inactive, self.step_dense = 0, 0.0, False
         self.tokens, self.inactive, self.steps = 0, 0.0, [0, 0]
 
     def add(self, taus: np.ndarray, scheduled: np.ndarray) -> None:

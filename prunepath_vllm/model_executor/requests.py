@@ -45,7 +45,7 @@ _services: WeakKeyDictionary[InputProcessor, Service | None] = WeakKeyDictionary
 _BODY = "prunepath.body"
 """Key of an ASGI scope: its JSON body, parsed."""
 
-_API_SERVER = "vllm.entrypoints.launchers.app"
+API_SERVER = "vllm.entrypoints.launchers.app"
 
 
 class TauRequestError(VLLMValidationError, ValueError):
@@ -66,9 +66,9 @@ def install_request_hooks() -> None:
     expect_scheduler_stats()
     wrap_once(InputProcessor, "process_inputs", _with_tau)
     # The API server imports its launcher before it reads any model's configuration; elsewhere there is no HTTP.
-    if _API_SERVER in sys.modules:
-        expect_parameters(sys.modules[_API_SERVER].init_entrypoints_middleware, "args", "app")
-        wrap_once(sys.modules[_API_SERVER], "init_entrypoints_middleware", _with_middleware)
+    if API_SERVER in sys.modules:
+        expect_parameters(sys.modules[API_SERVER].init_entrypoints_middleware, "args", "app")
+        wrap_once(sys.modules[API_SERVER], "init_entrypoints_middleware", _with_middleware)
 
 
 def observe_admissions(observer: Observer) -> None:

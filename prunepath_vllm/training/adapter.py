@@ -106,7 +106,6 @@ def save_adapter(
         tensors[ORDER.format(family.ffn.format(layer))] = order.to(kind)
     metadata = {
         "format": "pt",
-        "model_type": config["model_type"],
         METADATA: json.dumps(config["prunepath_config"]),
         DENSE_DIGEST: weights_digest(dense),
     }
@@ -133,7 +132,11 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], PrunePathConfig, 
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
     if METADATA not in metadata:
         raise CheckpointError(f"{path}: no {METADATA!r} in its metadata; expected an adapter")
-    block = PrunePathConfig.parse(json.loads(metadata[METADATA]), where=f"{path}: metadata")
+    try:
+        content = json.loads(metadata[METADATA])
+    except ValueError as error:
+        raise CheckpointError(f"{path}: {METADATA!r} in its metadata is no JSON ({error})") from None
+    block = PrunePathConfig.parse(content, where=f"{path}: metadata")
     return tensors, block, metadata.get(DENSE_DIGEST)
 
 
@@ -191,7 +194,11 @@ def _ordered(
     dense: Path, family: Family, layer: int, tensors: Mapping[str, Tensor], known: tuple[str, ...]
 ) -> dict[str, Tensor]:
     """One layer's dense feed-forward tensors, neurons in the adapter's order."""
-    order = _wanted(tensors, ORDER.format(family.ffn.format(layer))).long()
+    name = ORDER.format(family.ffn.format(layer))
+    order = _wanted(tensors, name).long()
+    neurons = family.intermediate_size(read_config(dense))
+    if not torch.equal(order.sort().values, torch.arange(neurons)):
+        raise CheckpointError(f"adapter: {name}: expected every neuron from 0 to {neurons - 1} once")
     result: dict[str, Tensor] = {}
     for name in family.inputs(layer):
         weight = _read(dense, family, f"{name}.weight")

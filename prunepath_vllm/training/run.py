@@ -3,8 +3,7 @@
 import functools
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -71,7 +70,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     output = Path(recipe.output)
     last = next(reversed(checkpoints(output)), None) if resume else None
     processes = PartialState(cpu=recipe.runtime.device == "cpu")
-    with _main_first(processes):
+    with processes.main_process_first():
         if processes.is_main_process:
             _prepare_output(output, resume=resume)
             save_recipe(recipe, output)
@@ -99,7 +98,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         teacher_share=recipe.distillation.share if recipe.distillation else 0.0,
         compiled=compiled,
     )
-    with _main_first(processes):
+    with processes.main_process_first():
         data = load_training_data(recipe.data, tokenizer, pad_to_length=compiled)
     per_step = recipe.batch.sequences * processes.num_processes
     if len(data) < per_step:  # type: ignore[arg-type]
@@ -110,17 +109,10 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     trainer.add_callback(Reports(trainer, held_out_batches(recipe, tokenizer, wanted) if wanted else []))
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     result = output / RESULT
-    with _main_first(processes):
+    with processes.main_process_first():
         if processes.is_main_process:
             _export(trainer, start, result, tokenizer)
     return result
-
-
-@contextmanager
-def _main_first(processes: Any) -> Iterator[None]:
-    """The main process runs the block first, the others when it is done."""
-    with processes.main_process_first():
-        yield
 
 
 def _prepare_output(output: Path, *, resume: bool) -> None:
@@ -226,9 +218,7 @@ def load_model(recipe: Recipe, start: Path, tokenizer: PreTrainedTokenizerBase) 
 
     register_auto_classes()
     family = _family(start)
-    task_class = (
-        "AutoModelForSequenceClassification" if recipe.data.task == "classification" else "AutoModelForCausalLM"
-    )
+    task_class = _task_class(recipe)
     if family.auto_class != task_class:
         raise UsageError(f"data.task: {recipe.data.task!r}, but {start} is a {family.architecture}")
     options: dict[str, Any] = {}

@@ -15,6 +15,7 @@ from prunepath_vllm.families import FAMILIES
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pydantic", "numpy")
 _SETTINGS = ("VLLM_", "PRUNEPATH_", "CUDA_VISIBLE", "TRITON_", "TORCH_", "OMP_NUM_THREADS", "PROMETHEUS_MULTIPROC")
 """Beginnings of the names of environment variables that change what the engine does."""
+_NOT_INSTALLED = "not installed as a package: vLLM cannot find the plugin"
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "URL", "HOST")
 """A variable with one of these in its name is reported as set; its value is nobody's business."""
 
@@ -35,6 +36,7 @@ def run(args: argparse.Namespace) -> int:
     facts = {"prunepath-vllm": f"{__version__}, {_installation()}", "python": platform.python_version()}
     facts |= {name: _version(name) for name in _PACKAGES}
     engine, serves = _engine()
+    serves &= facts["prunepath-vllm"] != f"{__version__}, {_NOT_INSTALLED}"
     facts |= {"engine": engine, "system": _system(), "device": _device(), "kernels": _kernels()}
     if serves:
         facts["architectures"] = _architectures()
@@ -59,7 +61,7 @@ def _installation() -> str:
     try:
         origin = json.loads(distribution("prunepath-vllm").read_text("direct_url.json") or "{}")
     except PackageNotFoundError:
-        return "not installed as a package: vLLM cannot find the plugin"
+        return _NOT_INSTALLED
     return "editable" if origin.get("dir_info", {}).get("editable") else "installed"
 
 
@@ -82,15 +84,17 @@ def _engine() -> tuple[str, bool]:
 
     if find_spec("vllm") is None:
         return "vLLM is not installed: conversion, training and transformers work, serving does not", False
-    import vllm
-
     try:
-        plugin.register()
-    except PrunePathError as error:
-        return str(error), False
-    from vllm.platforms import current_platform
+        import vllm
+        from vllm.platforms import current_platform
 
-    return f"vLLM {vllm.__version__} on {current_platform.device_type}, plugin registered", True
+        plugin.register()
+    except (PrunePathError, ImportError) as error:
+        return " ".join(str(error).split()), False
+    device = current_platform.device_type
+    if device not in ("cpu", "cuda"):
+        return f"vLLM {vllm.__version__} on {device or 'no device'}; expected cpu or cuda", False
+    return f"vLLM {vllm.__version__} on {device}, plugin registered", True
 
 
 def _device() -> str:

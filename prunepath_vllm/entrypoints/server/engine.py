@@ -12,7 +12,6 @@ from prunepath_vllm.model_executor.engine_config import PREFILL_KEY, PrunePathEn
 from prunepath_vllm.tau import DENSE_TAU
 
 _MARK = "_prunepath_server"
-_API_SERVER = "vllm.entrypoints.launchers.app"
 _BLOCK_HASHES = "vllm.v1.core.kv_cache_utils"
 
 
@@ -27,12 +26,12 @@ class ServedEngineConfig(PrunePathEngineConfig):
         # Not at the top: the plugin loads this module in every process, the front end has its own.
         from prunepath_vllm.entrypoints.server.metrics import count_request
         from prunepath_vllm.entrypoints.server.report import fill_report
-        from prunepath_vllm.model_executor.requests import observe_admissions
+        from prunepath_vllm.model_executor.requests import API_SERVER, observe_admissions
 
         observe_admissions(count_request)
         observe_admissions(fill_report)
         # The API server imports its launcher before it reads any model's configuration; elsewhere there is no HTTP.
-        if app := sys.modules.get(_API_SERVER):
+        if app := sys.modules.get(API_SERVER):
             wrap_once(app, "init_entrypoints_middleware", _with_routes, _MARK)
         if server_options(vllm_config).prefill_tau is not None:
             import vllm.v1.core.kv_cache_utils  # noqa: F401  this process may be the engine core too

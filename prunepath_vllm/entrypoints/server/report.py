@@ -131,7 +131,7 @@ class _Reporter:
         self.kind = ""
         self.pending = b""
         self.chunk: dict[str, Any] = {}
-        """The stream's last chunk: what an added one must agree with."""
+        """The stream's first chunk: what an added one must agree with."""
 
     async def __call__(self, message: Message) -> None:
         if message["type"] == "http.response.start":
