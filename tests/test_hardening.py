@@ -70,8 +70,9 @@ class Stream(threading.Thread):
     def run(self) -> None:
         body = {"model": MODEL, "prompt": "a", "n": 4, "max_tokens": 250, "ignore_eos": True, "tau": self.tau}
         try:
+            # verify: making a TLS context takes longer than an answer, and there is no TLS.
             with httpx.stream(
-                "POST", f"{self.url}/v1/completions", json=body | {"stream": True}, timeout=BOUND
+                "POST", f"{self.url}/v1/completions", json=body | {"stream": True}, timeout=BOUND, verify=False
             ) as answer:
                 for part in answer.iter_bytes():
                     self.received += part
@@ -130,11 +131,12 @@ def still_running(family: list[psutil.Process]) -> list[psutil.Process]:
 
 def test_requests_hear_of_a_killed_engine_and_nothing_stays_behind(server, right):
     process = process_of(server)
+    # Known before the streams begin: looking for it takes as long as several of them.
+    family = [process, *process.children(recursive=True)]
+    engine = next(child for child in family if "EngineCore" in " ".join(child.cmdline()))
     begun = threading.Event()
     streams = [Stream(server, tau, begun) for tau in TAUS * 6]  # six times as many choices as run at once
     assert begun.wait(BOUND)
-    family = [process, *process.children(recursive=True)]
-    engine = next(child for child in family if "EngineCore" in " ".join(child.cmdline()))
     engine.kill()
     killed = time.monotonic()
     unhealthy = None
@@ -149,7 +151,7 @@ def test_requests_hear_of_a_killed_engine_and_nothing_stays_behind(server, right
         stream.join(BOUND)
         assert not stream.is_alive()
     cut = [stream for stream in streams if not stream.finished]
-    assert cut  # how many is a matter of speed
+    assert len(cut) >= 8
     for stream in cut:
         assert stream.broken or b'"error"' in stream.received, stream.received[-500:]
     assert not still_running(family)

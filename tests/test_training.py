@@ -181,10 +181,10 @@ def test_divergence_stops_the_run(recipe, lr):
 
 
 def test_the_clock_ends_a_run_annealed(recipe):
-    plan = recipe(schedule=dict(max_steps=None, max_minutes=0.05), runtime=dict(log_steps=1))
+    plan = recipe(schedule=dict(max_steps=None, max_minutes=0.15), runtime=dict(log_steps=1))
     train(plan)
     rates = logs(plan.output, "learning_rate")
-    assert rates[-1] < 0.3 * max(rates)  # steps are few and far between on a busy machine
+    assert rates[-1] < 0.1 * max(rates)
     assert logs(plan.output, "progress")[-1] == 1
     assert logs(plan.output, "minutes")[-1] < 0.2
 
