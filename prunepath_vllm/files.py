@@ -1,8 +1,8 @@
-"""Directories that appear complete or not at all."""
+"""Directories and files that appear complete or not at all."""
 
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -36,6 +36,20 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def replace_file(path: Path, write: Callable[[Path], object], *, like: Path) -> None:
+    """Put a new file at `path`, never through what is there: that may be a link to another checkpoint's file.
+
+    Args:
+        path: of the file; there or not.
+        write: called with the path to write first.
+        like: file whose permissions the new one gets; safetensors writes its own private to this user.
+    """
+    new = path.with_name(f".{path.name}.new")
+    write(new)
+    new.chmod(like.stat().st_mode)
+    os.replace(new, path)
 
 
 def replace_directory(target: Path, new: Path) -> None:

@@ -8,13 +8,15 @@ Reads what a training leaves in quality.json, or what ``prunepath eval --task wi
 
 import argparse
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 from prunepath_vllm.checkpoint import read_json
 from prunepath_vllm.errors import PrunePathError, UsageError
+from prunepath_vllm.evaluation.figures import read_share, split_label
+from prunepath_vllm.evaluation.plots import new_figure, save_figure
 
 SPARSITIES = (0.3, 0.5, 0.6, 0.7, 0.8, 0.9)
 Curve = list[tuple[float, float]]
@@ -50,12 +52,7 @@ def read_models(files: str) -> Curve:
         path, _, given = entry.partition("@")
         sparsity, perplexity = read_curve(path)[-1]
         if given:
-            try:
-                sparsity = float(given)
-            except ValueError:
-                sparsity = math.nan
-            if not 0 <= sparsity < 1:
-                raise UsageError(f"{entry}: sparsity {given}; expected a number in [0, 1)")
+            sparsity = read_share(entry, given)
         curve.append((sparsity, perplexity))
     return sorted(curve)
 
@@ -84,29 +81,13 @@ def plot(curves: Mapping[str, Curve], dense: tuple[str, float], path: str) -> No
     Raises:
         UsageError: matplotlib is missing, or cannot write that format.
     """
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise UsageError("matplotlib is not installed; expected prunepath-vllm[eval]") from None
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
-    axes = figure.add_subplot()
+    figure, (axes,) = new_figure()
     axes.axhline(dense[1], linestyle="--", color="gray", label=dense[0])
     for label, curve in curves.items():
         axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, label=label)
     axes.set(xlabel="FFN sparsity", ylabel="perplexity", yscale="log", xlim=(0, 1))
     axes.legend()
-    try:
-        figure.savefig(path, dpi=150)
-    except ValueError as error:
-        raise UsageError(f"--plot {path}: {error}") from None
-
-
-def _labelled(entries: Iterable[str]) -> Iterable[tuple[str, str]]:
-    for entry in entries:
-        label, equals, value = entry.partition("=")
-        if not label or not equals or not value:
-            raise UsageError(f"{entry}: expected LABEL=FILE")
-        yield label, value
+    save_figure(figure, path)
 
 
 def run(argv: Sequence[str] | None = None) -> None:
@@ -120,12 +101,12 @@ def run(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--table", metavar="FILE", help="write the table here as well")
     parser.add_argument("--plot", metavar="FILE", help="write the figure (.png, .pdf, .svg)")
     args = parser.parse_args(argv)
-    ((label, file),) = _labelled([args.dense])
+    label, file = split_label(args.dense)
     sparsity, dense = read_curve(file)[0]
     if sparsity != 0:
         raise UsageError(f"--dense {file}: FFN sparsity {sparsity:g}; expected a dense model's, 0")
-    curves = {name: read_curve(path) for name, path in _labelled(args.curve)}
-    curves |= {name: read_models(files) for name, files in _labelled(args.models)}
+    curves = {name: read_curve(path) for name, path in map(split_label, args.curve)}
+    curves |= {name: read_models(files) for name, files in map(split_label, args.models)}
     text = f"Perplexity (ratio to {label}'s {dense:.4g}) by FFN sparsity:\n\n{table(curves, dense)}\n"
     print(text)
     if args.table:

@@ -1,5 +1,6 @@
 """Change some tensors and the ``prunepath_config`` of a checkpoint directory, all or nothing."""
 
+import functools
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ from torch import Tensor
 from prunepath_vllm.checkpoint import INDEX_FILE, CheckpointSummary, read_json, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.conversion.model_card import CARD_FILE, write_model_card
-from prunepath_vllm.files import replace_directory
+from prunepath_vllm.files import replace_directory, replace_file
 
 
 def rewrite_checkpoint(summary: CheckpointSummary, tensors: Mapping[str, Tensor | None], **fields: Any) -> None:
@@ -69,7 +70,8 @@ def _write_tensors(summary: CheckpointSummary, staging: Path, tensors: Mapping[s
             else:
                 dtype = shard[name if name in shard else f"{name.removesuffix('.bias')}.weight"].dtype
                 shard[name] = value.detach().to("cpu", dtype).contiguous()
-        _replace(staging / file, lambda path, shard=shard: save_file(shard, path, metadata={"format": "pt"}))
+        save = functools.partial(save_file, shard, metadata={"format": "pt"})
+        replace_file(staging / file, save, like=staging / file)
     if (staging / INDEX_FILE).exists():
         index = read_json(staging / INDEX_FILE)
         for name, value in tensors.items():
@@ -81,12 +83,5 @@ def _write_tensors(summary: CheckpointSummary, staging: Path, tensors: Mapping[s
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    _replace(path, lambda new: new.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8"))
-
-
-def _replace(path: Path, write: Any) -> None:
-    """Write a new file over `path`, never through it: it may be a link to the old checkpoint's file."""
-    new = path.with_name(path.name + ".new")
-    write(new)
-    new.chmod(path.stat().st_mode)
-    os.replace(new, path)
+    text = json.dumps(content, indent=2) + "\n"
+    replace_file(path, lambda new: new.write_text(text, encoding="utf-8"), like=path)

@@ -11,7 +11,7 @@ from typing import Any
 
 from prunepath_vllm.checkpoint import read_json
 from prunepath_vllm.errors import UsageError
-from prunepath_vllm.evaluation.plots import new_figure, save_figure
+from prunepath_vllm.evaluation.plots import draw_points, new_figure, save_figure
 from prunepath_vllm.evaluation.tasks import TASKS
 
 
@@ -53,9 +53,7 @@ def read_series(argument: str) -> dict[str, Any]:
     Raises:
         UsageError: no label, no such file, a file of another kind, or a sparsity that does not fit.
     """
-    label, given, files = argument.partition("=")
-    if not given or not label or not files:
-        raise UsageError(f"{argument}: expected LABEL=FILE, the method's name and its results")
+    label, files = split_label(argument)
     points: list[dict[str, Any]] = []
     for entry in files.split(","):
         name, _, sparsity = entry.partition("@")
@@ -63,7 +61,7 @@ def read_series(argument: str) -> dict[str, Any]:
         if sparsity:
             if len(found) != 1 or found[0]["tau"] is not None:
                 raise UsageError(f"{entry}: @SPARSITY is for a file with one point, of a dense model")
-            found[0] |= dict(ffn_sparsity=_share(entry, sparsity), pruned=True)
+            found[0] |= dict(ffn_sparsity=read_share(entry, sparsity), pruned=True)
         points += found
     return dict(label=label, points=points)
 
@@ -95,7 +93,24 @@ def _read_points(path: Path) -> list[dict[str, Any]]:
         raise UsageError(f"{path}: expected results of prunepath eval, sweep or train") from None
 
 
-def _share(entry: str, text: str) -> float:
+def split_label(argument: str, expected: str = "LABEL=FILE, the method's name and its results") -> tuple[str, str]:
+    """The two sides of LABEL=FILE.
+
+    Raises:
+        UsageError: one is missing; says what was `expected`.
+    """
+    label, _, value = argument.partition("=")
+    if not label or not value:
+        raise UsageError(f"{argument}: expected {expected}")
+    return label, value
+
+
+def read_share(entry: str, text: str) -> float:
+    """The sparsity behind an entry's @.
+
+    Raises:
+        UsageError: it is none; names the entry.
+    """
     try:
         share = float(text)
     except ValueError:
@@ -130,31 +145,13 @@ def quality_figure(name: str, series: Sequence[Mapping[str, Any]], image: str | 
     drawing, panels = new_figure(len(tasks))
     for axes, task in zip(panels, tasks, strict=True):
         for one in series:
-            _draw_series(axes, one["label"], [p for p in one["points"] if p["task"] == task], taus=figure.taus)
+            draw_points(axes, [p for p in one["points"] if p["task"] == task], one["label"], taus=figure.taus)
         metric = next(p["metric"] for one in series for p in one["points"] if p["task"] == task)
         axes.set(xlabel="FFN sparsity", ylabel=metric, title=task)
         axes.legend()
     drawing.suptitle(figure.title)
     save_figure(drawing, image)
     return dict(figure=name, title=figure.title, series=list(series))
-
-
-def _draw_series(axes: Any, label: str, points: Sequence[Mapping[str, Any]], *, taus: bool) -> None:
-    dense = [point for point in points if point["tau"] is None and not point.get("pruned")]
-    for point in dense:
-        name = label if len(points) == len(dense) else "dense"
-        axes.axhline(point["value"], linestyle="--", color="gray", label=name)
-    line = sorted((point for point in points if point not in dense), key=lambda point: point["ffn_sparsity"])
-    if not line:
-        return
-    x, y = [point["ffn_sparsity"] for point in line], [point["value"] for point in line]
-    low = [max(0.0, point["value"] - (point["value"] if point["low"] is None else point["low"])) for point in line]
-    high = [max(0.0, (point["value"] if point["high"] is None else point["high"]) - point["value"]) for point in line]
-    axes.errorbar(x, y, yerr=[low, high], marker="o", capsize=3, label=label)
-    for point in line:
-        if taus and point["tau"] is not None:
-            place = (point["ffn_sparsity"], point["value"])
-            axes.annotate(f"{point['tau']:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=7)
 
 
 def reconstruction_figure(series: Sequence[Mapping[str, Any]], image: str | Path) -> dict[str, Any]:
@@ -180,9 +177,7 @@ def read_latency(argument: str) -> list[dict[str, Any]]:
     Raises:
         UsageError: no label, no such file, or a file of another kind.
     """
-    label, given, name = argument.partition("=")
-    if not given or not label or not name:
-        raise UsageError(f"{argument}: expected LABEL=FILE, the method's name and its results")
+    label, name = split_label(argument)
     if not Path(name).is_file():
         raise UsageError(f"{name}: no such file; expected results of prunepath bench latency")
     content: Any = read_json(Path(name))

@@ -45,29 +45,45 @@ def plot_points(result: Mapping[str, Any], metric: str, path: str | Path) -> Non
         UsageError: matplotlib is missing, or cannot write that format.
     """
     figure, (axes,) = new_figure()
-    draw_points(axes, result, metric, "PrunePath, by tau")
+    points = [
+        dict(tau=point["tau"], ffn_sparsity=point["ffn_sparsity"], value=point[metric], low=low, high=high)
+        for point, (low, high) in (
+            (p, one[metric]) for p, one in zip(result["points"], result["intervals"], strict=True)
+        )
+    ]
+    sparse = any(point["tau"] is not None for point in points)
+    draw_points(axes, points, "PrunePath, by tau" if sparse else "dense", taus=True)
     axes.set(xlabel="FFN sparsity", ylabel=metric, title=f"{result['checkpoint']}: {result['task']}")
     axes.legend()
     save_figure(figure, path)
 
 
-def draw_points(axes: Any, result: Mapping[str, Any], metric: str, label: str) -> None:
-    """Draw one result's points on `axes`: a line labelled `label`, each point with its tau; dense is horizontal."""
-    sparse = []
-    for point, interval in zip(result["points"], result["intervals"], strict=True):
-        if point["tau"] is None:
-            axes.axhline(point[metric], linestyle="--", color="gray", label="dense")
-        else:
-            sparse.append((point["ffn_sparsity"], point[metric], *interval[metric], point["tau"]))
-    if not sparse:
+def draw_points(axes: Any, points: Sequence[Mapping[str, Any]], label: str, *, taus: bool) -> None:
+    """Draw one method's points on `axes`, with their intervals; a dense model is a horizontal line.
+
+    Args:
+        axes: matplotlib's.
+        points: tau (None: dense), ffn_sparsity, value, low and high (None: no interval); "pruned" where a dense one
+            has a place on the line.
+        label: in the legend.
+        taus: write each point's tau beside it.
+    """
+    dense = [point for point in points if point["tau"] is None and not point.get("pruned")]
+    for point in dense:
+        name = label if len(points) == len(dense) else "dense"
+        axes.axhline(point["value"], linestyle="--", color="gray", label=name)
+    line = sorted((point for point in points if point not in dense), key=lambda point: point["ffn_sparsity"])
+    if not line:
         return
-    x, y, low, high, taus = map(list, zip(*sorted(sparse), strict=True))
+    x, y = [point["ffn_sparsity"] for point in line], [point["value"] for point in line]
     # The percentile interval of a skewed statistic may leave its value outside.
-    below = [max(0.0, value - edge) for value, edge in zip(y, low, strict=True)]
-    above = [max(0.0, edge - value) for value, edge in zip(y, high, strict=True)]
-    axes.errorbar(x, y, yerr=[below, above], marker="o", capsize=3, label=label)
-    for sparsity, value, tau in zip(x, y, taus, strict=True):
-        axes.annotate(f"{tau:g}", (sparsity, value), textcoords="offset points", xytext=(4, 4), fontsize=7)
+    low = [max(0.0, point["value"] - (point["value"] if point["low"] is None else point["low"])) for point in line]
+    high = [max(0.0, (point["value"] if point["high"] is None else point["high"]) - point["value"]) for point in line]
+    axes.errorbar(x, y, yerr=[low, high], marker="o", capsize=3, label=label)
+    for point in line:
+        if taus and point["tau"] is not None:
+            place = (point["ffn_sparsity"], point["value"])
+            axes.annotate(f"{point['tau']:g}", place, textcoords="offset points", xytext=(4, 4), fontsize=7)
 
 
 def plot_sweep(result: Mapping[str, Any], metric: str, path: str | Path) -> None:

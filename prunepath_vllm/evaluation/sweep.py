@@ -15,6 +15,7 @@ from prunepath_vllm.entrypoints.engine_defaults import runs_on_cpu
 from prunepath_vllm.errors import PrunePathError, UsageError
 from prunepath_vllm.evaluation.plots import pareto_front
 from prunepath_vllm.evaluation.runner import Run
+from prunepath_vllm.files import replace_file
 from prunepath_vllm.tau import DENSE_TAU, level_curve
 
 LOWER_IS_BETTER = ("perplexity",)
@@ -145,15 +146,11 @@ def write_to_checkpoint(run: Run, result: Mapping[str, Any]) -> None:
         data = str(result.get("text") or result["task"])
         content = dict(data=data, points=quality, max_loss=result["max_loss"], recommended=chosen)
         # The card shows it only beside the curve that was measured with it: a crash in between hides it.
-        _replace(summary.path / QUALITY_FILE, json.dumps(content, indent=2) + "\n")
+        text = json.dumps(content, indent=2) + "\n"
+        card = summary.path / QUALITY_FILE
+        replace_file(card, lambda new: new.write_text(text, encoding="utf-8"), like=summary.path / "config.json")
     curve = level_curve((point["tau"], point["ffn_sparsity"]) for point in points)
     rewrite_checkpoint(summary, {}, tau_curve=curve)
-
-
-def _replace(path: Path, text: str) -> None:
-    new = path.with_name(f".{path.name}.new")
-    new.write_text(text, encoding="utf-8")
-    new.replace(path)
 
 
 def parse_loss(text: str) -> float:

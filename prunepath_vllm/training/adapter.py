@@ -3,9 +3,9 @@
 merge_adapter(dense, adapter) makes the PrunePath checkpoint from it: no clustering, calibration or training.
 """
 
+import functools
 import hashlib
 import json
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from prunepath_vllm.conversion.convert import convert
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.errors import CheckpointError, UsageError
 from prunepath_vllm.families import Family, family_of
-from prunepath_vllm.files import new_directory
+from prunepath_vllm.files import new_directory, replace_file
 
 ORDER = "{}.neuron_order"
 """Name of a layer's permutation, over the layer's feed-forward module: int16 (int32 beyond 32767 neurons) [F]."""
@@ -110,10 +110,8 @@ def save_adapter(
         DENSE_DIGEST: weights_digest(dense),
     }
     destination = Path(destination)
-    staging = destination.with_name(f"{destination.name}.partial")
-    save_file(tensors, staging, metadata=metadata)
-    staging.chmod((Path(checkpoint) / "config.json").stat().st_mode)  # safetensors writes it private to this user
-    os.replace(staging, destination)
+    save = functools.partial(save_file, tensors, metadata=metadata)
+    replace_file(destination, save, like=Path(checkpoint) / "config.json")
     return destination
 
 

@@ -84,7 +84,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         tokenizer.pad_token = tokenizer.eos_token
     set_seed(recipe.seed)
     model = load_model(recipe, start, tokenizer)
-    on_gpu = recipe.runtime.device == "auto" and torch.cuda.is_available()
+    on_gpu = _on_gpu(recipe)
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # the routers' products; TF32 holds bfloat16 inputs exactly
     compiled = recipe.runtime.compile and on_gpu
@@ -164,6 +164,10 @@ def _make_dense(recipe: Recipe, destination: Path) -> None:
         tokenizer.save_pretrained(staging)
 
 
+def _on_gpu(recipe: Recipe) -> bool:
+    return recipe.runtime.device == "auto" and torch.cuda.is_available()
+
+
 def _task_class(recipe: Recipe) -> str:
     classification = recipe.data.task == "classification"
     return "AutoModelForSequenceClassification" if classification else "AutoModelForCausalLM"
@@ -171,7 +175,7 @@ def _task_class(recipe: Recipe) -> str:
 
 def _convert(recipe: Recipe, options: Conversion, destination: Path) -> None:
     """The starting checkpoint; appears complete or not at all."""
-    device = "cuda" if recipe.runtime.device == "auto" and torch.cuda.is_available() else "cpu"
+    device = "cuda" if _on_gpu(recipe) else "cpu"
     calibrated = options.router == "calibrated"
     if (calibrated or options.split == "coactivation") and options.text is None:
         raise UsageError("model.convert.text: null; expected a text file for calibrated routers or co-activation")
@@ -273,7 +277,8 @@ def held_out_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_tok
 def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write the trained model in its starting dtype, the directory complete or not at all; then measure it."""
     recipe, model = trainer.recipe, trainer.training.model
-    dtype = getattr(torch, str(read_config(start).get("dtype") or read_config(start).get("torch_dtype") or "float32"))
+    config = read_config(start)
+    dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
     routing = None
     if trainer.block is not None:
         routing = routing_of(recipe, len(recipe.stages) - 1, trainer.block)

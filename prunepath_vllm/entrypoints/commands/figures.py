@@ -88,6 +88,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _reconstructions(args: argparse.Namespace) -> list[dict[str, Any]]:
+    from prunepath_vllm.evaluation.figures import split_label
     from prunepath_vllm.evaluation.reconstruction import read_reconstruction, reconstruction
 
     try:
@@ -96,9 +97,7 @@ def _reconstructions(args: argparse.Namespace) -> list[dict[str, Any]]:
         raise UsageError(f"--top-k {args.top_k}: expected whole numbers separated by commas") from None
     series = []
     for text in args.series:
-        label, given, path = text.partition("=")
-        if not given or not label or not path:
-            raise UsageError(f"{text}: expected LABEL=CKPT, the method's name and its checkpoint")
+        label, path = split_label(text, "LABEL=CKPT, the method's name and its checkpoint")
         if Path(path).is_file():
             series.append(read_reconstruction(path) | dict(label=label))
             continue
