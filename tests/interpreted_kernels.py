@@ -288,10 +288,12 @@ def test_takes_the_weights_of_the_cpu(path):
 def check_layer(path: str, x: Tensor, tau: Tensor, router: Tensor, bias: Tensor | None, weights: Weights) -> None:
     for gate in ("sigmoid", "none"):
         rule = dict(selection="cumulative_mass", threshold=None, gate=gate)
-        y = routed_ffn(x, tau, router, bias, weights, **rule, tuning=NO_TUNING[path])
+        read = torch.tensor([5], dtype=torch.int32)
+        y = routed_ffn(x, tau, router, bias, weights, **rule, tuning=NO_TUNING[path], experts_read=read)
         gates = reference.expert_weights(reference.router_logits(x, router, bias), tau, **rule)
         assert y.dtype == x.dtype
         assert error(y, reference_ffn(x, gates, weights)) < TOLERANCE[x.dtype]
+        assert read.item() - 5 == (gates.shape[1] if path == "dense" else (gates != 0).any(0).sum())
 
 
 @pytest.mark.parametrize("num_experts", [12, 592])

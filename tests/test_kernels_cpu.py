@@ -46,7 +46,10 @@ def test_every_share_equals_the_experts_one_by_one(glu, bias, activation, taus, 
     tau = torch.tensor(taus)
     routing = dict(selection="cumulative_mass", threshold=None, gate=gate)
     scale = reference.expert_weights(reference.router_logits(x, router), tau, **routing)
-    y = cpu.routed_ffn(x, tau, router, None, w, gather=gather, **routing)
+    read = torch.tensor([5], dtype=torch.int32)
+    y = cpu.routed_ffn(x, tau, router, None, w, gather=gather, experts_read=read, **routing)
+    touched = int((scale != 0).any(0).sum())
+    assert read.item() - 5 == (touched if gather and touched < cpu.GATHER_BELOW * EXPERTS else EXPERTS)
     torch.testing.assert_close(y, expected(x, scale, w), atol=1e-5, rtol=1e-5)
 
 

@@ -89,14 +89,15 @@ def test_pick_is_never_much_slower_than_dense():
 
 
 def test_host_dense_skips_routing(monkeypatch):
-    """All tokens dense and no gate: no router, and every expert counted."""
+    """All tokens dense and no gate: no router, and every expert counted and read."""
     monkeypatch.setattr(ffn, "dense_ffn", lambda x, weights: x + 1)
     weights = Weights(torch.empty(0), None, torch.empty(0), None, "silu", True)
-    counts = torch.tensor([1, 2], dtype=torch.int32)
+    counts, read = torch.tensor([1, 2], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
     x = torch.zeros(2, 16)
     y = ffn.routed_ffn(
         x, torch.ones(2), torch.zeros(5, 16), None, weights, selection="cumulative_mass", threshold=None, gate="none",
-        tuning=TABLE, active_counts=counts, host_dense=True,
+        tuning=TABLE, active_counts=counts, experts_read=read, host_dense=True,
     )  # fmt: skip
     assert torch.equal(y, x + 1)
     assert counts.tolist() == [6, 7]
+    assert read.tolist() == [8]

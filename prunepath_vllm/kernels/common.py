@@ -47,7 +47,9 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
-def take_share(flags, experts, pid, num_programs, E: tl.constexpr, BLOCK_E: tl.constexpr, UNITS: tl.constexpr):
+def take_share(
+    flags, experts, experts_read, pid, num_programs, E: tl.constexpr, BLOCK_E: tl.constexpr, UNITS: tl.constexpr
+):
     """Number the flagged experts in ascending order and give this program its share of their units of work.
 
     Every program does the same scan.
@@ -56,6 +58,7 @@ def take_share(flags, experts, pid, num_programs, E: tl.constexpr, BLOCK_E: tl.c
         flags: int32 [E], nonzero for the experts to list.
         experts: int32 [E + 1], written: the listed experts in this program's share. Neighbours that share an expert
             write the same value. Program 0 also writes the number of listed experts to experts[E].
+        experts_read: int32 [1] or None; program 0 adds the number of listed experts.
         UNITS: units of work an expert is cut into.
 
     Returns:
@@ -70,6 +73,8 @@ def take_share(flags, experts, pid, num_programs, E: tl.constexpr, BLOCK_E: tl.c
     mine = (flag != 0) & (position >= begin // UNITS) & (position * UNITS < end)
     tl.store(experts + position, index, mask=mine)
     tl.store(experts + E, count, mask=pid == 0)
+    if experts_read is not None:
+        tl.atomic_add(experts_read, count, mask=pid == 0, sem="relaxed")
     tl.debug_barrier()  # the list is read back by other threads of this program
     return begin, end
 

@@ -41,6 +41,7 @@ def routed_ffn(
     dense_out: Callable[[Tensor], Tensor] | None = None,
     gather: bool = True,
     active_counts: Tensor | None = None,
+    experts_read: Tensor | None = None,
 ) -> Tensor:
     """Eq. 7-10 in PyTorch: route every token, run its experts, add the output bias once.
 
@@ -58,6 +59,7 @@ def routed_ffn(
         gather: look at the values to skip what they allow; False never reads a value on the host, so that the function
             may be captured in a CUDA graph.
         active_counts: int32 [T] or None; each token's number of active experts is added to it.
+        experts_read: int32 [1] or None; the number of experts whose weights are read is added to it.
 
     Returns:
         [T, H] in the dtype of `x`.
@@ -71,12 +73,16 @@ def routed_ffn(
             active_counts += active.sum(dim=1, dtype=torch.int32)
         if gather:
             touched = active.any(dim=0).nonzero().squeeze(-1)
-            if touched.numel() == 0:  # threshold selection may choose nothing
-                return _add_bias(torch.zeros_like(x), weights.b_out)
             if touched.numel() < GATHER_BELOW * scale.shape[1]:
+                if experts_read is not None:
+                    experts_read += touched.numel()
+                if touched.numel() == 0:  # threshold selection may choose nothing
+                    return _add_bias(torch.zeros_like(x), weights.b_out)
                 return _add_bias(_gathered(x, scale, touched, weights), weights.b_out)
     elif active_counts is not None:
         active_counts += router_weight.shape[0]
+    if experts_read is not None:
+        experts_read += router_weight.shape[0]
 
     pre = F.linear(x, weights.w_in, weights.b_in) if dense_in is None else dense_in(x)
     h = _neurons(pre, weights)

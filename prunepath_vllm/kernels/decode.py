@@ -61,9 +61,9 @@ class DownConfig:
 
 @triton.jit
 def fused_decode_kernel(
-    x, w_in, b_in, w_out_t, gates, flags, experts, partial, E: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
-    GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr,
-    R: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    x, w_in, b_in, w_out_t, gates, flags, experts, experts_read, partial, E: tl.constexpr, D: tl.constexpr,
+    H: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_H: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: partial [programs, H] = sum over this program's neurons of gate * act(w_in x) * w_out."""
     pid, num_programs = tl.program_id(0), tl.num_programs(0)
@@ -71,7 +71,7 @@ def fused_decode_kernel(
     in_h = (cols < H)[None, :]
     STEPS: tl.constexpr = D // R
     wait_for_previous(PDL)
-    begin, end = take_share(flags, experts, pid, num_programs, E, BLOCK_E, STEPS)
+    begin, end = take_share(flags, experts, experts_read, pid, num_programs, E, BLOCK_E, STEPS)
     xv = tl.load(x + cols, mask=cols < H, other=0.0).to(tl.float32)[None, :]
     acc = tl.zeros([BLOCK_H], dtype=tl.float32)
     for unit in tl.range(begin, end, num_stages=STAGES):
@@ -98,16 +98,16 @@ def fused_decode_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def up_kernel(
-    x, w_in, b_in, gates, flags, experts, neurons, num_tokens, E: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
-    GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr,
-    R: tl.constexpr, BLOCK_K: tl.constexpr, GRAIN: tl.constexpr, PDL: tl.constexpr,
+    x, w_in, b_in, gates, flags, experts, experts_read, neurons, num_tokens, E: tl.constexpr, D: tl.constexpr,
+    H: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_T: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr, GRAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Several tokens: neurons [T, F], row r of the listed experts' rows in column r, multiplied by its gate."""
     pid, num_programs = tl.program_id(0), tl.num_programs(0)
     tokens = tl.arange(0, BLOCK_T)
     in_t = tokens < num_tokens
     wait_for_previous(PDL)
-    begin, end = take_share(flags, experts, pid, num_programs, E, BLOCK_E, D // GRAIN)
+    begin, end = take_share(flags, experts, experts_read, pid, num_programs, E, BLOCK_E, D // GRAIN)
     for r0 in range(begin * GRAIN, end * GRAIN, R):
         row = r0 + tl.arange(0, R)
         in_r = row < end * GRAIN
@@ -193,9 +193,14 @@ def reduce_kernel(
 
 
 def fused_partials(
-    x: Tensor, weights: Weights, routing: Routing, config: FusedConfig, pdl: int | None = None
+    x: Tensor,
+    weights: Weights,
+    routing: Routing,
+    config: FusedConfig,
+    pdl: int | None = None,
+    experts_read: Tensor | None = None,
 ) -> Tensor:
-    """One token's output as float32 partial sums [programs, 1, H]. x: [1, H]."""
+    """One token's output as float32 partial sums [programs, 1, H]. x: [1, H]. experts_read: see :func:`up`."""
     hidden = x.shape[1]
     num_experts = routing.gates.shape[1]
     expert_size = weights.w_out_t.shape[0] // num_experts
@@ -204,8 +209,8 @@ def fused_partials(
     experts = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
     partial = torch.empty(programs, 1, hidden, dtype=torch.float32, device=x.device)
     fused_decode_kernel[(programs,)](
-        x, weights.w_in, weights.b_in, weights.w_out_t, routing.gates, routing.flags, experts, partial,
-        num_experts, expert_size, hidden, GLU=weights.glu, BIAS=weights.b_in is not None,
+        x, weights.w_in, weights.b_in, weights.w_out_t, routing.gates, routing.flags, experts, experts_read,
+        partial, num_experts, expert_size, hidden, GLU=weights.glu, BIAS=weights.b_in is not None,
         ACTIVATION=ACTIVATIONS[weights.activation], BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK_H=triton.next_power_of_2(hidden), R=min(config.rows, expert_size), STAGES=config.num_stages, PDL=pdl,
         num_warps=config.num_warps, **launch_options(pdl),
@@ -214,9 +219,14 @@ def fused_partials(
 
 
 def up(
-    x: Tensor, weights: Weights, routing: Routing, config: UpConfig, pdl: int | None = None
+    x: Tensor,
+    weights: Weights,
+    routing: Routing,
+    config: UpConfig,
+    pdl: int | None = None,
+    experts_read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The listed experts' neurons, gated.
+    """The listed experts' neurons, gated. Their number is added to experts_read, int32 [1] or None.
 
     Returns:
         neurons [T, F] in x's dtype, whose column r is the r-th row of the listed experts (the rest is not written), and
@@ -230,8 +240,8 @@ def up(
     experts = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
     neurons = torch.empty(num_tokens, num_neurons, dtype=x.dtype, device=x.device)
     up_kernel[(num_sms(x.device) * config.programs_per_sm,)](
-        x, weights.w_in, weights.b_in, routing.gates, routing.flags, experts, neurons, num_tokens,
-        num_experts, expert_size, hidden, GLU=weights.glu, BIAS=weights.b_in is not None,
+        x, weights.w_in, weights.b_in, routing.gates, routing.flags, experts, experts_read, neurons,
+        num_tokens, num_experts, expert_size, hidden, GLU=weights.glu, BIAS=weights.b_in is not None,
         ACTIVATION=ACTIVATIONS[weights.activation], BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK_T=block_t(num_tokens), R=config.rows, BLOCK_K=config.block_k, GRAIN=min(8, expert_size), PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(pdl),

@@ -18,7 +18,7 @@ from prunepath_vllm.kernels.weights import Weights
 
 @triton.jit
 def gated_activation_kernel(
-    pre, gates, out, F: tl.constexpr, E: tl.constexpr, GLU: tl.constexpr, GATED: tl.constexpr,
+    pre, gates, out, experts_read, F: tl.constexpr, E: tl.constexpr, GLU: tl.constexpr, GATED: tl.constexpr,
     ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [T, F] = gate of the neuron's expert * act(pre[:, :F]) (* pre[:, F:] for a GLU)."""
@@ -33,15 +33,22 @@ def gated_activation_kernel(
         gate = tl.load(gates + token * E + i // (F // E), mask=mask, other=0.0)
         h = tl.where(gate != 0.0, h * gate, 0.0)
     tl.store(out + token * F + i, h, mask=mask)
+    if experts_read is not None:
+        tl.atomic_add(experts_read, E, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0), sem="relaxed")
 
 
-def gated_activation(pre: Tensor, weights: Weights, gates: Tensor | None = None) -> Tensor:
-    """Neurons [T, F] of the first linear's output `pre` [T, F or 2 F], multiplied by their experts' gates [T, E]."""
+def gated_activation(
+    pre: Tensor, weights: Weights, gates: Tensor | None = None, experts_read: Tensor | None = None
+) -> Tensor:
+    """Neurons [T, F] of the first linear's output `pre` [T, F or 2 F], multiplied by their experts' gates [T, E].
+
+    experts_read: int32 [1] or None, with gates; E is added to it.
+    """
     num_tokens, num_neurons = pre.shape[0], weights.w_out_t.shape[0]
     neurons = torch.empty(num_tokens, num_neurons, dtype=pre.dtype, device=pre.device)
     block = 1024
     gated_activation_kernel[(num_tokens, triton.cdiv(num_neurons, block))](
-        pre, gates, neurons, num_neurons, 1 if gates is None else gates.shape[1], GLU=weights.glu,
+        pre, gates, neurons, experts_read, num_neurons, 1 if gates is None else gates.shape[1], GLU=weights.glu,
         GATED=gates is not None, ACTIVATION=ACTIVATIONS[weights.activation], BLOCK=block, num_warps=4,
     )  # fmt: skip
     return neurons
@@ -61,10 +68,17 @@ def dense_ffn(x: Tensor, weights: Weights, gates: Tensor | None = None) -> Tenso
     return second_linear(gated_activation(F.linear(x, weights.w_in, weights.b_in), weights, gates), weights)
 
 
-def routed_dense_ffn(x: Tensor, weights: Weights, route: Callable[[], Tensor]) -> Tensor:
-    """:func:`dense_ffn` with the gates that `route` returns, found on a second stream during the first linear."""
+def routed_dense_ffn(
+    x: Tensor, weights: Weights, route: Callable[[], Tensor], experts_read: Tensor | None = None
+) -> Tensor:
+    """:func:`dense_ffn` with the gates that `route` returns, found on a second stream during the first linear.
+
+    experts_read: int32 [1] or None; E is added to it.
+    """
     if x.device.type != "cuda":
-        return dense_ffn(x, weights, route())
+        return second_linear(
+            gated_activation(F.linear(x, weights.w_in, weights.b_in), weights, route(), experts_read), weights
+        )
     main, side = torch.cuda.current_stream(x.device), side_stream(x.device)
     # The side stream's memory needs no record_stream: its next user waits for all that the main stream does here.
     side.wait_stream(main)
@@ -72,7 +86,7 @@ def routed_dense_ffn(x: Tensor, weights: Weights, route: Callable[[], Tensor]) -
         gates = route()
     pre = F.linear(x, weights.w_in, weights.b_in)
     main.wait_stream(side)
-    return second_linear(gated_activation(pre, weights, gates), weights)
+    return second_linear(gated_activation(pre, weights, gates, experts_read), weights)
 
 
 def second_linear(neurons: Tensor, weights: Weights) -> Tensor:

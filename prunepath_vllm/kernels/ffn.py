@@ -166,6 +166,7 @@ def routed_ffn(
     gate: str,
     tuning: Tuning,
     active_counts: Tensor | None = None,
+    experts_read: Tensor | None = None,
     host_dense: bool = False,
 ) -> Tensor:
     """Eq. 7-10 for a batch whose tokens each have a tau.
@@ -184,6 +185,8 @@ def routed_ffn(
         gate: "sigmoid" or "none".
         tuning: from :func:`load_tuning`.
         active_counts: int32 [T] or None; each token's number of active experts is added to it.
+        experts_read: int32 [1] or None; the number of experts whose weights the batch reads is added to it: those that
+            some token uses, or all where a dense path computes them.
         host_dense: whether the host knows that every tau is >= 1; not to be set under graph capture.
 
     Returns:
@@ -192,6 +195,8 @@ def routed_ffn(
     if host_dense and gate == "none":
         if active_counts is not None:
             active_counts.add_(tau > 0, alpha=router_weight.shape[0])  # none at a padding row
+        if experts_read is not None:
+            experts_read.add_(router_weight.shape[0])
         return dense_ffn(x, weights)
     if x.dtype == torch.float32 and x.is_cuda:
         tuning = FLOAT32
@@ -200,13 +205,13 @@ def routed_ffn(
     pdl = min(choice.pdl, 2 * default_pdl(x.device))
     find_routing = functools.partial(route, x, tau, router_weight, router_bias, **rule, config=choice.router)
     if choice.path == "dense" or host_dense:
-        return routed_dense_ffn(x, weights, lambda: find_routing(want_flags=False, pdl=0).gates)
+        return routed_dense_ffn(x, weights, lambda: find_routing(want_flags=False, pdl=0).gates, experts_read)
     if choice.path == "grouped":
-        return grouped_ffn(x, weights, find_routing(want_flags=False, pdl=0), choice.grouped)
+        return grouped_ffn(x, weights, find_routing(want_flags=False, pdl=0), choice.grouped, experts_read)
     routing = find_routing(pdl=pdl)
     if choice.path == "fused":
-        partial = fused_partials(x, weights, routing, choice.fused, pdl)
+        partial = fused_partials(x, weights, routing, choice.fused, pdl, experts_read)
     else:
-        neurons, experts = up(x, weights, routing, choice.up, pdl)
+        neurons, experts = up(x, weights, routing, choice.up, pdl, experts_read)
         partial = down_partials(neurons, experts, weights, choice.down, pdl)
     return reduce_partials(partial, weights.b_out, x.dtype, pdl)

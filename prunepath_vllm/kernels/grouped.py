@@ -33,7 +33,7 @@ class GroupedConfig:
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def list_tokens_kernel(
-    gates, tokens, counts, num_tokens, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
+    gates, tokens, counts, experts_read, num_tokens, E: tl.constexpr, BLOCK_T: tl.constexpr, BLOCK_E: tl.constexpr
 ):
     """tokens int32 [E, T]: each expert's tokens in ascending order; counts int32 [E]."""
     e = tl.program_id(0) * BLOCK_E + tl.arange(0, BLOCK_E)
@@ -55,7 +55,10 @@ def list_tokens_kernel(
         mask=flag != 0,
     )
     last = chunk == tl.num_programs(1) - 1
-    tl.store(counts + e, before + tl.sum(flag, axis=0), mask=(e < E) & last)
+    count = before + tl.sum(flag, axis=0)
+    tl.store(counts + e, count, mask=(e < E) & last)
+    if experts_read is not None:
+        tl.atomic_add(experts_read, tl.sum((count > 0).to(tl.int32), axis=0), mask=last, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_tokens", "tiles"])
@@ -102,7 +105,9 @@ def grouped_up_kernel(
         tl.store(out, h * gate[:, None], mask=(m < count)[:, None] & (d < D)[None, :])
 
 
-def grouped_neurons(x: Tensor, weights: Weights, routing: Routing, config: GroupedConfig) -> Tensor:
+def grouped_neurons(
+    x: Tensor, weights: Weights, routing: Routing, config: GroupedConfig, experts_read: Tensor | None = None
+) -> Tensor:
     """Gated neurons [T, F] in x's dtype, zero where a token does not use the neuron's expert. x: [T, H]."""
     num_tokens, hidden = x.shape
     num_neurons = weights.w_out_t.shape[0]
@@ -113,8 +118,9 @@ def grouped_neurons(x: Tensor, weights: Weights, routing: Routing, config: Group
     counts = torch.empty(num_experts, dtype=torch.int32, device=x.device)
     chunk, experts_per_program = 512, 8
     list_tokens_kernel[(triton.cdiv(num_experts, experts_per_program), triton.cdiv(num_tokens, chunk))](
-        routing.gates, tokens, counts, num_tokens, num_experts, BLOCK_T=chunk, BLOCK_E=experts_per_program, num_warps=4
-    )
+        routing.gates, tokens, counts, experts_read, num_tokens, num_experts, BLOCK_T=chunk,
+        BLOCK_E=experts_per_program, num_warps=4,
+    )  # fmt: skip
     tiles = triton.cdiv(num_tokens, config.block_m)
     grouped_up_kernel[(num_experts * tiles,)](
         x, weights.w_in, weights.b_in, routing.gates, tokens, counts, neurons, num_tokens, tiles,
@@ -126,6 +132,11 @@ def grouped_neurons(x: Tensor, weights: Weights, routing: Routing, config: Group
     return neurons
 
 
-def grouped_ffn(x: Tensor, weights: Weights, routing: Routing, config: GroupedConfig) -> Tensor:
-    """Eq. 10 for x [T, H], given its routing: [T, H] in x's dtype."""
-    return second_linear(grouped_neurons(x, weights, routing, config), weights)
+def grouped_ffn(
+    x: Tensor, weights: Weights, routing: Routing, config: GroupedConfig, experts_read: Tensor | None = None
+) -> Tensor:
+    """Eq. 10 for x [T, H], given its routing: [T, H] in x's dtype.
+
+    The number of experts with a token is added to experts_read, int32 [1] or None.
+    """
+    return second_linear(grouped_neurons(x, weights, routing, config, experts_read), weights)
