@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from prunepath_vllm.modeling import register_auto_classes
+from prunepath_vllm.modeling.routing import through_selection
 from prunepath_vllm.training import head, losses
 from prunepath_vllm.training.model import TrainingModel
 
@@ -120,13 +121,27 @@ def test_labels_are_shifted_by_one():
     assert head.shifted(torch.tensor([[5, 6, 7], [8, 9, 4]])).tolist() == [6, 7, -100, 9, 4, -100]
 
 
-def gradients(checkpoint, *, terms, gate, tau):
+def test_gradient_through_selection_is_the_sigmoids_about_the_cut():
+    logits = torch.tensor([[2.0, -1.0, 0.5, 1.5], [0.3, 0.1, 0.2, 0.0]], requires_grad=True)
+    active = torch.tensor([[True, False, False, True], [True] * 4])
+    zeros = through_selection(logits, active)
+    assert not zeros.any()
+    effect = torch.tensor([[1.0, 2.0, -3.0, 4.0], [1.0, 1.0, 1.0, 1.0]])
+    (zeros * effect).sum().backward()
+    cut = (1.5 + 0.5) / 2
+    for expert in range(4):
+        s = 1 / (1 + math.exp(cut - logits[0, expert].item()))
+        assert logits.grad[0, expert].item() == pytest.approx(effect[0, expert].item() * s * (1 - s), rel=1e-5)
+    assert not logits.grad[1].any()  # every expert: nothing to choose
+
+
+def gradients(checkpoint, *, terms, gate, tau, straight_through=0.0):
     """Norms of the gradients that reach the routers and everything else."""
     register_auto_classes()
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).train()
     training = TrainingModel(model)
     training.set_terms(terms, threshold=0.5)
-    training.set_routing(selection="cumulative_mass", gate=gate, threshold=None)
+    training.set_routing(selection="cumulative_mass", gate=gate, threshold=None, straight_through=straight_through)
     tokens = torch.randint(4, 300, (2, 16), generator=torch.Generator().manual_seed(3))
     training(tokens, tokens, tau=tau)["loss"].backward()
     routers = [p.grad for name, p in model.named_parameters() if ".router." in name]
@@ -138,6 +153,16 @@ def test_the_task_loss_reaches_no_router_without_gates(prunepath_checkpoint):
     routers, others = gradients(prunepath_checkpoint("llama"), terms={}, gate="none", tau=0.6)
     assert all(gradient is None or not gradient.any() for gradient in routers)
     assert all(gradient is not None and gradient.any() for gradient in others)
+
+
+def test_straight_through_the_task_loss_reaches_routers_and_moves_nothing_else(prunepath_checkpoint):
+    checkpoint = prunepath_checkpoint("llama")
+    routers, others = gradients(checkpoint, terms={}, gate="none", tau=0.6, straight_through=1.0)
+    assert all(gradient is not None and gradient.any() for gradient in routers)
+    dense, _ = gradients(checkpoint, terms={}, gate="none", tau=1.0, straight_through=1.0)
+    assert not any(gradient.any() for gradient in dense)
+    _, plain = gradients(checkpoint, terms={}, gate="none", tau=0.6)
+    torch.testing.assert_close(others[-1], plain[-1])  # above every router, whose zeros change no output
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.6])

@@ -288,7 +288,7 @@ def test_bad_data_is_named(tmp_path, tokenizer, name, content, message):
 # The compiled step
 
 
-def one_step(checkpoint, family, *, compiled, rank=None, checkpointing=False):
+def one_step(checkpoint, family, *, compiled, rank=None, checkpointing=False, straight_through=0.0):
     """(loss, gradient norms, graphs compiled) of a step with mixed taus, in bfloat16 autocast."""
     torch._dynamo.reset()
     register_auto_classes()
@@ -304,6 +304,8 @@ def one_step(checkpoint, family, *, compiled, rank=None, checkpointing=False):
         model.gradient_checkpointing_enable({"use_reentrant": False})
     training = TrainingModel(model)
     training.set_terms(dict(contribution=0.1, entropy=1e-3, balance=1e-3), threshold=None)
+    for router in training.routers:
+        router.straight_through = straight_through
     backend = CompileCounterWithBackend("aot_eager")
     if compiled:
         for module in model.modules():
@@ -320,7 +322,7 @@ def one_step(checkpoint, family, *, compiled, rank=None, checkpointing=False):
     return output["loss"].detach(), norms, backend.frame_count
 
 
-@pytest.mark.parametrize("options", [{}, dict(rank=4), dict(checkpointing=True)], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(rank=4), dict(checkpointing=True), dict(straight_through=0.5)], ids=str)
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_layers_compile_whole_and_once(prunepath_checkpoint, family, options):
     checkpoint = prunepath_checkpoint(family, dense_positions=1)

@@ -69,10 +69,11 @@ class TrainingModel(nn.Module):
             observer.wanted = frozenset(name for name in TERMS if weights.get(name))
             observer.threshold = observer.threshold if threshold is None else threshold
 
-    def set_routing(self, *, selection: Any, gate: Any, threshold: float | None) -> None:
-        """Change every router's selection rule and gate."""
+    def set_routing(self, *, selection: Any, gate: Any, threshold: float | None, straight_through: float = 0.0) -> None:
+        """Change every router's selection rule and gate, and the weight of selection's gradient."""
         for router in self.routers:
             router.selection, router.gate, router.threshold = selection, gate, threshold
+            router.straight_through = straight_through
 
     def forward(
         self,

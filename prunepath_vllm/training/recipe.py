@@ -108,6 +108,9 @@ class Stage(Section):
     tau_end: float = Field(default=0.25, gt=0, le=MAX_TAU, description="lowest tau")
     rounds: int = Field(default=10, gt=0, description="T of the sparsity path")
     losses: Losses = Field(default_factory=Losses, description="weights of the loss terms")
+    straight_through: float = Field(
+        default=0.0, ge=0, description="weight of the task loss's gradient through selection, which has none of its own"
+    )
     gate: Literal["none", "sigmoid"] | None = Field(default=None, description="null keeps the checkpoint's")
     selection: Literal["cumulative_mass", "threshold"] | None = Field(
         default=None, description="null keeps the checkpoint's"
