@@ -1,8 +1,8 @@
 """Counting the experts that tokens used, on the worker: nothing here waits for the device inside a step.
 
-Layers add to static buffers, one per layer, with one entry per row of the step. The rows are summed up on the device
-now and then, and read on the host only when somebody asks: at a scrape of /metrics, or at the end of a request that
-wanted a report.
+Layers add to static buffers of their own: the active experts of each row of a step, and the experts that a step read.
+They are summed up on the device now and then, and read on the host only when somebody asks: at a scrape of /metrics, or
+at the end of a request that wanted a report.
 """
 
 import functools
@@ -26,8 +26,8 @@ GROUPS = ("first", "middle", "last")
 MAX_REPORTS = 1024
 """Reports kept on a worker; the oldest give way, in case nobody comes for them."""
 
-_MAX_ROW = 1 << 30
-"""A row is summed up before it may grow beyond; int32 ends at twice that."""
+_MAX_ENTRY = 1 << 30
+"""Entries of the buffers are summed up before they may grow beyond; int32 ends at twice that."""
 
 
 @dataclass
@@ -39,11 +39,13 @@ class _Report:
 
 
 class ExpertCounts:
-    """Active experts of the steps on this worker, by layer: of all requests, and of those that asked.
+    """Experts of this worker's steps by layer: active ones, of all requests and of those that asked, and read ones.
 
     Attributes:
         active: per layer of this worker, int32 [max_num_batched_tokens] on the model's device: experts active at each
             row, over the steps since they were last summed up.
+        read: per layer, int32 [1] on the model's device: experts whose weights were read, over the same steps.
+        dense_runs: int64 scalar on the host: runs of a layer that took every expert, whatever its tokens chose.
     """
 
     def __init__(self, prunepath: PrunePathConfig, num_layers: int, max_tokens: int) -> None:
@@ -51,15 +53,16 @@ class ExpertCounts:
         self.num_layers = num_layers
         self.max_tokens = max_tokens
         self.active: list[Tensor] = []
+        self.read: list[Tensor] = []
+        self.dense_runs = torch.zeros((), dtype=torch.int64, device="cpu")
         self.groups: list[int] = []  # of each layer in `active`
-        self.totals = torch.zeros((), dtype=torch.int64)  # [layers] from the first sum on
-        self.tokens = 0
-        self.steps_in_rows = -1  # not begun: rows hold what profiling and graph capture ran
+        # Since the last publication; [2, layers] from the first sum on, active and read.
+        self.totals = torch.zeros((), dtype=torch.int64)
+        self.tokens, self.steps = 0, 0
+        self.steps_in_buffers = -1  # not begun: they hold what profiling and graph capture ran
         self.reports: dict[str, _Report] = {}
         self.reported: Tensor | None = None
         self.step_rows: Tensor | None = None
-        self.published = [0] * len(GROUPS)
-        self.published_tokens = 0
         # Every rank of a tensor-parallel group counts the same, every stage of a pipeline has layers of its own.
         self.speaks = get_tensor_model_parallel_rank() == 0
         first = self.speaks and get_pp_group().is_first_rank
@@ -68,11 +71,12 @@ class ExpertCounts:
         self.step_counters = _StepCounters(prunepath) if first and exported else None
         self.exported = self.speaks and exported
 
-    def buffer(self, layer: int) -> Tensor:
-        """A new buffer, which a layer, numbered through the whole model, is to add its active experts to."""
+    def buffers(self, layer: int) -> tuple[Tensor, Tensor]:
+        """New buffers in `active` and `read`, for a layer, numbered through the whole model, to add to."""
         self.groups.append(layer * len(GROUPS) // self.num_layers)
         self.active.append(torch.zeros(self.max_tokens, dtype=torch.int32))
-        return self.active[-1]
+        self.read.append(torch.zeros(1, dtype=torch.int32))
+        return self.active[-1], self.read[-1]
 
     def begin_step(
         self,
@@ -91,21 +95,22 @@ class ExpertCounts:
             prompt_lens: int [num_reqs].
             reports: per request the name to count it under, or None; empty where none has one.
         """
-        if self.steps_in_rows < 0:
-            torch._foreach_zero_(self.active)
-            self.steps_in_rows = 0
+        if self.steps_in_buffers < 0:
+            self._clear()
+            self.dense_runs.zero_()
         self.tokens += int(scheduled.sum())
+        self.steps += 1
         if self.step_counters is not None:
             self.step_counters.add(taus, scheduled)
-        if self.step_rows is not None or reports or self.steps_in_rows >= self._max_steps:
+        if self.step_rows is not None or reports or self.steps_in_buffers >= self._max_steps:
             self._sum_up()
-        self.steps_in_rows += 1
+        self.steps_in_buffers += 1
         if reports:
             self._mark_rows(computed, scheduled, prompt_lens, reports)
 
     @functools.cached_property
     def _max_steps(self) -> int:
-        return _MAX_ROW // self.num_experts
+        return _MAX_ENTRY // self.num_experts
 
     def _mark_rows(
         self, computed: np.ndarray, scheduled: np.ndarray, prompt_lens: np.ndarray, reports: Sequence[str | None]
@@ -138,15 +143,18 @@ class ExpertCounts:
         return self.reports[name]
 
     def _sum_up(self) -> None:
-        """Bring what the rows hold where it belongs; device work alone."""
+        """Bring what the buffers hold where it belongs; device work alone."""
         rows = torch.stack(self.active)
         if self.step_rows is not None:
             assert self.reported is not None
             self.reported.index_add_(1, self.step_rows, rows[:, : self.step_rows.shape[0]].long())
             self.step_rows = None
-        self.totals = self.totals + rows.sum(dim=1)
-        torch._foreach_zero_(self.active)
-        self.steps_in_rows = 0
+        self.totals = self.totals + torch.stack([rows.sum(dim=1), torch.cat(self.read)])
+        self._clear()
+
+    def _clear(self) -> None:
+        torch._foreach_zero_([*self.active, *self.read])
+        self.steps_in_buffers = 0
 
     @torch.inference_mode()
     def take_report(self, name: str) -> list[tuple[list[int], int]] | None:
@@ -168,18 +176,23 @@ class ExpertCounts:
     @torch.inference_mode()
     def publish(self) -> None:
         """Bring the Prometheus counters up to date. Waits for the device."""
-        if not self.exported or self.steps_in_rows < 0:
+        if not self.exported or self.steps_in_buffers < 0:
             return
         self._sum_up()
-        totals = [0] * len(GROUPS)
-        for group, active in zip(self.groups, self.totals.tolist(), strict=True):
-            totals[group] += active
+        active, read = self.totals.tolist()
         counters = _counters()
-        for group, name in enumerate(GROUPS):
-            possible = (self.tokens - self.published_tokens) * self.num_experts * self.groups.count(group)
-            counters["active"].labels(layers=name).inc(totals[group] - self.published[group])
-            counters["possible"].labels(layers=name).inc(possible)
-        self.published, self.published_tokens = totals, self.tokens
+        for layer, group in enumerate(self.groups):
+            labels = {"layers": GROUPS[group]}
+            counters["active"].labels(**labels).inc(active[layer])
+            counters["possible"].labels(**labels).inc(self.tokens * self.num_experts)
+            counters["read"].labels(**labels).inc(read[layer])
+            counters["readable"].labels(**labels).inc(self.steps * self.num_experts)
+        dense = int(self.dense_runs)
+        counters["runs"].labels(path="dense").inc(dense)
+        counters["runs"].labels(path="sparse").inc(self.steps * len(self.groups) - dense)
+        self.totals.zero_()
+        self.dense_runs.zero_()
+        self.tokens, self.steps = 0, 0
         if self.step_counters is not None:
             self.step_counters.publish()
 
@@ -235,5 +248,16 @@ def _counters() -> dict[str, Counter]:
         ),
         "possible": Counter(
             "prunepath:experts_possible", "Experts there were, summed over the same tokens and layers.", ["layers"]
+        ),
+        "read": Counter(
+            "prunepath:experts_read", "Experts whose weights were read, summed over steps and layers.", ["layers"]
+        ),
+        "readable": Counter(
+            "prunepath:experts_readable", "Experts there were, summed over the same steps and layers.", ["layers"]
+        ),
+        "runs": Counter(
+            "prunepath:layer_runs",
+            "Layers run, once a step; those of path dense read every expert, whatever their tokens chose.",
+            ["path"],
         ),
     }

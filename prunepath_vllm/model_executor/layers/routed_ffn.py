@@ -135,6 +135,9 @@ class RoutedFFN(nn.Module):
         tau: float32 [max_num_batched_tokens], at a fixed address; entry t is the tau of the step's token t.
         dense_step: bool scalar on the host, True where every token of the step uses every expert.
         active_counts: int32 [max_num_batched_tokens], at a fixed address; each token's active experts are added to it.
+        experts_read: int32 [1], at a fixed address; the experts whose weights a call reads are added to it.
+        dense_runs: int64 scalar on the host; a call that takes the dense product adds 1, on a CPU alone: see
+            :func:`dense_products`.
     """
 
     def __init__(
@@ -146,6 +149,8 @@ class RoutedFFN(nn.Module):
         tau: Tensor,
         dense_step: Tensor,
         active_counts: Tensor,
+        experts_read: Tensor,
+        dense_runs: Tensor,
     ) -> None:
         super().__init__()
         self.settings: dict[str, Any] = {
@@ -159,6 +164,8 @@ class RoutedFFN(nn.Module):
         self.register_buffer("tau", tau, persistent=False)
         self.register_buffer("dense_step", dense_step, persistent=False)
         self.register_buffer("active_counts", active_counts, persistent=False)
+        self.register_buffer("experts_read", experts_read, persistent=False)
+        self.register_buffer("dense_runs", dense_runs, persistent=False)
 
     def forward(self, x: Tensor, router: ExpertRouter, inputs: ExpertInputs, outputs: ExpertOutputs) -> Tensor:
         """x: [T, H] in the model's dtype; returns the same."""
@@ -167,6 +174,8 @@ class RoutedFFN(nn.Module):
             self.tau,
             self.dense_step,
             self.active_counts,
+            self.experts_read,
+            self.dense_runs,
             router.weight,
             router.bias,
             inputs.weight,
@@ -185,6 +194,8 @@ def _routed_ffn_op(
     tau: torch.Tensor,
     dense_step: torch.Tensor,
     active_counts: torch.Tensor,
+    experts_read: torch.Tensor,
+    dense_runs: torch.Tensor,
     router_weight: torch.Tensor,
     router_bias: torch.Tensor,
     w_in: torch.Tensor,
@@ -202,10 +213,12 @@ def _routed_ffn_op(
     weights = Weights(w_in, b_in, w_out, b_out, activation, glu)
     routing: dict[str, Any] = {"selection": selection, "threshold": threshold, "gate": gate}
     tau = tau[: x.shape[0]]
-    # Not declared as mutated: no graph reads it, and functionalisation would copy it around every layer.
-    routing["active_counts"] = active_counts[: x.shape[0]]
+    # Not declared as mutated: no graph reads them, and functionalisation would copy them around every layer.
+    routing["active_counts"], routing["experts_read"] = active_counts[: x.shape[0]], experts_read
+    num_experts = router_weight.shape[0]
     if x.device.type == "cpu":
-        return cpu.routed_ffn(
+        before = int(experts_read)
+        y = cpu.routed_ffn(
             x,
             tau,
             router_weight,
@@ -215,10 +228,11 @@ def _routed_ffn_op(
             dense_out=_packed(packed_out, w_out.shape[1], None),
             **routing,
         )
+        dense_runs += int(experts_read) - before == num_experts  # gathering never takes them all
+        return y
     kernels = triton_kernels()
     if kernels is None:
         return cpu.routed_ffn(x, tau, router_weight, router_bias, weights, gather=False, **routing)
-    num_experts = router_weight.shape[0]
     tuning = kernels.load_tuning(
         torch.cuda.get_device_name(x.device), x.shape[1], num_experts, w_out.shape[0] // num_experts, glu
     )
@@ -238,6 +252,23 @@ def triton_kernels() -> Any | None:
         logger.error("Triton is missing (%s): PrunePath computes every expert in PyTorch. Expect no speed-up.", error)
         return None
     return ffn
+
+
+@functools.cache
+def dense_products(
+    num_tokens: int, *, hidden: int, num_experts: int, expert_size: int, glu: bool, dtype: torch.dtype
+) -> bool:
+    """Whether the layers of a GPU take every expert for a batch of `num_tokens`, whatever its tokens chose.
+
+    There the size of a batch decides, for all layers alike, and captured graphs run no code that could count.
+    """
+    kernels = triton_kernels()
+    if kernels is None:
+        return True
+    shape = hidden, num_experts, expert_size, glu
+    # float32 has choices of its own, kernels/ffn.py.
+    tuning = kernels.FLOAT32 if dtype == torch.float32 else kernels.load_tuning(torch.cuda.get_device_name(), *shape)
+    return tuning.choice(num_tokens).path == "dense"
 
 
 def _packed(handle: Tensor | None, columns: int, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:

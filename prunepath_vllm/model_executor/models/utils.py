@@ -50,13 +50,16 @@ def build_routed_ffn(
     config = vllm_config.model_config.hf_config
     prunepath: PrunePathConfig = config.prunepath
     taus = TokenTaus.of(vllm_config)
+    active_counts, experts_read = taus.counts.buffers(layer)
     ffn = RoutedFFN(
         prunepath,
         activation=activation,
         glu=glu,
         tau=taus.values,
         dense_step=taus.dense_step,
-        active_counts=taus.counts.buffer(layer),
+        active_counts=active_counts,
+        experts_read=experts_read,
+        dense_runs=taus.counts.dense_runs,
     )
     return ffn, ExpertRouter(config.hidden_size, prunepath)
 
