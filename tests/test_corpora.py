@@ -229,12 +229,19 @@ def test_evaluation_sets_keep_their_fields(index, tmp_path):
         for split in ("test", "validation", "dev")
     }
     tables["glue/rte/validation"] = dict(sentence1=["a"], sentence2=["b"], label=[1], idx=[0])
+    pairs = dict(sentence1=[*"abcdefgh"], sentence2=[*"bcxyzuvw"], label=[0, 1] * 4, idx=[*range(8)])
+    tables["glue/mrpc/validation"] = pairs
     tables["ai2_arc/ARC-Easy/validation"] = dict(question=["why?"], answerKey=["B"])
     tables["ai2_arc/ARC-Challenge/validation"] = dict(question=["how?"], answerKey=["A"])
     with arrow_wheel(index, tables) as wheel:
         assert corpora.build_mmlu(wheel, tmp_path) == dict(subjects=2, test=2, validation=2, dev=2)
+        counts = corpora.build_mrpc(wheel, tmp_path)
         assert corpora.build_rte(wheel, tmp_path) == {"valid": 1}
         assert corpora.build_arc(wheel, tmp_path) == {"easy": 1, "challenge": 1}
+    halves = [rows(tmp_path / f"half-{half}.jsonl") for half in (1, 2)]
+    texts = [{row[field] for row in half for field in ("text", "text_pair")} for half in halves]
+    assert (counts["valid"], counts["half-1"] + counts["half-2"], sum(map(len, halves))) == (8, 8, 8)
+    assert all(halves) and not texts[0] & texts[1]
     assert [row["subject"] for row in rows(tmp_path / "test.jsonl")] == ["algebra", "zoology"]
     assert rows(tmp_path / "test.jsonl")[1] | {"subject": ""} == dict(
         subject="", question="2 + 2?", choices=["3", "4"], answer=1

