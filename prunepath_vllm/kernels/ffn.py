@@ -22,10 +22,16 @@ from prunepath_vllm.kernels.decode import (
     reduce_partials,
     up,
 )
-from prunepath_vllm.kernels.dense import dense_ffn, routed_dense_ffn
+from prunepath_vllm.kernels.dense import (
+    DenseConfig,
+    dense_ffn,
+    gated_activation,
+    routed_dense_ffn,
+    selected_activation,
+)
 from prunepath_vllm.kernels.expand import expand_taus
 from prunepath_vllm.kernels.grouped import GroupedConfig, grouped_ffn
-from prunepath_vllm.kernels.routing import LIBRARY_TOKENS, RouterConfig, route
+from prunepath_vllm.kernels.routing import LIBRARY_TOKENS, RouterConfig, partial_logits, route
 from prunepath_vllm.kernels.weights import Weights
 
 __all__ = ["Choice", "Tuning", "expand_taus", "heuristic_tuning", "load_tuning", "routed_ffn"]
@@ -33,7 +39,7 @@ __all__ = ["Choice", "Tuning", "expand_taus", "heuristic_tuning", "load_tuning",
 PATHS = {
     "fused": ("router", "fused"),
     "split": ("router", "up", "down"),
-    "dense": ("router",),
+    "dense": ("router", "dense"),
     "grouped": ("router", "grouped"),
 }
 """The ways to compute the layer, and the kernels each uses (fields of :class:`Choice`)."""
@@ -47,7 +53,7 @@ class Choice:
         path: "fused" (one token), "split" (up and down kernels), "dense" (every expert, multiplied by its
             gate) or "grouped" (tokens gathered by expert).
         pdl: mode of programmatic dependent launch (``common.wait_for_previous``), where the GPU has it.
-        router, fused, up, down, grouped: tile choices of the kernels.
+        router, fused, up, down, dense, grouped: tile choices of the kernels, and how a dense step routes.
     """
 
     path: str
@@ -56,6 +62,7 @@ class Choice:
     fused: FusedConfig = field(default_factory=FusedConfig)
     up: UpConfig = field(default_factory=UpConfig)
     down: DownConfig = field(default_factory=DownConfig)
+    dense: DenseConfig = field(default_factory=DenseConfig)
     grouped: GroupedConfig = field(default_factory=GroupedConfig)
 
 
@@ -136,12 +143,13 @@ def tuning_from_json(rows: list[dict[str, Any]]) -> Tuning:
         "fused": FusedConfig,
         "up": UpConfig,
         "down": DownConfig,
+        "dense": DenseConfig,
         "grouped": GroupedConfig,
     }
     choices = []
     for row in rows:
         assert row["path"] in PATHS, f"unknown path {row['path']!r}; expected one of {', '.join(PATHS)}"
-        configs = {name: parts[name](**row[name]) for name in PATHS[row["path"]]}
+        configs = {name: parts[name](**row.get(name, {})) for name in PATHS[row["path"]]}
         choices.append((row["max_tokens"], Choice(row["path"], row["pdl"], **configs)))
     return Tuning(tuple(choices))
 
@@ -205,7 +213,26 @@ def routed_ffn(
     pdl = min(choice.pdl, 2 * default_pdl(x.device))
     find_routing = functools.partial(route, x, tau, router_weight, router_bias, **rule, config=choice.router)
     if choice.path == "dense" or host_dense:
-        return routed_dense_ffn(x, weights, lambda: find_routing(want_flags=False, pdl=0).gates, experts_read)
+        dense = choice.dense
+        pdl = pdl if dense.routing == "serial" else 0
+        if dense.fused:
+            return routed_dense_ffn(
+                x,
+                weights,
+                lambda: partial_logits(x, tau, router_weight, gate=gate, config=choice.router, flags=None, pdl=pdl),
+                lambda pre, logits: selected_activation(
+                    pre, weights, logits, router_bias, tau, **rule, config=choice.router, experts_read=experts_read,
+                    pdl=pdl,
+                ),
+                dense,
+            )  # fmt: skip
+        return routed_dense_ffn(
+            x,
+            weights,
+            lambda: find_routing(want_flags=False, pdl=pdl).gates,
+            lambda pre, gates: gated_activation(pre, weights, gates, experts_read, pdl),
+            dense,
+        )
     if choice.path == "grouped":
         return grouped_ffn(x, weights, find_routing(want_flags=False, pdl=0), choice.grouped, experts_read)
     routing = find_routing(pdl=pdl)
