@@ -12,7 +12,7 @@ from prunepath_vllm.benchmarks import layer, options, shapes
 from prunepath_vllm.benchmarks.report import BenchmarkError
 from prunepath_vllm.kernels.ffn import TUNING_DIR, Choice, table_name
 from prunepath_vllm.kernels.tuning import (
-    SHARES,
+    CASES,
     SWEEP_AT,
     TOKENS,
     Bench,
@@ -87,9 +87,10 @@ def right(bench: Bench, tokens: int, choices: dict[str, Choice], checks: list[di
 
 
 def said(tokens: int, dense: float, choices: dict[str, Choice], times: dict[str, list[float]], best: str) -> None:
-    """Print one batch size: the dense time, each path's at SHARES, and the choice."""
+    """Print one batch size: the dense time, each path's ratios in CASES, and the choice."""
     shown = "; ".join(
         path + "".join(f" {dense / us:.2f}x" for us in times[path]) + (" <-" if path == best else "")
         for path in choices
     )
-    print(f"{tokens:6} tokens: dense {dense:.1f} us; at {', '.join(f'{s:g}' for s in SHARES)}: {shown}", flush=True)
+    cases = ", ".join(f"{share:g}{' (alike)' if alike else ''}" for share, alike in CASES)
+    print(f"{tokens:6} tokens: dense {dense:.1f} us; at {cases}: {shown}", flush=True)

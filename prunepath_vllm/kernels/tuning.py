@@ -1,7 +1,8 @@
 """Measures which path and tiles are fastest at each batch size and writes the table that ``ffn.load_tuning`` reads.
 
 Every time is the median over CUDA-graph replays of one step through several layers with weights of their own (more
-bytes than the L2 holds), divided by the layers.
+bytes than the L2 holds), divided by the layers. Between two layers runs what an engine has there, a normalisation and
+projections, so that launch gaps and joined streams cost what they cost in an engine; its own time is taken off.
 """
 
 import json
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
-from prunepath_vllm.kernels.dense import gated_activation
+from prunepath_vllm.kernels.dense import ROUTING, DenseConfig, gated_activation
 from prunepath_vllm.kernels.ffn import (
     PATHS,
     Choice,
@@ -43,8 +44,15 @@ TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 2048, 8192)
 SWEEP_AT = (1, 2, 4, 8, 16, 64, 256, 2048, 8192)
 """Batch sizes whose tiles are searched; the next ones take them over."""
 
-SHARES = (1.0, 0.2, 0.1)
-"""Active shares a choice is made for; the inputs route at random, the worst case for several tokens."""
+SHARES = (1.0, 0.5, 0.2, 0.1)
+"""Active shares that tiles are searched for; the inputs route at random, the worst case for several tokens."""
+
+ALIKE = 0.3
+"""Correlation of two tokens' router logits at which a batch's union of experts is what real text was measured to have:
+at a share of 0.21, 0.50 / 0.82 / 0.96 of the experts at 4 / 16 / 64 tokens (0.61 / 0.98 / 1.00 at random)."""
+
+CASES = (*((share, 0.0) for share in SHARES), (0.2, ALIKE), (0.1, ALIKE))
+"""(share, correlation) that a path is chosen for."""
 
 MAX_SLOWDOWN = 1.04
 """A choice may take at most this many times the dense layer at any of the shares, where any choice does."""
@@ -72,6 +80,8 @@ class Layer:
     weights: Weights
     w_out: Tensor
     router: Tensor
+    others: tuple[Tensor, Tensor]
+    """Two [H, H] projections, for what an engine runs between two of these layers."""
 
 
 def make_layer(shape: Shape, seed: int, dtype: torch.dtype = torch.bfloat16) -> Layer:
@@ -92,13 +102,23 @@ def make_layer(shape: Shape, seed: int, dtype: torch.dtype = torch.bfloat16) -> 
         shape.activation,
         shape.glu,
     )
-    return Layer(weights, w_out_t.t().contiguous(), rand(shape.experts, shape.hidden, scale=shape.hidden**-0.5))
+    router = rand(shape.experts, shape.hidden, scale=shape.hidden**-0.5)
+    first, second = (rand(shape.hidden, shape.hidden, scale=0.02) for _ in range(2))
+    return Layer(weights, w_out_t.t().contiguous(), router, (first, second))
 
 
 def plain_dense(x: Tensor, layer: Layer) -> Tensor:
     """What a dense engine runs: two linears in their usual layouts around one activation kernel."""
     w = layer.weights
     return F.linear(gated_activation(F.linear(x, w.w_in, w.b_in), w), layer.w_out, w.b_out)
+
+
+def between(x: Tensor, layer: Layer) -> Tensor:
+    """What an engine runs between two of these layers, attention aside."""
+    y = F.rms_norm(x, x.shape[1:])
+    for weight in layer.others:
+        y = F.linear(y, weight)
+    return F.rms_norm(y, x.shape[1:])
 
 
 def taus_for(x: Tensor, router: Tensor, active: int) -> Tensor:
@@ -149,6 +169,7 @@ ROUTER_SOME = [
     for s, sw, b in [(4, 8, 3), (2, 8, 3), (7, 8, 3), (14, 8, 3), (7, 4, 3), (7, 4, 2), (7, 16, 3)]
 ]
 ROUTER_SOME += [RouterConfig(4, s, 4, 4, select="pairwise", select_block_e=n) for s, n in [(7, 4), (4, 4), (7, 16)]]
+ROUTER_SOME += [RouterConfig(4, s, 4, 8, select="pairwise", select_block_e=32) for s in (2, 4)]
 ROUTER_MANY = [RouterConfig(4, 1, 4, sw, b) for sw, b in [(1, 1), (2, 1), (1, 2), (4, 2), (4, 3)]]
 FUSED = [
     FusedConfig(*c)
@@ -168,6 +189,7 @@ DOWN = [
         (64, 128, 5, 4, 7),
     ]
 ]  # fmt: skip
+DENSE = [DenseConfig(routing, fused) for fused in (False, True) for routing in ROUTING]
 GROUPED = [
     GroupedConfig(*c)
     for c in [
@@ -194,12 +216,12 @@ def variants(num_tokens: int, path: str) -> Iterator[tuple[str, list[Any]]]:
         "fused": FUSED,
         "up": UP,
         "down": DOWN,
+        "dense": DENSE,
         "grouped": GROUPED,
     }
     for name in reversed(PATHS[path]):
         yield name, values[name]
-    if path in ("fused", "split"):
-        yield "pdl", [0, 1, 2]
+    yield "pdl", [0, 1, 2] if path != "grouped" else [0]
 
 
 def start_choice(shape: Shape, num_tokens: int, path: str) -> Choice:
@@ -221,13 +243,23 @@ class Bench:
         self.sweeps: list[dict[str, Any]] = []
         self.broken: set[str] = set()
         """Paths to leave out: their results are wrong here."""
+        self.between_us: dict[int, float] = {}
+        """Microseconds of :func:`between` by batch size."""
 
-    def inputs(self, num_tokens: int, share: float) -> tuple[list[Tensor], list[Tensor]]:
-        """Per layer: tokens [T, H] and the taus at which each keeps `share` of the experts."""
+    def inputs(self, num_tokens: int, share: float, alike: float = 0.0) -> tuple[list[Tensor], list[Tensor]]:
+        """Per layer: tokens [T, H] and the taus at which each keeps `share` of the experts.
+
+        alike: correlation of two tokens, and so of their router logits.
+        """
         gen = torch.Generator("cuda").manual_seed(num_tokens)
         active = max(1, round(share * self.shape.experts))
+
+        def rand(*sizes: int) -> Tensor:
+            return torch.randn(*sizes, generator=gen, device="cuda")
+
+        hidden = self.shape.hidden
         xs = [
-            torch.randn(num_tokens, self.shape.hidden, generator=gen, device="cuda").to(self.dtype)
+            (alike**0.5 * rand(1, hidden) + (1 - alike) ** 0.5 * rand(num_tokens, hidden)).to(self.dtype)
             for _ in self.used(num_tokens)
         ]
         return xs, [taus_for(x, layer.router, active) for x, layer in zip(xs, self.layers, strict=False)]
@@ -246,7 +278,7 @@ class Bench:
         """Microseconds of a layer; infinite where the tiles do not fit."""
         xs, taus = data
         try:
-            return time_us(lambda i: self.run(i, xs[i], taus[i], choice, **options), len(xs))
+            return self.time_between(xs, lambda i: self.run(i, xs[i], taus[i], choice, **options))
         except TOO_LARGE as error:
             if "out of resource" not in str(error) and "shared memory" not in str(error):
                 raise
@@ -258,7 +290,15 @@ class Bench:
     def time_dense(self, num_tokens: int) -> float:
         """Microseconds of the dense layer."""
         xs, _ = self.inputs(num_tokens, 1.0)
-        return time_us(lambda i: plain_dense(xs[i], self.layers[i]), len(xs))
+        return self.time_between(xs, lambda i: plain_dense(xs[i], self.layers[i]))
+
+    def time_between(self, xs: list[Tensor], step: Callable[[int], Tensor]) -> float:
+        """Microseconds that `step` (layer index) adds to what an engine runs between its layers anyway."""
+        size = xs[0].shape[0]
+        if size not in self.between_us:
+            self.between_us[size] = time_us(lambda i: between(xs[i], self.layers[i]), len(xs))
+        both = time_us(lambda i: (between(xs[i], self.layers[i]), step(i)), len(xs))
+        return both - self.between_us[size]
 
     def search(
         self, num_tokens: int, path: str, dense: float, begin: Choice | None = None, sweep: bool = True
@@ -288,7 +328,7 @@ def pick(times: dict[str, list[float]], dense: float) -> str:
     """The path with the least time in all, among those that are never slower than dense by more than MAX_SLOWDOWN.
 
     Args:
-        times: for each path, its time at each of SHARES.
+        times: for each path, its time in each of CASES.
         dense: the dense layer's time.
     """
     safe = {path: t for path, t in times.items() if max(t) <= MAX_SLOWDOWN * dense}
@@ -376,7 +416,7 @@ def tune_bench(
         bench: the shape.
         tokens: batch sizes, ascending.
         sweep_at: those whose tiles are searched.
-        report: told, for every batch size, the dense time, each path's choice, its times at SHARES, and the best path.
+        report: told, for every batch size, the dense time, each path's choice, its times in CASES, and the best path.
         verify: given a batch size and each path's choice, returns those whose results are right; never none.
         deadline: the ``time.monotonic()`` after which no further batch size is begun.
     """
@@ -396,7 +436,7 @@ def tune_bench(
         if verify:
             choices = verify(num_tokens, choices)
         for path, choice in choices.items():
-            times[path] = [bench.time(choice, bench.inputs(num_tokens, share)) for share in SHARES]
+            times[path] = [bench.time(choice, bench.inputs(num_tokens, *case)) for case in CASES]
         best = pick(times, dense)
         if report:
             report(num_tokens, dense, choices, times, best)
