@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,9 @@ from naive import load_naive, naive_logits
 from tiny_models import build_tokenizer
 
 from prunepath_vllm.entrypoints.cli import main
+from prunepath_vllm.evaluation.backends import TransformersBackend, open_checkpoint
 from prunepath_vllm.evaluation.statistics import METRICS, estimate
+from prunepath_vllm.evaluation.tasks import Request
 
 BIN = Path(sys.executable).parent
 ARC = [
@@ -82,6 +85,58 @@ def test_the_engine_agrees_with_transformers(prunepath_checkpoint, arc, tmp_path
     for key, rows in records(output).items():
         for mine, theirs in zip(rows, records(other)[key], strict=True):
             assert theirs["logprobs"] == pytest.approx(mine["logprobs"], abs=1e-2)
+
+
+@pytest.mark.parametrize("runner", ["v1", "v2"])
+def test_either_runner_scores_as_transformers_does(runner, prunepath_checkpoint):
+    """V2 reads what choices share once. Two begin alike beyond a block of its cache: those are read whole."""
+    checkpoint, generator = open_checkpoint(prunepath_checkpoint("llama")), random.Random(0)
+
+    def words(count: int) -> list[int]:
+        return [generator.randrange(3, checkpoint.config["vocab_size"]) for _ in range(count)]
+
+    requests = []
+    for context, alike in ((words(40), []), (words(20), words(14)), (words(7), [])):
+        requests += [Request(context, [*alike, *words(count)]) for count in (1, 5, 9)]
+    options = json.dumps(dict(requests=[[one.context, one.continuation] for one in requests], taus=[1.0, 0.4]))
+    process = subprocess.run(
+        [sys.executable, Path(__file__).with_name("eval_scenarios.py"), "score", checkpoint.path, runner, options],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == 0, process.stderr[-3000:]
+    scores_ids, answers = json.loads(process.stdout.rpartition("\nRESULT ")[2])
+    assert scores_ids == (runner == "v2")
+    here = TransformersBackend(checkpoint, None, "cpu")
+    for tau, scored in answers.items():
+        expected = here.loglikelihood(requests, float(tau))
+        assert [logprob for logprob, _ in scored] == pytest.approx([one.logprob for one in expected], abs=1e-3)
+        spared = [one.read - read for one, (_, read) in zip(expected, scored, strict=True)]
+        assert spared == [0, 32 * scores_ids, 32 * scores_ids, *[0] * 6]
+
+
+def test_tasks_share_a_model(prunepath_checkpoint, arc, tmp_path, monkeypatch, capsys):
+    (tmp_path / ".cache/data").mkdir(parents=True)
+    (tmp_path / ".cache/data/arc").symlink_to(arc)
+    (arc / "challenge.jsonl").write_text((arc / "easy.jsonl").read_text())
+    monkeypatch.chdir(tmp_path)
+    made = []
+    monkeypatch.setattr(
+        "prunepath_vllm.evaluation.runner.TransformersBackend",
+        lambda *args: made.append(args) or TransformersBackend(*args),
+    )
+    command = ["eval", str(prunepath_checkpoint("llama")), "--tau", "0.4", "--backend", "transformers"]
+    assert main([*command, "--task", "arc_easy,arc_challenge", "--output", "out.json"]) == 0
+    assert len(made) == 1
+    easy, challenge = (json.loads(Path(f"out-arc_{name}.json").read_text()) for name in ("easy", "challenge"))
+    assert (easy["task"], easy["points"]) == ("arc_easy", challenge["points"])
+    for options, named in (
+        (["--task", "arc_easy,nonsense"], "'nonsense'; expected one of"),
+        (["--task", "arc_easy,arc_challenge", "--data", "."], "expected one task"),
+        (["--task", "arc_easy", "--engine", "[1]"], "--engine [1]: expected a JSON object"),
+    ):
+        assert main([*command, *options]) == 2
+        assert named in capsys.readouterr().err.splitlines()[-1]
 
 
 def test_an_interrupted_run_goes_on(prunepath_checkpoint, arc, tmp_path, capsys):

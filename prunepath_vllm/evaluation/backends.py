@@ -1,7 +1,7 @@
 """Two ways to run a model over an evaluation's requests: transformers, and the engine that will serve it."""
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -220,17 +220,17 @@ class VllmBackend:
 
     name = "vllm"
 
-    def __init__(self, checkpoint: Checkpoint, tokenizer: Any) -> None:
+    def __init__(self, checkpoint: Checkpoint, tokenizer: Any, engine: Mapping[str, Any]) -> None:
         from prunepath_vllm.entrypoints.engine_defaults import offline_defaults
 
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
-        options = offline_defaults()
+        options = {"dtype": checkpoint.dtype, "seed": 0, **offline_defaults(), **engine}
         from vllm import LLM
 
         self.max_length = checkpoint.context() - 1  # one is left for the token that the engine always generates
-        self.llm = LLM(
-            str(checkpoint.path), dtype=checkpoint.dtype, max_model_len=self.max_length + 1, seed=0, **options
-        )
+        self.llm = LLM(str(checkpoint.path), max_model_len=self.max_length + 1, **options)
+        self.scores_ids = self.llm.llm_engine.vllm_config.use_v2_model_runner
+        """Whether the engine's runner scores given tokens of a prompt, the others not."""
         self.tokenizer = tokenizer
         summary = checkpoint.summary
         self.experts = summary.prunepath.num_experts * summary.num_layers if summary else 0
@@ -238,22 +238,57 @@ class VllmBackend:
     def loglikelihood(self, requests: Sequence[Request], tau: float | None) -> list[Answer]:
         """See :class:`Backend`. What the prefix cache holds is not read again, nor counted."""
         groups = _sharing(requests)
-        options = []
-        for members in groups.values():
-            last = sorted({requests[i].continuation[-1] for i in members})
-            # The engine computes anew, without its prefix cache, what prompt_logprobs asks for.
-            inner = 0 if any(len(requests[i].continuation) > 1 for i in members) else None
-            options.append(dict(max_tokens=1, logprob_token_ids=last, prompt_logprobs=inner))
+        sequences = list(map(list, groups))
+        # What each sequence is scored on: its own tokens behind the shortest context, and what may come last.
+        starts = [min(len(requests[i].context) for i in members) for members in groups.values()]
+        last = [sorted({requests[i].continuation[-1] for i in members}) for members in groups.values()]
+        results = self._score(sequences, starts, last, tau)
         answers: dict[int, Answer] = {}
-        for members, (output, cost) in zip(
-            groups.values(), self._run(list(map(list, groups)), tau, options), strict=True
-        ):
+        for members, start, (inner, final, cost) in zip(groups.values(), starts, results, strict=True):
             for i in members:
                 context, continuation = requests[i].context, requests[i].continuation
-                places = [*(output.prompt_logprobs or [])[len(context) :], output.outputs[0].logprobs[0]]
-                pairs = zip(continuation, places, strict=True)
-                answers[i] = Answer(logprob=sum(place[token].logprob for token, place in pairs), **cost)
+                logprob = sum(inner[len(context) - start :]) + final[continuation[-1]].logprob
+                answers[i] = Answer(logprob=logprob, **cost)
         return [answers[i] for i in range(len(requests))]
+
+    def _score(
+        self, sequences: Sequence[list[int]], starts: Sequence[int], last: Sequence[list[int]], tau: float | None
+    ) -> list[tuple[list[float], Any, dict[str, Any]]]:
+        """Per sequence: log-probabilities of its tokens from `start` on, those of its `last` candidates, its cost."""
+        options = [dict(max_tokens=1, logprob_token_ids=one) for one in last]
+        for option, sequence, start in zip(options, sequences, starts, strict=True):
+            if start == len(sequence):
+                continue
+            if self.scores_ids:
+                ids = [[token] for token in sequence[start:]]
+                option |= dict(prompt_logprob_token_ids=ids, prompt_logprob_start=start - 1)
+                option |= dict(skip_reading_prefix_cache=False)
+            else:  # the engine computes it anew, without its prefix cache, and every token's
+                option |= dict(prompt_logprobs=0)
+        results = self._run(sequences, tau, options)
+        # Where two continuations begin alike, the cache may hold tokens that are to be scored: once more, without it.
+        again = [
+            i
+            for i, (output, _) in enumerate(results)
+            if "prompt_logprob_start" in options[i] and output.prompt_token_id_logprobs is None
+        ]
+        for i in again:
+            options[i]["skip_reading_prefix_cache"] = True
+        anew = self._run([sequences[i] for i in again], tau, [options[i] for i in again])
+        for i, result in zip(again, anew, strict=True):
+            results[i] = result
+        scored = []
+        for sequence, start, (output, cost) in zip(sequences, starts, results, strict=True):
+            inner: list[float] = []
+            if output.prompt_token_id_logprobs is not None:
+                inner = output.prompt_token_id_logprobs[:, 0].tolist()
+            elif start < len(sequence):
+                inner = [
+                    place[token].logprob
+                    for token, place in zip(sequence[start:], output.prompt_logprobs[start:], strict=True)
+                ]
+            scored.append((inner, output.outputs[0].logprobs[0], cost))
+        return scored
 
     def classify(self, prompts: Sequence[list[int]], tau: float | None) -> list[Answer]:
         """See :class:`Backend`."""

@@ -1,8 +1,9 @@
 """Run a task over a checkpoint at several taus: shards of items, kept as they come, then metrics with intervals."""
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,9 @@ from prunepath_vllm.evaluation.statistics import estimate
 from prunepath_vllm.evaluation.tasks import TASKS, Item, Options, Request, Task
 
 BACKENDS = ("vllm", "transformers")
-SHARD_ITEMS = 64
-SHARD_SEQUENCES = 8
+SHARD_ITEMS = {"cpu": 64, "cuda": 256}
+"""Asked at a time: what an interruption loses, and what fills a GPU."""
+SHARD_SEQUENCES = {"cpu": 8, "cuda": 64}
 """Of a perplexity task, whose items are long."""
 CONTEXT = 1024
 DATA_FOLDER = Path(".cache/data")
@@ -42,6 +44,8 @@ class Run:
         options: of the task.
         device: of transformers, "cpu" or "cuda"; the engine has its own.
         journal: file that results are appended to and read back from; None keeps none.
+        engine: more arguments of vLLM's LLM.
+        like: another run over the checkpoint with this backend: its model answers here as well.
 
     Raises:
         UsageError: task, data, or options that do not fit the checkpoint or one another.
@@ -60,6 +64,8 @@ class Run:
         options: Options | None = None,
         device: str = "cpu",
         journal: Path | None = None,
+        engine: Mapping[str, Any] | None = None,
+        like: "Run | None" = None,
     ) -> None:
         if name not in TASKS:
             raise UsageError(f"task: {name!r}; expected one of {', '.join(TASKS)}")
@@ -67,7 +73,7 @@ class Run:
             raise UsageError(f"--limit {limit}; expected 1 or more")
         self.checkpoint, self.name, self.dense, self.device = checkpoint, name, dense, device
         self.task: Task = TASKS[name]
-        self.backend = backend
+        self.backend, self.engine, self.like = backend, dict(engine or {}), like
         if backend == "vllm":  # the engine chooses for itself
             self.device = "cpu" if runs_on_cpu() else "cuda"
         self.taus: list[float | None] = [None] if checkpoint.prunepath is None else list(dict.fromkeys(taus))
@@ -77,7 +83,8 @@ class Run:
         self.facts: dict[str, Any] = {}
         items = self._load(data or DATA_FOLDER / self.task.corpus, options)
         self.items = items[:limit]
-        self.size = SHARD_SEQUENCES if self.task.kind == "perplexity" else SHARD_ITEMS
+        self.size = (SHARD_SEQUENCES if self.task.kind == "perplexity" else SHARD_ITEMS)[self.device]
+        self._prepared: tuple[Any, list[Any]] = (None, [])
         self.journal = Journal(
             journal,
             dict(
@@ -135,16 +142,25 @@ class Run:
             A JSON-able mapping: what was measured on, ``points`` (tau, FFN sparsity and each metric; tau None is the
             dense model's) and ``intervals`` (each metric's bootstrap interval, point by point).
         """
+        # Every tau of a shard in turn: its texts are tokenised once.
+        rounds: list[list[tuple[bool, float | None]]] = [[(False, tau) for tau in self.taus]]
+        if self.dense is not None:
+            rounds.insert(0, [(True, None)])
+        records: dict[tuple[bool, float | None], list[dict[str, Any]]] = {one: [] for part in rounds for one in part}
+        with tqdm(total=len(records) * len(self.items), desc=self.name, unit="item") as progress:
+            for together in rounds:
+                for start in range(0, len(self.items), self.size):
+                    for dense, tau in together:
+                        shard = self._shard(dense, tau, start)
+                        records[dense, tau] += shard
+                        progress.update(len(shard))
         points, intervals = [], []
-        rounds = [(True, None)] * (self.dense is not None) + [(False, tau) for tau in self.taus]
-        with tqdm(total=len(rounds) * len(self.items), desc=self.name, unit="item") as progress:
-            for dense, tau in rounds:
-                records = [record for shard in self._shards(dense, tau, progress) for record in shard]
-                estimates = estimate([record["statistics"] for record in records], self.task.metrics)
-                values = {metric: value for metric, (value, _, _) in estimates.items()}
-                sparsity = _mean_sparsity([(record["ffn_sparsity"], record["read"]) for record in records])
-                points.append(dict(tau=tau, ffn_sparsity=sparsity, **values))
-                intervals.append({metric: [low, high] for metric, (_, low, high) in estimates.items()})
+        for (_, tau), answered in records.items():
+            estimates = estimate([record["statistics"] for record in answered], self.task.metrics)
+            values = {metric: value for metric, (value, _, _) in estimates.items()}
+            sparsity = _mean_sparsity([(record["ffn_sparsity"], record["read"]) for record in answered])
+            points.append(dict(tau=tau, ffn_sparsity=sparsity, **values))
+            intervals.append({metric: [low, high] for metric, (_, low, high) in estimates.items()})
         prunepath = self.checkpoint.prunepath
         return {
             "task": self.name,
@@ -161,22 +177,23 @@ class Run:
             "intervals": intervals,
         }
 
-    def _shards(self, dense: bool, tau: float | None, progress: tqdm) -> list[list[dict[str, Any]]]:
-        shards = []
-        for start in range(0, len(self.items), self.size):
-            items = self.items[start : start + self.size]
-            key = f"{'dense' if dense else tau}/{start // self.size}"
-            if self.journal.get(key) is None:
-                self.journal.put(key, ask(self.task, items, self._dense if dense else self._model, tau))
-            shards.append(self.journal.get(key))
-            progress.update(len(items))
-        return shards
+    def _shard(self, dense: bool, tau: float | None, start: int) -> list[dict[str, Any]]:
+        """Records of the items from `start` on, from the journal or the model."""
+        key = f"{'dense' if dense else tau}/{start // self.size}"
+        if self.journal.get(key) is None:
+            items, model = self.items[start : start + self.size], self._dense if dense else self._model
+            if self._prepared[0] != (dense, start):
+                self._prepared = (dense, start), prepare(self.task, items, model)
+            self.journal.put(key, ask(self.task, items, self._prepared[1], model, tau))
+        return self.journal.get(key)
 
     @cached_property
     def _model(self) -> Backend:
         self.__dict__.pop("_dense", None)  # measured first, and no longer needed
+        if self.like is not None:
+            return self.like._model
         return (
-            VllmBackend(self.checkpoint, self.tokenizer)
+            VllmBackend(self.checkpoint, self.tokenizer, self.engine)
             if self.backend == "vllm"
             else TransformersBackend(self.checkpoint, self.tokenizer, self.device)
         )
@@ -187,26 +204,39 @@ class Run:
         return TransformersBackend(self.dense, self.tokenizer, self.device)
 
 
-def ask(task: Task, items: Sequence[Item], model: Backend, tau: float | None) -> list[dict[str, Any]]:
-    """One record per item: its statistics, what the model answered, and its FFN sparsity."""
+def prepare(task: Task, items: Sequence[Item], model: Backend) -> list[Any]:
+    """What the model reads for these items: requests (one per choice, item after item) or token ids."""
     tokenizer, longest = model.tokenizer, model.max_length
+    if task.kind == "perplexity":
+        return [Request(list(item.tokens[:1]), list(item.tokens[1:])) for item in items]
+    if task.kind == "choice":
+        return tasks.choice_requests(items, tokenizer, longest)
+    if task.kind == "classification":
+        return [tasks.classification_ids(item, tokenizer, longest) for item in items]
+    return [tasks.generation_prompt(item, tokenizer, longest - task.new_tokens) for item in items]
+
+
+def ask(
+    task: Task, items: Sequence[Item], prepared: list[Any], model: Backend, tau: float | None
+) -> list[dict[str, Any]]:
+    """One record per item: its statistics, what the model answered, and its FFN sparsity."""
     details: list[dict[str, Any]]
     if task.kind == "perplexity":
-        answers = [[answer] for answer in read(task, items, model, tau)]
+        answers = [[answer] for answer in model.loglikelihood(prepared, tau)]
         details = [
             {"statistics": {"nll": -answer.logprob, "predicted": len(item.tokens) - 1.0}}
             for item, (answer,) in zip(items, answers, strict=True)
         ]
     elif task.kind == "choice":
-        flat = read(task, items, model, tau)
-        answers = [[flat.pop(0) for _ in item.choices] for item in items]
+        flat = iter(model.loglikelihood(prepared, tau))
+        answers = [list(islice(flat, len(item.choices))) for item in items]
         logprobs = [[answer.logprob for answer in group] for group in answers]
         details = [
             {"statistics": tasks.score_choices(item, scores), "logprobs": scores}
             for item, scores in zip(items, logprobs, strict=True)
         ]
     elif task.kind == "classification":
-        answers = [[answer] for answer in read(task, items, model, tau)]
+        answers = [[answer] for answer in model.classify(prepared, tau)]
         probabilities = [answer.probabilities for (answer,) in answers]
         predicted = [max(range(len(one)), key=one.__getitem__) for one in probabilities]
         details = [
@@ -214,29 +244,15 @@ def ask(task: Task, items: Sequence[Item], model: Backend, tau: float | None) ->
             for item, label, one in zip(items, predicted, probabilities, strict=True)
         ]
     else:
-        prompts = [tasks.generation_prompt(item, tokenizer, longest - task.new_tokens) for item in items]
-        answers = [[answer] for answer in model.generate(prompts, tau, task.new_tokens)]
+        answers = [[answer] for answer in model.generate(prepared, tau, task.new_tokens)]
         texts = [
-            tasks.answer_text(tokenizer.decode(list(answer.tokens), skip_special_tokens=True)) for (answer,) in answers
+            tasks.answer_text(model.tokenizer.decode(list(answer.tokens), skip_special_tokens=True))
+            for (answer,) in answers
         ]
         details = [
             {"statistics": tasks.score_text(item, text), "text": text} for item, text in zip(items, texts, strict=True)
         ]
     return [{**detail, **_cost(group)} for detail, group in zip(details, answers, strict=True)]
-
-
-def read(task: Task, items: Sequence[Item], model: Backend, tau: float | None) -> list[Answer]:
-    """One answer per sequence the model reads for these items."""
-    tokenizer, longest = model.tokenizer, model.max_length
-    if task.kind == "classification":
-        return model.classify([tasks.classification_ids(item, tokenizer, longest) for item in items], tau)
-    requests: list[Request] = []
-    for item in items:
-        if task.kind == "perplexity":
-            requests.append(Request(list(item.tokens[:1]), list(item.tokens[1:])))
-        else:
-            requests += tasks.choice_requests(item, tokenizer, longest)
-    return model.loglikelihood(requests, tau)
 
 
 def _cost(answers: Sequence[Answer]) -> dict[str, Any]:

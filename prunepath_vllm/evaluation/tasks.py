@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -190,15 +191,16 @@ TASKS: dict[str, Task] = {
 """Every task by name."""
 
 
-def choice_requests(item: Item, tokenizer: Any, max_length: int) -> list[Request]:
+def choice_requests(items: Sequence[Item], tokenizer: Any, max_length: int) -> list[Request]:
     """One request per choice: prompt and " choice", tokenised together, cut from the left to `max_length` tokens."""
     # Spaces at the end of the prompt belong to the choice, so that words are tokenised as words.
-    context = tokenizer(item.prompt.rstrip())["input_ids"]
+    contexts = tokenizer([item.prompt.rstrip() for item in items])["input_ids"]
+    wholes = iter(tokenizer([f"{item.prompt} {choice}" for item in items for choice in item.choices])["input_ids"])
     requests = []
-    for choice in item.choices:
-        whole = tokenizer(f"{item.prompt} {choice}")["input_ids"]
-        cut = max(0, len(whole) - max_length)
-        requests.append(Request(whole[: len(context)][cut:], whole[max(len(context), cut) :]))
+    for item, context in zip(items, contexts, strict=True):
+        for whole in islice(wholes, len(item.choices)):
+            cut = max(0, len(whole) - max_length)
+            requests.append(Request(whole[: len(context)][cut:], whole[max(len(context), cut) :]))
     return requests
 
 

@@ -25,7 +25,8 @@ def add_parser(
         "--task",
         required=True,
         metavar="NAME",
-        help="wikitext, mmlu, hellaswag, arc_easy, arc_challenge, sst2, mrpc, rte, qnli, mnli, xsum or e2e",
+        help="wikitext, mmlu, hellaswag, arc_easy, arc_challenge, sst2, mrpc, rte, qnli, mnli, xsum or e2e; several, "
+        "separated by commas, share one engine, and each writes its own OUTPUT-NAME and PLOT-NAME",
     )
     parser.add_argument("--data", metavar="DIR", help="the task's folder or file (default: where `fetch` puts it)")
     parser.add_argument("--tau", default="1.0,0.9,0.8,0.7,0.6,0.5", metavar="LIST", help="(default: %(default)s)")
@@ -34,6 +35,7 @@ def add_parser(
         metavar="NAME",
         help="vllm or transformers (default: vllm; transformers for wikitext)",
     )
+    parser.add_argument("--engine", default="{}", metavar="JSON", help="more arguments of vLLM's LLM, an object")
     parser.add_argument("--dense", metavar="DIR", help="the dense model, to measure beside it with transformers")
     parser.add_argument("--limit", type=int, metavar="N", help="only the first N items")
     parser.add_argument("--shots", type=int, default=5, metavar="N", help="examples, for mmlu (default: %(default)s)")
@@ -51,28 +53,63 @@ def run(args: argparse.Namespace) -> int:
     from prunepath_vllm.evaluation.runner import Run
     from prunepath_vllm.evaluation.tasks import Options
 
-    output = Path(args.output) if args.output else None
-    evaluation = Run(
-        open_checkpoint(args.checkpoint),
-        args.task,
-        parse_tau_list(args.tau),
-        data=Path(args.data) if args.data else None,
-        backend=args.backend or ("transformers" if args.task == "wikitext" else "vllm"),
-        dense=open_checkpoint(args.dense) if args.dense else None,
-        limit=args.limit,
-        options=Options(shots=args.shots, max_tokens=args.max_tokens, context=args.context),
-        device=args.device,
-        journal=journal_path(output),
-    )
-    result = evaluation.results()
-    print_table(result, evaluation.task.metrics)
-    if output:
-        output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    if args.plot:
-        from prunepath_vllm.evaluation.plots import plot_points
+    names = list(dict.fromkeys(args.task.split(",")))
+    if args.data and len(names) > 1:
+        raise UsageError(f"--data {args.data}: expected one task with it, got {', '.join(names)}")
+    checkpoint, dense = open_checkpoint(args.checkpoint), open_checkpoint(args.dense) if args.dense else None
+    engine, taus = parse_engine(args.engine), parse_tau_list(args.tau)
+    outputs = {name: _named(args.output, name if names[1:] else "") for name in names}
+    evaluations: list[Run] = []
+    for name in names:  # all of them first: what is wrong is named before an engine starts
+        backend = args.backend or ("transformers" if name == "wikitext" else "vllm")
+        evaluation = Run(
+            checkpoint,
+            name,
+            taus,
+            data=Path(args.data) if args.data else None,
+            backend=backend,
+            dense=dense,
+            limit=args.limit,
+            options=Options(shots=args.shots, max_tokens=args.max_tokens, context=args.context),
+            device=args.device,
+            journal=journal_path(outputs[name]),
+            engine=engine,
+            like=next((one for one in evaluations if one.backend == backend), None),
+        )
+        evaluations.append(evaluation)
+    for evaluation in evaluations:
+        result = evaluation.results()
+        print_table(result, evaluation.task.metrics)
+        if output := outputs[evaluation.name]:
+            output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        if plot := _named(args.plot, evaluation.name if names[1:] else ""):
+            from prunepath_vllm.evaluation.plots import plot_points
 
-        plot_points(result, evaluation.task.metrics[0], args.plot)
+            plot_points(result, evaluation.task.metrics[0], plot)
     return 0
+
+
+def _named(path: str | None, task: str) -> Path | None:
+    """`path` with the task's name before its suffix, where there is one."""
+    if path is None:
+        return None
+    whole = Path(path)
+    return whole.with_stem(f"{whole.stem}-{task}") if task else whole
+
+
+def parse_engine(text: str) -> dict[str, Any]:
+    """--engine's object.
+
+    Raises:
+        UsageError: it is none.
+    """
+    try:
+        value = json.loads(text)
+    except json.JSONDecodeError:
+        value = None
+    if not isinstance(value, dict):
+        raise UsageError(f"--engine {text}: expected a JSON object, arguments of vLLM's LLM by name")
+    return value
 
 
 def journal_path(output: Path | None) -> Path | None:
