@@ -7,6 +7,7 @@ import torch
 
 from prunepath_vllm.kernels import ffn
 from prunepath_vllm.kernels.decode import FusedConfig, UpConfig
+from prunepath_vllm.kernels.dense import DenseConfig
 from prunepath_vllm.kernels.ffn import Choice, Tuning, heuristic_tuning, load_tuning, tuning_from_json, tuning_to_json
 from prunepath_vllm.kernels.grouped import GroupedConfig
 from prunepath_vllm.kernels.routing import RouterConfig
@@ -17,7 +18,7 @@ TABLE = Tuning(
     (
         (1, Choice("fused", 1, RouterConfig(select="pairwise"), fused=FusedConfig(1, 8, 2, 2))),
         (16, Choice("split", 2, RouterConfig(split_k=7), up=UpConfig(32, 64, 8, 3, 2))),
-        (64, Choice("dense", 0, RouterConfig(split_k=4))),
+        (64, Choice("dense", 0, RouterConfig(split_k=4), dense=DenseConfig("serial", True))),
         (8192, Choice("grouped", 0, grouped=GroupedConfig(256, 64, 8, 3, 4))),
     )
 )
@@ -33,6 +34,12 @@ def test_choice_by_batch_size(tokens, path):
 
 def test_json_round_trip():
     assert tuning_from_json(json.loads(json.dumps(tuning_to_json(TABLE)))) == TABLE
+
+
+def test_tables_without_a_way_to_route_load():
+    """Made before there was a choice."""
+    row = {name: part for name, part in tuning_to_json(TABLE)[2].items() if name != "dense"}
+    assert tuning_from_json([row]).choices[0][1].dense == DenseConfig("first", False)
 
 
 def test_unknown_path_is_named():
