@@ -241,7 +241,7 @@ def test_evaluation_sets_keep_their_fields(index, tmp_path):
     halves = [rows(tmp_path / f"half-{half}.jsonl") for half in (1, 2)]
     texts = [{row[field] for row in half for field in ("text", "text_pair")} for half in halves]
     assert (counts["valid"], counts["half-1"] + counts["half-2"], sum(map(len, halves))) == (8, 8, 8)
-    assert all(halves) and not texts[0] & texts[1]
+    assert not texts[0] & texts[1]
     assert [row["subject"] for row in rows(tmp_path / "test.jsonl")] == ["algebra", "zoology"]
     assert rows(tmp_path / "test.jsonl")[1] | {"subject": ""} == dict(
         subject="", question="2 + 2?", choices=["3", "4"], answer=1
