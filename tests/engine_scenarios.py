@@ -17,10 +17,11 @@ OPTIONS = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
 os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1")
 if RUNNER != "cuda":
     os.environ.update(
-        VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_CI_ENV="1", VLLM_USE_V2_MODEL_RUNNER=str(int(RUNNER == "v2"))
-    )
+        VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_CI_ENV="1", VLLM_USE_V2_MODEL_RUNNER=str(int(RUNNER == "v2")),
+        VLLM_CPU_OMP_THREADS_BIND="nobind",  # a NUMA node for every process of an engine is what it wants otherwise
+    )  # fmt: skip
 if RUNNER == "v2":
-    os.environ["TRITON_INTERPRET"] = "1"
+    os.environ.update(TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1")  # the driver below cannot compile
     import triton.backends
 
     # vLLM looks for an active Triton backend; the interpreter needs none.
@@ -29,6 +30,7 @@ if RUNNER == "v2":
 
 from prometheus_client import CollectorRegistry, multiprocess  # noqa: E402
 from vllm import LLM, PoolingParams, SamplingParams  # noqa: E402
+from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 
 TAUS = (1.0, 0.9, 0.5, 0.3, 0.7, 1.05)
 PROMPTS = [f"{i}: " + "the quick brown fox jumps over the lazy dog; " * (1 + i % 3) for i in range(9)]
@@ -126,25 +128,44 @@ def dense():
 
 
 def counts():
-    """What was counted for requests that asked, among ones that did not, and for all of them by layer group."""
-    llm = engine(enforce_eager=OPTIONS.get("eager", True), enable_prefix_caching=False, additional_config=POLICY)
+    """What was counted for requests that asked, among ones that did not, for all of them, and for the steps they made.
+
+    The options may give the engine several processes.
+    """
+    steps = []
+
+    def scheduled(self, *args, **kwargs):
+        output = schedule(self, *args, **kwargs)
+        counts = output.num_scheduled_tokens.items()  # by then added to what was computed
+        steps.append([[name.split("-")[0], self.requests[name].num_computed_tokens - n, n] for name, n in counts])
+        return output
+
+    schedule, Scheduler.schedule = Scheduler.schedule, scheduled
+    options = {"enforce_eager": True, **OPTIONS.get("engine", {})}
+    llm = engine(enable_prefix_caching=False, additional_config=POLICY, **options)
     asking = {i: {"prunepath_report": f"request {i}"} for i in range(6)}
 
-    def generate(asking):
-        many = [params(tau, max_tokens=NEW_TOKENS + i) for i, tau in enumerate(TAUS)]
+    def generate(asking, taus=TAUS):
+        many = [params(tau, max_tokens=NEW_TOKENS + i) for i, tau in enumerate(taus)]
         for i, one in enumerate(many):
             one.extra_args |= asking.get(i, {})
-        outputs = llm.generate(PROMPTS[:6], many, use_tqdm=False)
-        reports = [llm.collective_rpc("prunepath_report", args=(f"request {i}",))[0] for i in range(6)]
-        return {"rows": [row(output, tau) for output, tau in zip(outputs, TAUS, strict=True)], "reports": reports}
+        outputs = llm.generate(PROMPTS[: len(taus)], many, use_tqdm=False)
+        reports = [llm.collective_rpc("prunepath_report", args=(f"request {i}",)) for i in range(len(taus))]
+        rows = [row(output, tau) | {"id": output.request_id} for output, tau in zip(outputs, taus, strict=True)]
+        return {"rows": rows, "reports": reports}
 
-    results = {"few": generate({i: asking[i] for i in (1, 3)}), "every": generate(asking), "none": generate({})}
+    results = {
+        "few": generate({i: asking[i] for i in (1, 3)}),
+        "every": generate(asking),
+        "sparse": generate({}, (0.3, 0.05, 0.1)),
+    }
     llm.collective_rpc("prunepath_publish")
     registry = CollectorRegistry()
     multiprocess.MultiProcessCollector(registry)
     samples = [sample for family in registry.collect() for sample in family.samples]
-    ours = {sample.name + sample.labels.get("layers", ""): sample.value for sample in samples}
-    return {**results, "metrics": {name: value for name, value in ours.items() if name.startswith("prunepath:")}}
+    ours = {":".join([sample.name, *sample.labels.values()]): sample.value for sample in samples}
+    metrics = {name: value for name, value in ours.items() if name.startswith("prunepath:")}
+    return {"requests": results, "steps": [step for step in steps if step], "metrics": metrics}
 
 
 def encoder():

@@ -1,18 +1,22 @@
-"""Realised sparsity: what the engine's layers counted, against the transformers model on the same tokens."""
+"""What the engine's layers counted, against the transformers model on the same tokens: in one process, and in two."""
+
+from collections.abc import Callable
 
 import pytest
 import torch
-from test_engine import run_engine
+from test_engine import assert_naive, run_engine
 
 import prunepath_vllm
+from prunepath_vllm.kernels.cpu import GATHER_BELOW
 
 PREFILL_TAU = 0.6
 GROUPS = ("first", "middle", "last")
+ASKING = {"few": (1, 3), "every": range(6), "sparse": ()}
 
 
 @pytest.fixture(scope="module")
 def checkpoint(prunepath_checkpoint):
-    return prunepath_checkpoint("llama", default_tau=0.6)
+    return prunepath_checkpoint("llama", default_tau=0.6, expert_size=8, num_key_value_heads=2)
 
 
 @pytest.fixture(scope="module")
@@ -23,16 +27,15 @@ def model(checkpoint):
     return AutoModelForCausalLM.from_pretrained(checkpoint).eval()
 
 
-def counted(model, row: dict, prompt_tau: float | None) -> torch.Tensor:
-    """int [layers, tokens run]: active experts of the tokens of an answer; its last one was never run."""
+def active_experts(model, row: dict, prompt_tau: float | None) -> torch.Tensor:
+    """bool [layers, tokens run, E]: what the tokens of an answer used; its last one was never run."""
     prompt, tokens = row["prompt"], [*row["prompt"], *row["tokens"][0][:-1]]
 
     def active(tau: float, cache=None, ids=tokens):
         with torch.no_grad():
             given = {} if cache is None else {"past_key_values": cache, "use_cache": True}
             output = model(torch.tensor([ids]), tau=tau, output_router_logits=True, **given)
-        experts = model.config.prunepath.num_experts
-        return ((1 - output.ffn_sparsity[:, 0]) * experts).round().long()
+        return torch.stack(output.active_experts)[:, 0]
 
     if prompt_tau is None:
         return active(row["tau"])
@@ -43,28 +46,97 @@ def counted(model, row: dict, prompt_tau: float | None) -> torch.Tensor:
     return torch.cat([first, active(row["tau"], cache, tokens[len(prompt) :])], dim=1)
 
 
-@pytest.mark.parametrize(("runner", "prefill_tau"), [("v1", PREFILL_TAU), ("v2", None)], ids=["v1-prefill", "v2"])
-def test_counts_are_those_of_the_transformers_model(checkpoint, model, monkeypatch, tmp_path, runner, prefill_tau):
+def active_of_all(model, result: dict, prompt_tau: float | None = None) -> dict[str, list[torch.Tensor]]:
+    """:func:`active_experts` of every request of the scenario."""
+    return {
+        name: [active_experts(model, row, prompt_tau) for row in requests["rows"]]
+        for name, requests in result["requests"].items()
+    }
+
+
+@pytest.mark.parametrize(
+    ("runner", "prefill_tau", "engine"),
+    [
+        ("v1", PREFILL_TAU, {}),
+        ("v2", None, {}),
+        ("v2", None, {"tensor_parallel_size": 2}),
+        ("v2", None, {"pipeline_parallel_size": 2}),  # V1's eager CPU worker of vLLM 0.32.0 cannot
+    ],
+    ids=["v1-prefill", "v2", "v2-tensor-parallel", "v2-pipeline-parallel"],
+)
+def test_counts_are_those_of_the_transformers_model(
+    checkpoint, model, monkeypatch, tmp_path, runner, prefill_tau, engine
+):
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     policy = {} if prefill_tau is None else {"prefill_tau": prefill_tau}
-    result = run_engine("counts", checkpoint, runner, policy=policy)
-    config = model.config
-    experts = config.prunepath.num_experts
-    layers = {name: [0, 0] for name in GROUPS}
-    for name, asking in {"few": (1, 3), "every": range(6), "none": ()}.items():
-        for i, (row, report) in enumerate(zip(result[name]["rows"], result[name]["reports"], strict=True)):
-            active = counted(model, row, prefill_tau)
-            for layer, group in enumerate(GROUPS):  # the model has three layers
-                layers[group][0] += int(active[layer].sum())
-                layers[group][1] += active.shape[1] * experts
+    result = run_engine("counts", checkpoint, runner, policy=policy, engine=engine)
+    experts = model.config.prunepath.num_experts
+    active = active_of_all(model, result, prefill_tau)
+    if prefill_tau is None:
+        assert_naive([row for requests in result["requests"].values() for row in requests["rows"]], checkpoint)
+    for name, asking in ASKING.items():
+        requests = result["requests"][name]
+        for i, (row, report) in enumerate(zip(requests["rows"], requests["reports"], strict=True)):
+            told = [one for one in report if one is not None]
             if i not in asking:
-                assert report is None
+                assert not told
                 continue
-            parts = active[:, : len(row["prompt"])], active[:, len(row["prompt"]) :]
-            assert report == [[part.sum(1).tolist(), part.shape[1] * experts] for part in parts]
-            assert (row["tau"] < 1) == all(active < report[1][1] for active in report[1][0])
+            assert len(told) == engine.get("pipeline_parallel_size", 1)  # of a tensor-parallel group, one speaks
+            used = active[name][i].sum(-1)
+            parts = used[:, : len(row["prompt"])], used[:, len(row["prompt"]) :]
+            for part, (counted, possible) in zip(parts, map(merged, zip(*told, strict=True)), strict=True):
+                assert counted == part.sum(1).tolist()
+                assert possible == part.shape[1] * experts
+            assert (row["tau"] < 1) == all(count < parts[1].shape[1] * experts for count in parts[1].sum(1))
+
     metrics = result["metrics"]
-    for group, (active, possible) in layers.items():
-        assert metrics[f"prunepath:experts_active_total{group}"] == active
-        assert metrics[f"prunepath:experts_possible_total{group}"] == possible
-    assert metrics["prunepath:tokens_total"] == layers["first"][1] / experts
+    tokens = torch.cat([one for many in active.values() for one in many], dim=1)  # the model has three layers
+    assert metrics["prunepath:tokens_total"] == tokens.shape[1]
+    for layer, group in enumerate(GROUPS):
+        assert metrics[f"prunepath:experts_active_total:{group}"] == tokens[layer].sum()
+        assert metrics[f"prunepath:experts_possible_total:{group}"] == tokens[layer].numel()
+
+    read, dense_runs = reads(result, active, cpu_takes_all)
+    assert 0 < dense_runs < 3 * len(result["steps"])
+    kinds = [metrics.get(f"prunepath:steps_total:{kind}", 0) for kind in ("dense", "routed")]
+    assert sum(kinds) == len(result["steps"])
+    for layer, group in enumerate(GROUPS):
+        assert metrics[f"prunepath:experts_read_total:{group}"] == read[layer]
+        assert metrics[f"prunepath:experts_readable_total:{group}"] == experts * len(result["steps"])
+    assert metrics["prunepath:layer_runs_total:dense"] == dense_runs
+    assert metrics["prunepath:layer_runs_total:sparse"] == 3 * len(result["steps"]) - dense_runs
+
+
+def merged(stages: list) -> tuple[list[int], int]:
+    """The layers of a pipeline's stages, one after the other, and what a layer could have had."""
+    possible = {stage[1] for stage in stages}
+    assert len(possible) == 1
+    return [count for stage in stages for count in stage[0]], possible.pop()
+
+
+def reads(
+    result: dict, active: dict[str, list[torch.Tensor]], takes_all: Callable[[torch.Tensor], bool]
+) -> tuple[list[int], int]:
+    """Experts that each layer must have read in the scheduler's steps, and the dense runs among them.
+
+    Args:
+        takes_all: whether a layer whose tokens use these experts, bool [tokens, E], takes every expert.
+    """
+    by_id = {
+        row["id"]: used
+        for name, requests in result["requests"].items()
+        for row, used in zip(requests["rows"], active[name], strict=True)
+    }
+    total, dense_runs = [0] * len(GROUPS), 0
+    for step in result["steps"]:
+        step_used = torch.cat([by_id[request][:, start : start + count] for request, start, count in step], dim=1)
+        for layer, used in enumerate(step_used):
+            dense = takes_all(used)
+            total[layer] += used.shape[1] if dense else int(used.any(dim=0).sum())
+            dense_runs += dense
+    return total, dense_runs
+
+
+def cpu_takes_all(used: torch.Tensor) -> bool:
+    """A CPU gathers the experts of a step where they are few."""
+    return int(used.any(dim=0).sum()) >= GATHER_BELOW * used.shape[1]

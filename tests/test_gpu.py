@@ -3,8 +3,12 @@
 import pytest
 import torch
 from naive import load_naive, naive_logits
+from test_counts import GROUPS, active_of_all, reads
 from test_engine import assert_naive, run_engine
 from tiny_models import CAUSAL_FAMILY_NAMES
+from transformers import AutoModelForCausalLM
+
+import prunepath_vllm
 
 pytestmark = [
     pytest.mark.gpu,
@@ -58,3 +62,33 @@ def test_tau_1_gives_the_dense_engines_tokens(prunepath_checkpoint, dense_checkp
 def test_encoder_runs_on_the_gpu(prunepath_checkpoint):
     result = run_engine("encoder", prunepath_checkpoint("roberta", default_tau=0.6), "cuda")
     torch.testing.assert_close(torch.tensor(result["mixed"]), torch.tensor(result["lone"]), atol=1e-5, rtol=1e-4)
+
+
+def test_counts_under_cuda_graphs_are_those_of_the_transformers_model(prunepath_checkpoint, monkeypatch, tmp_path):
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    checkpoint = prunepath_checkpoint("llama", default_tau=0.6, expert_size=8)
+    prunepath_vllm.register()
+    model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
+    result = run_engine("counts", checkpoint, "cuda", engine={"enforce_eager": False})
+    active = active_of_all(model, result)
+    metrics = result["metrics"]
+    tokens = torch.cat([one for many in active.values() for one in many], dim=1)
+    steps, experts = len(result["steps"]), tokens.shape[-1]
+    # In float32 batches of up to 8 tokens are computed by the experts that they use, and larger ones by all.
+    read, dense_runs = reads(result, active, lambda used: len(used) > 8 or bool(used.all()))
+    assert 0 < dense_runs < 3 * steps
+    assert metrics["prunepath:tokens_total"] == tokens.shape[1]
+    assert metrics["prunepath:layer_runs_total:dense"] == dense_runs
+    assert metrics["prunepath:layer_runs_total:sparse"] == 3 * steps - dense_runs
+    for layer, group in enumerate(GROUPS):
+        assert metrics[f"prunepath:experts_possible_total:{group}"] == tokens[layer].numel()
+        assert metrics[f"prunepath:experts_readable_total:{group}"] == experts * steps
+        # TF32 in vLLM's attention: now and then a mass lands on the other side of tau.
+        assert metrics[f"prunepath:experts_active_total:{group}"] == pytest.approx(int(tokens[layer].sum()), rel=0.005)
+        assert metrics[f"prunepath:experts_read_total:{group}"] == pytest.approx(read[layer], rel=0.005)
+    for row, report, used in zip(*result["requests"]["every"].values(), active["every"], strict=True):
+        (told,) = report
+        parts = used[:, : len(row["prompt"])], used[:, len(row["prompt"]) :]
+        for (counted, possible), part in zip(told, parts, strict=True):
+            assert possible == part[0].numel()
+            assert counted == pytest.approx(part.sum((1, 2)).tolist(), rel=0.02)
