@@ -26,8 +26,8 @@ GROUPS = ("first", "middle", "last")
 MAX_REPORTS = 1024
 """Reports kept on a worker; the oldest give way, in case nobody comes for them."""
 
-_MAX_ENTRY = 1 << 30
-"""Entries of the buffers are summed up before they may grow beyond; int32 ends at twice that."""
+_MAX_ROW = 1 << 30
+"""A row is summed up before it may grow beyond; int32 ends at twice that."""
 
 
 @dataclass
@@ -44,7 +44,7 @@ class ExpertCounts:
     Attributes:
         active: per layer of this worker, int32 [max_num_batched_tokens] on the model's device: experts active at each
             row, over the steps since they were last summed up.
-        read: per layer, int32 [1] on the model's device: experts whose weights were read, over the same steps.
+        read: per layer, int64 [1] on the model's device: experts whose weights were read, over the same steps.
         dense_runs: int64 scalar on the host: runs of a layer that took every expert, whatever its tokens chose.
     """
 
@@ -75,7 +75,7 @@ class ExpertCounts:
         """New buffers in `active` and `read`, for a layer, numbered through the whole model, to add to."""
         self.groups.append(layer * len(GROUPS) // self.num_layers)
         self.active.append(torch.zeros(self.max_tokens, dtype=torch.int32))
-        self.read.append(torch.zeros(1, dtype=torch.int32))
+        self.read.append(torch.zeros(1, dtype=torch.int64))
         return self.active[-1], self.read[-1]
 
     def begin_step(
@@ -110,7 +110,7 @@ class ExpertCounts:
 
     @functools.cached_property
     def _max_steps(self) -> int:
-        return _MAX_ENTRY // self.num_experts
+        return _MAX_ROW // self.num_experts
 
     def _mark_rows(
         self, computed: np.ndarray, scheduled: np.ndarray, prompt_lens: np.ndarray, reports: Sequence[str | None]

@@ -135,7 +135,7 @@ class RoutedFFN(nn.Module):
         tau: float32 [max_num_batched_tokens], at a fixed address; entry t is the tau of the step's token t.
         dense_step: bool scalar on the host, True where every token of the step uses every expert.
         active_counts: int32 [max_num_batched_tokens], at a fixed address; each token's active experts are added to it.
-        experts_read: int32 [1], at a fixed address; the experts whose weights a call reads are added to it.
+        experts_read: int64 [1], at a fixed address; the experts whose weights a call reads are added to it.
         dense_runs: int64 scalar on the host; a call that takes the dense product adds 1, on a CPU alone: see
             :func:`dense_products`.
     """
@@ -228,7 +228,8 @@ def _routed_ffn_op(
             dense_out=_packed(packed_out, w_out.shape[1], None),
             **routing,
         )
-        dense_runs += int(experts_read) - before == num_experts  # gathering never takes them all
+        if int(experts_read) - before == num_experts:  # gathering never takes them all
+            dense_runs += 1
         return y
     kernels = triton_kernels()
     if kernels is None:
