@@ -16,7 +16,7 @@ import httpx
 import openai
 import pytest
 import torch
-from naive import load_naive, naive_generate, naive_logits
+from naive import load_naive, naive_generate, naive_logits, naive_sparsity
 from tiny_models import build_tokenizer
 
 BIN = Path(sys.executable).parent
@@ -246,6 +246,15 @@ def test_classify_takes_the_knob(roberta, extra):
     with torch.no_grad():
         probabilities = naive_logits(model, ids, 0.4).softmax(-1)
     torch.testing.assert_close(torch.tensor(response.json()["data"][0]["probs"]), probabilities, atol=1e-4, rtol=1e-3)
+
+
+def test_a_classification_reports_what_its_tokens_left_out(roberta):
+    model = load_naive(roberta.checkpoint)
+    response = roberta.post("/classify", {"model": MODEL, "input": PROMPTS[1], "tau": 0.4, "prunepath_report": True})
+    report = response.json()["prunepath"]
+    naive_logits(model, build_tokenizer()(PROMPTS[1])["input_ids"], 0.4)
+    assert report["prompt_ffn_sparsity"] == pytest.approx(naive_sparsity(model).mean().item(), abs=1e-6)
+    assert (report["tau"], report["ffn_sparsity"]) == (0.4, None)
 
 
 @pytest.mark.parametrize("knob", [{"tau": 2}, {"vllm_xargs": {"tau": True}}, {"sparsity": 0.5}], ids=str)

@@ -10,11 +10,13 @@ import httpx
 import openai
 import pytest
 import test_server
+import torch
 from naive import NaiveFFN, load_naive, naive_logits, naive_sparsity
 from prometheus_client.parser import text_string_to_metric_families
 from test_engine import run_engine
 from test_server import BIN, ENDPOINTS, MODEL, PROMPTS, Server, complete
 from tiny_models import build_tokenizer
+from torch import Tensor
 
 serve = test_server.serve
 
@@ -297,6 +299,10 @@ def test_metrics_count_what_was_sent(server, naive):
         expected(naive, prompt, tau, 10)
         active += round((1 - naive_sparsity(naive)).sum().item() * experts)
     assert added["prunepath:experts_active_total"] == active
+    layer_runs = 3 * (3 + 3 * 9)
+    assert added["prunepath:layer_runs_total"] == layer_runs
+    assert added["prunepath:experts_readable_total"] == layer_runs * experts
+    assert active / possible < added["prunepath:experts_read_total"] / (layer_runs * experts) <= 1
     sparsity = prompt_tokens * 0.7 + sum(9 * share for share in sent.values())
     assert added["prunepath:expected_ffn_sparsity_tokens_total"] == pytest.approx(sparsity, rel=1e-5)
 
@@ -366,6 +372,20 @@ def test_a_report_tells_the_sparsity_that_the_tokens_had(server, naive, tau, str
     assert report["prompt_ffn_sparsity"] == pytest.approx(sparsity[:, : len(prompt)].mean().item(), abs=1e-6)
     assert report["ffn_sparsity"] == pytest.approx(sparsity[:, len(prompt) :].mean().item(), abs=1e-6)
     assert report["ffn_sparsity_by_layer"] == pytest.approx(sparsity[:, len(prompt) :].mean(1).tolist(), abs=1e-4)
+
+
+def test_a_report_counts_all_prompts_of_a_request(server, naive):
+    prompts = [build_tokenizer()(text)["input_ids"] for text in ("one of two prompts", "and the longer one of the two")]
+    told = {"tau": 0.4, "ignore_eos": True, "prunepath_report": True}
+    answer = server.client.completions.create(model=MODEL, prompt=prompts, max_tokens=4, temperature=0, extra_body=told)
+    parts: list[list[Tensor]] = [[], []]
+    for prompt in prompts:
+        expected(naive, prompt, 0.4, 4)
+        for part, sparsity in zip(parts, naive_sparsity(naive).split([len(prompt), 3], dim=1), strict=True):
+            part.append(sparsity)
+    means = [torch.cat(part, dim=1).mean().item() for part in parts]
+    report = answer.model_extra["prunepath"]
+    assert [report["prompt_ffn_sparsity"], report["ffn_sparsity"]] == pytest.approx(means, abs=1e-6)
 
 
 def test_a_report_comes_with_the_answer_that_asked_for_it(server):
