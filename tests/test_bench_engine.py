@@ -9,6 +9,7 @@ from test_cli import BIN, assert_one_line
 
 from prunepath_vllm.benchmarks import serve, server
 from prunepath_vllm.benchmarks.report import BenchmarkError
+from prunepath_vllm.entrypoints.cli import main
 
 CURVE = [[0.2, 0.9], [0.6, 0.5], [1.0, 0.0]]
 ENGINE = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256")
@@ -55,6 +56,9 @@ def test_latency_measures_dense_and_every_tau(prunepath_checkpoint, dense_checkp
     assert [(row["tau"], row["tokens"]) for row in result["sparse"]["prefill"]] == [(1.0, 100), (0.4, 100)]
     assert result["versions"]["vllm"].startswith("0.32")
     assert plot.read_bytes().startswith(b"\x89PNG")
+    assert main(["figures", "fig9", f"PrunePath={output}", "--output", str(tmp_path / "fig9.json")]) == 0
+    labels = ["Dense", "PrunePath (tau 1)", "PrunePath (tau 0.4)"]
+    assert [one["label"] for one in json.loads((tmp_path / "fig9.json").read_text())["series"]] == labels
     for title in ("decode step, ms", "average latency, ms", "prefill of 100, ms"):
         assert title in process.stdout
     assert "INFO" not in process.stdout  # the engines' logs are not results
