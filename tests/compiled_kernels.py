@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -114,7 +114,9 @@ def compile_layer(shape: Shape, tuning: Tuning) -> None:
                     empty(num_tokens, rows), weights, logits, None, tau, gate=gate, **rule, config=choice.router
                 )
         else:
-            routed_ffn(x, tau, router, None, weights, gate="sigmoid", **rule, tuning=Tuning(((1, choice),)))
+            for path in ("split", "every") if choice.path == "split" else (choice.path,):
+                tuning = Tuning(((1, replace(choice, path=path)),))
+                routed_ffn(x, tau, router, None, weights, gate="sigmoid", **rule, tuning=tuning)
     gated_activation(empty(256, rows), weights)
     gated_activation(empty(256, rows), weights, torch.empty(256, shape.experts, device="meta"))
 

@@ -31,7 +31,7 @@ NO_TUNING = {
             (
                 1,
                 Choice(
-                    name.removesuffix("-select"),
+                    name.split("-")[0],
                     router=RouterConfig(split_k=2),
                     fused=FusedConfig(rows=4),
                     up=UpConfig(rows=16, block_k=32),
@@ -42,10 +42,18 @@ NO_TUNING = {
             ),
         )
     )
-    for name in ("fused", "split", "dense", "dense-select", "grouped")
+    for name in ("fused", "split", "every", "dense", "dense-select", "grouped")
 }
 
-EVERY_PATH = [("fused", 1), ("split", 1), ("split", 3), ("dense", 3), ("dense-select", 3), ("grouped", 3)]
+EVERY_PATH = [
+    ("fused", 1),
+    ("split", 1),
+    ("split", 3),
+    ("every", 3),
+    ("dense", 3),
+    ("dense-select", 3),
+    ("grouped", 3),
+]
 
 SELECTS = {
     "radix": RouterConfig(block_e=2, split_k=2),
@@ -294,7 +302,7 @@ def check_layer(path: str, x: Tensor, tau: Tensor, router: Tensor, bias: Tensor 
         gates = reference.expert_weights(reference.router_logits(x, router, bias), tau, **rule)
         assert y.dtype == x.dtype
         assert error(y, reference_ffn(x, gates, weights)) < TOLERANCE[x.dtype]
-        assert read.item() - 5 == (gates.shape[1] if path.startswith("dense") else (gates != 0).any(0).sum())
+        assert read.item() - 5 == (gates.shape[1] if path.startswith(("dense", "every")) else (gates != 0).any(0).sum())
 
 
 @pytest.mark.parametrize("num_experts", [12, 592])

@@ -39,6 +39,7 @@ __all__ = ["Choice", "Tuning", "expand_taus", "heuristic_tuning", "load_tuning",
 PATHS = {
     "fused": ("router", "fused"),
     "split": ("router", "up", "down"),
+    "every": ("router", "up", "down"),
     "dense": ("router", "dense"),
     "grouped": ("router", "grouped"),
 }
@@ -50,8 +51,9 @@ class Choice:
     """How batches of up to some number of tokens are computed.
 
     Attributes:
-        path: "fused" (one token), "split" (up and down kernels), "dense" (every expert, multiplied by its
-            gate) or "grouped" (tokens gathered by expert).
+        path: "fused" (one token), "split" (up and down kernels over the experts that some token uses), "every" (the
+            same over all, routing beside them), "dense" (all experts by cuBLAS, multiplied by their gates) or
+            "grouped" (tokens gathered by expert).
         pdl: mode of programmatic dependent launch (``common.wait_for_previous``), where the GPU has it.
         router, fused, up, down, dense, grouped: tile choices of the kernels, and how a dense step routes.
     """
@@ -235,10 +237,11 @@ def routed_ffn(
         )
     if choice.path == "grouped":
         return grouped_ffn(x, weights, find_routing(want_flags=False, pdl=0), choice.grouped, experts_read)
-    routing = find_routing(pdl=pdl)
+    every = choice.path == "every"
+    routing = find_routing(want_flags=not every, release=every, pdl=pdl)
     if choice.path == "fused":
         partial = fused_partials(x, weights, routing, choice.fused, pdl, experts_read)
     else:
-        neurons, experts = up(x, weights, routing, choice.up, pdl, experts_read)
+        neurons, experts = up(x, weights, routing, choice.up, pdl, experts_read, every)
         partial = down_partials(neurons, experts, weights, choice.down, pdl)
     return reduce_partials(partial, weights.b_out, x.dtype, pdl)

@@ -290,6 +290,7 @@ def route(
     config: RouterConfig,
     active_counts: Tensor | None = None,
     want_flags: bool = True,
+    release: bool = False,
     pdl: int | None = None,
 ) -> Routing:
     """Router logits and selection: two kernels, no host synchronisation.
@@ -304,6 +305,7 @@ def route(
         gate: "sigmoid" or "none".
         active_counts: int32 [T] or None; the number of active experts of each token is added to it.
         want_flags: whether to fill ``Routing.flags``; up to LIBRARY_TOKENS tokens.
+        release: whether the kernel after selection may start before it, under a ``pdl`` of 1.
         pdl: mode of programmatic dependent launch (``common.wait_for_previous``); None for the device's default.
     """
     num_tokens, num_experts = x.shape[0], router_weight.shape[0]
@@ -314,7 +316,7 @@ def route(
     arguments = (logits, router_bias, tau, gates, flags, active_counts, num_tokens, threshold or 0.0)
     options = select_options(
         router_bias, num_experts, slices=logits.shape[0], selection=selection, gate=gate,
-        counting=active_counts is not None, pdl=pdl,
+        counting=active_counts is not None, pdl=3 if release and pdl == 1 else pdl,
     ) | dict(FLAGS=want_flags, num_warps=config.select_warps)  # fmt: skip
     if config.select == "pairwise":
         grid = (num_tokens, triton.cdiv(num_experts, config.select_block_e))

@@ -204,7 +204,7 @@ def paths_for(num_tokens: int) -> tuple[str, ...]:
     if num_tokens == 1:
         return ("fused", "split", "dense")
     if num_tokens <= LIBRARY_TOKENS:
-        return ("split", "dense")
+        return ("split", "every", "dense")
     return ("dense", "grouped") if num_tokens >= 1024 else ("dense",)
 
 
@@ -227,7 +227,8 @@ def variants(num_tokens: int, path: str) -> Iterator[tuple[str, list[Any]]]:
 def start_choice(shape: Shape, num_tokens: int, path: str) -> Choice:
     """Where the search on a path begins."""
     tuning = heuristic_tuning(shape.hidden, shape.size, shape.glu)
-    found = tuning.choice({"fused": 1, "split": min(max(num_tokens, 2), 8), "dense": 256, "grouped": 8192}[path])
+    few = min(max(num_tokens, 2), 8)
+    found = tuning.choice({"fused": 1, "split": few, "every": few, "dense": 256, "grouped": 8192}[path])
     if path == "dense" or (path == "split" and num_tokens == 1):
         found = replace(found, router=dict(variants(num_tokens, path))["router"][0])
     return replace(found, path=path)
