@@ -12,6 +12,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import prunepath_vllm
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.conversion.convert import convert
+from prunepath_vllm.conversion.text import read_sequences
+from prunepath_vllm.training.adapter import merge_adapter
 
 ROOT = Path(__file__).parents[1]
 DENSE = ROOT / ".cache" / "SmolLM2-135M-Instruct"
@@ -58,3 +60,22 @@ def test_tau_1_gives_the_dense_engines_tokens_on_32_prompts(dense, converted):
     assert sparse == run_engine("dense", dense, **options)["tokens"]
     text = AutoTokenizer.from_pretrained(dense).decode(sparse[0])
     assert "France" in text
+
+
+def test_the_demo_adapter_turns_quality_into_sparsity_gently(dense, tmp_path):
+    """The committed adapter on real text: its measured curve, and a model that half of the experts carry."""
+    adapter = ROOT / "models" / "SmolLM2-135M-Instruct-PrunePath-adapter" / "adapter.safetensors"
+    assert adapter.stat().st_size < 24e6
+    merged = merge_adapter(dense, adapter, tmp_path / "merged")
+    curve = dict(validate_checkpoint(merged, check_values=True).prunepath.tau_curve)
+    text = ROOT / ".cache" / "data" / "wikitext-2" / "valid.txt"
+    tokens = read_sequences(AutoTokenizer.from_pretrained(merged), text, length=1024, max_tokens=2048)
+    prunepath_vllm.register()
+    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    plain = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
+    with torch.no_grad():
+        untouched = plain(tokens, labels=tokens).loss.exp()
+        for tau, limit in ((0.98, 1.0), (0.85, 1.3), (0.7, 1.75)):
+            output = model(tokens, labels=tokens, tau=tau, output_router_logits=True)
+            assert output.loss.exp() < limit * untouched
+            assert output.ffn_sparsity.mean().item() == pytest.approx(curve[tau], abs=0.02)
