@@ -5,7 +5,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +16,10 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from prunepath_vllm.kernels import decode, ffn
-from prunepath_vllm.kernels.dense import gated_activation, selected_activation
+from prunepath_vllm.kernels.dense import gated_activation
 from prunepath_vllm.kernels.expand import expand_taus
 from prunepath_vllm.kernels.ffn import Tuning, heuristic_tuning, load_tuning, routed_ffn
-from prunepath_vllm.kernels.routing import partial_logits, route, select_mask
+from prunepath_vllm.kernels.routing import route, select_mask
 from prunepath_vllm.kernels.tuning import Shape
 from prunepath_vllm.kernels.weights import Weights
 
@@ -109,14 +109,8 @@ def compile_layer(shape: Shape, tuning: Tuning) -> None:
         if choice.path == "dense":  # the products are cuBLAS's
             for gate in ("none", "sigmoid"):
                 route(x, tau, router, None, gate=gate, **rule, config=choice.router, want_flags=False, pdl=0)
-                logits = partial_logits(x, tau, router, gate=gate, config=choice.router, flags=None, pdl=0)
-                selected_activation(
-                    empty(num_tokens, rows), weights, logits, None, tau, gate=gate, **rule, config=choice.router
-                )
         else:
-            for path in ("split", "every") if choice.path == "split" else (choice.path,):
-                tuning = Tuning(((1, replace(choice, path=path)),))
-                routed_ffn(x, tau, router, None, weights, gate="sigmoid", **rule, tuning=tuning)
+            routed_ffn(x, tau, router, None, weights, gate="sigmoid", **rule, tuning=Tuning(((1, choice),)))
     gated_activation(empty(256, rows), weights)
     gated_activation(empty(256, rows), weights, torch.empty(256, shape.experts, device="meta"))
 

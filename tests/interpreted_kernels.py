@@ -11,7 +11,7 @@ from torch import Tensor
 from prunepath_vllm.kernels import common, cpu, expand, reference
 from prunepath_vllm.kernels import tau as taus
 from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
-from prunepath_vllm.kernels.dense import DenseConfig, dense_ffn
+from prunepath_vllm.kernels.dense import dense_ffn
 from prunepath_vllm.kernels.ffn import Choice, Tuning, routed_ffn
 from prunepath_vllm.kernels.grouped import GroupedConfig
 from prunepath_vllm.kernels.routing import RouterConfig, route, select_mask
@@ -26,34 +26,25 @@ ACTIVATIONS = {
 }
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 NO_TUNING = {
-    name: Tuning(
+    path: Tuning(
         (
             (
                 1,
                 Choice(
-                    name.split("-")[0],
+                    path,
                     router=RouterConfig(split_k=2),
                     fused=FusedConfig(rows=4),
                     up=UpConfig(rows=16, block_k=32),
                     down=DownConfig(block_h=32, block_k=16, splits=3),
-                    dense=DenseConfig("serial", fused=name == "dense-select"),
                     grouped=GroupedConfig(block_m=16, block_k=32, group=2),
                 ),
             ),
         )
     )
-    for name in ("fused", "split", "every", "dense", "dense-select", "grouped")
+    for path in ("fused", "split", "dense", "grouped")
 }
 
-EVERY_PATH = [
-    ("fused", 1),
-    ("split", 1),
-    ("split", 3),
-    ("every", 3),
-    ("dense", 3),
-    ("dense-select", 3),
-    ("grouped", 3),
-]
+EVERY_PATH = [("fused", 1), ("split", 1), ("split", 3), ("dense", 3), ("grouped", 3)]
 
 SELECTS = {
     "radix": RouterConfig(block_e=2, split_k=2),
@@ -175,7 +166,7 @@ def test_ties_take_the_lower_index(select):
         assert torch.equal(group, group.sort(descending=True).values)
 
 
-@pytest.mark.parametrize("path", NO_TUNING)
+@pytest.mark.parametrize("path", ["fused", "split", "dense", "grouped"])
 @pytest.mark.parametrize("tau", [1.0, 0.6, 1e-6], ids=["all", "some", "one"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_one_token(path, tau, dtype):
@@ -215,7 +206,7 @@ def test_no_active_expert_leaves_the_bias(path, num_tokens):
     torch.testing.assert_close(y, weights.b_out.expand_as(y))
 
 
-@pytest.mark.parametrize("path", [path for path in NO_TUNING if path != "fused"])
+@pytest.mark.parametrize("path", ["split", "dense", "grouped"])
 def test_overflow_stays_in_its_token(path):
     """An expert that overflows for one token does not reach a token that did not choose it."""
     x, router, bias, weights = make_case(2, 12, 8, 32)
@@ -237,7 +228,7 @@ def test_overflow_stays_in_its_token(path):
     assert y.isfinite().all()
 
 
-@pytest.mark.parametrize("path", [path for path in NO_TUNING if path != "fused"])
+@pytest.mark.parametrize("path", ["split", "dense", "grouped"])
 @pytest.mark.parametrize("selection", ["cumulative_mass", "threshold"])
 def test_padding_rows_choose_nothing_and_move_nothing(path, selection):
     x, router, bias, weights = make_case(5, 37, 8, 48)
@@ -285,7 +276,7 @@ def test_dense_without_gates():
     assert error(dense_ffn(x, weights), want) < 1e-5
 
 
-@pytest.mark.parametrize("path", NO_TUNING)
+@pytest.mark.parametrize("path", ["fused", "split", "dense", "grouped"])
 def test_takes_the_weights_of_the_cpu(path):
     x, router, bias, weights = make_case(1, 12, 8, 32, glu=False, activation="gelu_new")
     rule = dict(selection="cumulative_mass", threshold=None, gate="sigmoid")
@@ -302,7 +293,7 @@ def check_layer(path: str, x: Tensor, tau: Tensor, router: Tensor, bias: Tensor 
         gates = reference.expert_weights(reference.router_logits(x, router, bias), tau, **rule)
         assert y.dtype == x.dtype
         assert error(y, reference_ffn(x, gates, weights)) < TOLERANCE[x.dtype]
-        assert read.item() - 5 == (gates.shape[1] if path.startswith(("dense", "every")) else (gates != 0).any(0).sum())
+        assert read.item() - 5 == (gates.shape[1] if path == "dense" else (gates != 0).any(0).sum())
 
 
 @pytest.mark.parametrize("num_experts", [12, 592])

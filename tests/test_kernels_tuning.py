@@ -7,7 +7,6 @@ import torch
 
 from prunepath_vllm.kernels import ffn
 from prunepath_vllm.kernels.decode import FusedConfig, UpConfig
-from prunepath_vllm.kernels.dense import DenseConfig
 from prunepath_vllm.kernels.ffn import Choice, Tuning, heuristic_tuning, load_tuning, tuning_from_json, tuning_to_json
 from prunepath_vllm.kernels.grouped import GroupedConfig
 from prunepath_vllm.kernels.routing import RouterConfig
@@ -18,7 +17,7 @@ TABLE = Tuning(
     (
         (1, Choice("fused", 1, RouterConfig(select="pairwise"), fused=FusedConfig(1, 8, 2, 2))),
         (16, Choice("split", 2, RouterConfig(split_k=7), up=UpConfig(32, 64, 8, 3, 2))),
-        (64, Choice("dense", 0, RouterConfig(split_k=4), dense=DenseConfig("serial", True))),
+        (64, Choice("dense", 0, RouterConfig(split_k=4))),
         (8192, Choice("grouped", 0, grouped=GroupedConfig(256, 64, 8, 3, 4))),
     )
 )
@@ -34,12 +33,6 @@ def test_choice_by_batch_size(tokens, path):
 
 def test_json_round_trip():
     assert tuning_from_json(json.loads(json.dumps(tuning_to_json(TABLE)))) == TABLE
-
-
-def test_tables_without_a_way_to_route_load():
-    """Made before there was a choice."""
-    row = {name: part for name, part in tuning_to_json(TABLE)[2].items() if name != "dense"}
-    assert tuning_from_json([row]).choices[0][1].dense == DenseConfig("first", False)
 
 
 def test_unknown_path_is_named():
@@ -61,7 +54,6 @@ def test_shipped_tables_load():
     assert shipped != heuristic_tuning(3584, 32, True)
     limits = [limit for limit, _ in shipped.choices]
     assert limits == sorted(limits)
-    assert load_tuning("NVIDIA H200", 48, 7, 8, True) == heuristic_tuning(48, 8, True)
     assert load_tuning("Some other GPU", 3584, 592, 32, True) == heuristic_tuning(3584, 32, True)
 
 
@@ -82,6 +74,16 @@ def test_shipped_paths(hidden, experts, glu, paths):
     if glu:
         assert {t: heuristic_tuning(hidden, 32, True).choice(t).path for t in paths} == paths
         assert tuning.choice(4).router.select == "pairwise"
+
+
+@pytest.mark.parametrize(
+    ("hidden", "experts", "glu"), [(576, 48, True), (1536, 280, True), (1024, 128, False)], ids=["135m", "1.5b", "gpt2"]
+)
+def test_small_layers_without_a_table_are_dense(hidden, experts, glu):
+    tuning = load_tuning("Some other GPU", hidden, experts, 32, glu)
+    assert {tuning.choice(tokens).path for tokens in (1, 4, 64, 4095, 9000)} == {"dense"}
+    assert ffn.tuning_for(torch.bfloat16, tuning) == tuning
+    assert ffn.tuning_for(torch.float32, tuning).choice(1).path == "fused"
 
 
 @pytest.mark.parametrize(("hidden", "stages"), [(576, 4), (3584, 4), (5120, 2), (8192, 2)])

@@ -38,10 +38,8 @@ def wait_for_previous(PDL: tl.constexpr):
 
     Every program of every kernel calls this, so that "the previous kernel is complete" holds along the whole chain.
     PDL: 0 off; 1 the next kernel may start once this one stops waiting, and holds multiprocessors while it waits; 2 it
-    starts as this one ends; 3 it may start at once, and reads nothing of this kernel's before it waits in its turn.
+    starts as this one ends.
     """
-    if PDL == 3:
-        gdc_launch_dependents()
     if PDL:
         gdc_wait()
     if PDL == 1:

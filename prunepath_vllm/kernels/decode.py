@@ -102,29 +102,16 @@ def up_kernel(
     H: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_T: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr, GRAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Several tokens: neurons [T, F], row r of the listed experts' rows in column r, multiplied by its gate.
-
-    experts None: every expert is listed, and the kernel waits for selection only when it needs gates. What ran before
-    routing is done: x is there.
-    """
+    """Several tokens: neurons [T, F], row r of the listed experts' rows in column r, multiplied by its gate."""
     pid, num_programs = tl.program_id(0), tl.num_programs(0)
     tokens = tl.arange(0, BLOCK_T)
     in_t = tokens < num_tokens
-    if experts is None:
-        begin = pid * (E * D // GRAIN) // num_programs
-        end = (pid + 1) * (E * D // GRAIN) // num_programs
-        if experts_read is not None:
-            tl.atomic_add(experts_read, E, mask=pid == 0, sem="relaxed")
-    else:
-        wait_for_previous(PDL)
-        begin, end = take_share(flags, experts, experts_read, pid, num_programs, E, BLOCK_E, D // GRAIN)
+    wait_for_previous(PDL)
+    begin, end = take_share(flags, experts, experts_read, pid, num_programs, E, BLOCK_E, D // GRAIN)
     for r0 in range(begin * GRAIN, end * GRAIN, R):
         row = r0 + tl.arange(0, R)
         in_r = row < end * GRAIN
-        if experts is None:
-            expert = tl.where(in_r, row // D, 0)
-        else:
-            expert = tl.load(experts + row // D, mask=in_r, other=0)
+        expert = tl.load(experts + row // D, mask=in_r, other=0)
         source = expert.to(tl.int64) * D + row % D
         acc = tl.zeros([R, BLOCK_T], dtype=tl.float32)
         acc_up = tl.zeros([R, BLOCK_T], dtype=tl.float32)
@@ -149,8 +136,6 @@ def up_kernel(
             if BIAS:
                 acc_up += tl.load(b_in + E * D + source, mask=in_r, other=0.0).to(tl.float32)[:, None]
             acc *= acc_up
-        if experts is None:
-            wait_for_previous(PDL)
         out = in_r[:, None] & in_t[None, :]
         gate = tl.load(gates + tokens[None, :] * E + expert[:, None], mask=out, other=0.0)
         # Not a product with 0: an overflow in an expert the token did not choose must not reach it.
@@ -170,21 +155,15 @@ def down_kernel(
     cols = pid_h * BLOCK_H + tl.arange(0, BLOCK_H)
     in_h = (cols < H)[None, :]
     wait_for_previous(PDL)
-    if experts is None:  # all are listed
-        rows = E * D
-    else:
-        rows = tl.load(experts + E) * D
-    blocks = tl.cdiv(rows, BLOCK_K)
+    blocks = tl.cdiv(tl.load(experts + E) * D, BLOCK_K)
     begin = pid_s * blocks // splits * BLOCK_K
-    end = tl.minimum((pid_s + 1) * blocks // splits * BLOCK_K, rows)
+    end = tl.minimum((pid_s + 1) * blocks // splits * BLOCK_K, tl.load(experts + E) * D)
     acc = tl.zeros([BLOCK_T, BLOCK_H], dtype=tl.float32)
     for r0 in range(begin, end, BLOCK_K):
         row = r0 + tl.arange(0, BLOCK_K)
         in_r = row < end
-        if experts is None:
-            source = row.to(tl.int64)
-        else:
-            source = tl.load(experts + row // D, mask=in_r, other=0).to(tl.int64) * D + row % D
+        expert = tl.load(experts + row // D, mask=in_r, other=0)
+        source = expert.to(tl.int64) * D + row % D
         w = tl.load(w_out_t + source[:, None] * H + cols[None, :], mask=in_r[:, None] & in_h, other=0.0)
         h = tl.load(
             neurons + tokens[:, None].to(tl.int64) * (E * D) + row[None, :], mask=in_t & in_r[None, :], other=0.0
@@ -246,22 +225,19 @@ def up(
     config: UpConfig,
     pdl: int | None = None,
     experts_read: Tensor | None = None,
-    every: bool = False,
-) -> tuple[Tensor, Tensor | None]:
+) -> tuple[Tensor, Tensor]:
     """The listed experts' neurons, gated. Their number is added to experts_read, int32 [1] or None.
-
-    every: list all, so that routing runs beside the product rather than before it.
 
     Returns:
         neurons [T, F] in x's dtype, whose column r is the r-th row of the listed experts (the rest is not written), and
-        experts, int32 [E + 1]: the list, its length in the last element. None for `every`.
+        experts, int32 [E + 1]: the list, its length in the last element.
     """
     num_tokens, hidden = x.shape
     num_experts = routing.gates.shape[1]
     num_neurons = weights.w_out_t.shape[0]
     expert_size = num_neurons // num_experts
     pdl = default_pdl(x.device) if pdl is None else pdl
-    experts = None if every else torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
+    experts = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
     neurons = torch.empty(num_tokens, num_neurons, dtype=x.dtype, device=x.device)
     up_kernel[(num_sms(x.device) * config.programs_per_sm,)](
         x, weights.w_in, weights.b_in, routing.gates, routing.flags, experts, experts_read, neurons,
@@ -274,11 +250,11 @@ def up(
 
 
 def down_partials(
-    neurons: Tensor, experts: Tensor | None, weights: Weights, config: DownConfig, pdl: int | None = None
+    neurons: Tensor, experts: Tensor, weights: Weights, config: DownConfig, pdl: int | None = None
 ) -> Tensor:
     """Float32 partial outputs [splits, T, H] of the neurons and the expert list that `up` returned."""
     num_tokens, num_neurons = neurons.shape
-    num_experts = 1 if experts is None else experts.shape[0] - 1
+    num_experts = experts.shape[0] - 1
     hidden = weights.w_out_t.shape[1]
     pdl = default_pdl(neurons.device) if pdl is None else pdl
     partial = torch.empty(config.splits, num_tokens, hidden, dtype=torch.float32, device=neurons.device)

@@ -22,25 +22,18 @@ from prunepath_vllm.kernels.decode import (
     reduce_partials,
     up,
 )
-from prunepath_vllm.kernels.dense import (
-    DenseConfig,
-    dense_ffn,
-    gated_activation,
-    routed_dense_ffn,
-    selected_activation,
-)
+from prunepath_vllm.kernels.dense import dense_ffn, routed_dense_ffn
 from prunepath_vllm.kernels.expand import expand_taus
 from prunepath_vllm.kernels.grouped import GroupedConfig, grouped_ffn
-from prunepath_vllm.kernels.routing import LIBRARY_TOKENS, RouterConfig, partial_logits, route
+from prunepath_vllm.kernels.routing import LIBRARY_TOKENS, RouterConfig, route
 from prunepath_vllm.kernels.weights import Weights
 
-__all__ = ["Choice", "Tuning", "expand_taus", "heuristic_tuning", "load_tuning", "routed_ffn"]
+__all__ = ["Choice", "Tuning", "expand_taus", "heuristic_tuning", "load_tuning", "routed_ffn", "tuning_for"]
 
 PATHS = {
     "fused": ("router", "fused"),
     "split": ("router", "up", "down"),
-    "every": ("router", "up", "down"),
-    "dense": ("router", "dense"),
+    "dense": ("router",),
     "grouped": ("router", "grouped"),
 }
 """The ways to compute the layer, and the kernels each uses (fields of :class:`Choice`)."""
@@ -51,11 +44,10 @@ class Choice:
     """How batches of up to some number of tokens are computed.
 
     Attributes:
-        path: "fused" (one token), "split" (up and down kernels over the experts that some token uses), "every" (the
-            same over all, routing beside them), "dense" (all experts by cuBLAS, multiplied by their gates) or
-            "grouped" (tokens gathered by expert).
+        path: "fused" (one token), "split" (up and down kernels), "dense" (every expert, multiplied by its
+            gate) or "grouped" (tokens gathered by expert).
         pdl: mode of programmatic dependent launch (``common.wait_for_previous``), where the GPU has it.
-        router, fused, up, down, dense, grouped: tile choices of the kernels, and how a dense step routes.
+        router, fused, up, down, grouped: tile choices of the kernels.
     """
 
     path: str
@@ -64,7 +56,6 @@ class Choice:
     fused: FusedConfig = field(default_factory=FusedConfig)
     up: UpConfig = field(default_factory=UpConfig)
     down: DownConfig = field(default_factory=DownConfig)
-    dense: DenseConfig = field(default_factory=DenseConfig)
     grouped: GroupedConfig = field(default_factory=GroupedConfig)
 
 
@@ -106,6 +97,10 @@ FLOAT32 = heuristic_tuning(8192, 32, True, 4)
 """Choices for float32 models, which tables are not made for. Grouped tiles would not fit."""
 FLOAT32 = Tuning(FLOAT32.choices[:-1])
 
+SMALL_LAYER = 200_000_000
+"""Bytes of a layer's weights below which only a table of its own shape makes it sparse on a GPU: launches and selection
+cost more there than the reads they save. On an H200 a layer of 407 MB (Qwen2-7B) gained, one of 83 MB lost."""
+
 
 TUNING_DIR = "PRUNEPATH_TUNING_DIR"
 """Environment variable: a directory of tables made by ``prunepath bench tune``, looked into first."""
@@ -135,7 +130,15 @@ def load_tuning(gpu: str, hidden: int, num_experts: int, expert_size: int, glu: 
         tables = json.loads(file.read_text()) if file.is_file() else {}
         if rows := tables.get(shape_key(hidden, num_experts, expert_size, glu)):
             return tuning_from_json(rows)
-    return heuristic_tuning(hidden, expert_size, glu)
+    tuning = heuristic_tuning(hidden, expert_size, glu)
+    if 2 * num_experts * expert_size * hidden * (3 if glu else 2) < SMALL_LAYER:
+        return Tuning(tuple(row for row in tuning.choices if row[1].path == "dense"))
+    return tuning
+
+
+def tuning_for(dtype: torch.dtype, tuning: Tuning) -> Tuning:
+    """The choices that layers of a dtype take, given those of :func:`load_tuning`."""
+    return FLOAT32 if dtype == torch.float32 else tuning
 
 
 def tuning_from_json(rows: list[dict[str, Any]]) -> Tuning:
@@ -145,13 +148,12 @@ def tuning_from_json(rows: list[dict[str, Any]]) -> Tuning:
         "fused": FusedConfig,
         "up": UpConfig,
         "down": DownConfig,
-        "dense": DenseConfig,
         "grouped": GroupedConfig,
     }
     choices = []
     for row in rows:
         assert row["path"] in PATHS, f"unknown path {row['path']!r}; expected one of {', '.join(PATHS)}"
-        configs = {name: parts[name](**row.get(name, {})) for name in PATHS[row["path"]]}
+        configs = {name: parts[name](**row[name]) for name in PATHS[row["path"]]}
         choices.append((row["max_tokens"], Choice(row["path"], row["pdl"], **configs)))
     return Tuning(tuple(choices))
 
@@ -208,40 +210,18 @@ def routed_ffn(
         if experts_read is not None:
             experts_read.add_(router_weight.shape[0])
         return dense_ffn(x, weights)
-    if x.dtype == torch.float32 and x.is_cuda:
-        tuning = FLOAT32
-    choice = tuning.choice(x.shape[0])
+    choice = (tuning_for(x.dtype, tuning) if x.is_cuda else tuning).choice(x.shape[0])
     rule: dict[str, Any] = dict(selection=selection, threshold=threshold, gate=gate, active_counts=active_counts)
     pdl = min(choice.pdl, 2 * default_pdl(x.device))
     find_routing = functools.partial(route, x, tau, router_weight, router_bias, **rule, config=choice.router)
     if choice.path == "dense" or host_dense:
-        dense = choice.dense
-        pdl = pdl if dense.routing == "serial" else 0
-        if dense.fused:
-            return routed_dense_ffn(
-                x,
-                weights,
-                lambda: partial_logits(x, tau, router_weight, gate=gate, config=choice.router, flags=None, pdl=pdl),
-                lambda pre, logits: selected_activation(
-                    pre, weights, logits, router_bias, tau, **rule, config=choice.router, experts_read=experts_read,
-                    pdl=pdl,
-                ),
-                dense,
-            )  # fmt: skip
-        return routed_dense_ffn(
-            x,
-            weights,
-            lambda: find_routing(want_flags=False, pdl=pdl).gates,
-            lambda pre, gates: gated_activation(pre, weights, gates, experts_read, pdl),
-            dense,
-        )
+        return routed_dense_ffn(x, weights, lambda: find_routing(want_flags=False, pdl=0).gates, experts_read)
     if choice.path == "grouped":
         return grouped_ffn(x, weights, find_routing(want_flags=False, pdl=0), choice.grouped, experts_read)
-    every = choice.path == "every"
-    routing = find_routing(want_flags=not every, release=every, pdl=pdl)
+    routing = find_routing(pdl=pdl)
     if choice.path == "fused":
         partial = fused_partials(x, weights, routing, choice.fused, pdl, experts_read)
     else:
-        neurons, experts = up(x, weights, routing, choice.up, pdl, experts_read, every)
+        neurons, experts = up(x, weights, routing, choice.up, pdl, experts_read)
         partial = down_partials(neurons, experts, weights, choice.down, pdl)
     return reduce_partials(partial, weights.b_out, x.dtype, pdl)

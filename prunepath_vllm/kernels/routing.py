@@ -164,14 +164,16 @@ def store_gates(gates, flags, token, g, e, active, E: tl.constexpr, GATE: tl.con
         tl.atomic_or(flags + e, 1, mask=active, sem="relaxed")
 
 
-@triton.jit
-def select_token(
-    logits, bias, tau, gates, flags, token, num_tokens, threshold, E: tl.constexpr, DENSE_TAU: tl.constexpr,
-    SPLIT_K: tl.constexpr, BIAS: tl.constexpr, THRESHOLD: tl.constexpr, GATE: tl.constexpr, FLAGS: tl.constexpr,
-    BLOCK_ALL: tl.constexpr, BITS: tl.constexpr,
+@triton.jit(do_not_specialize=["num_tokens"])
+def select_radix_kernel(
+    logits, bias, tau, gates, flags, active_counts, num_tokens, threshold, E: tl.constexpr, DENSE_TAU: tl.constexpr,
+    SPLIT_K: tl.constexpr, BIAS: tl.constexpr, COUNT: tl.constexpr, THRESHOLD: tl.constexpr, GATE: tl.constexpr,
+    FLAGS: tl.constexpr, BLOCK_ALL: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token's gates and flags; returns the number of its active experts."""
+    """One token: gates [T, E] float32, flags [E] int32."""
+    token = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_ALL)
+    wait_for_previous(PDL)
     t = tl.load(tau + token)
     g = summed_logits(logits, bias, token, num_tokens, e, E, SPLIT_K, BIAS)
     active = e < tl.where(t > 0.0, E, 0)  # none at a padding row
@@ -182,24 +184,8 @@ def select_token(
             p = tl.exp(g - tl.max(g, axis=0))
             active &= ranked_prefix(p / tl.sum(p, axis=0), t, BITS)
     store_gates(gates, flags, token, g, e, active, E, GATE, FLAGS)
-    return tl.sum(active.to(tl.int32), axis=0)
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def select_radix_kernel(
-    logits, bias, tau, gates, flags, active_counts, num_tokens, threshold, E: tl.constexpr, DENSE_TAU: tl.constexpr,
-    SPLIT_K: tl.constexpr, BIAS: tl.constexpr, COUNT: tl.constexpr, THRESHOLD: tl.constexpr, GATE: tl.constexpr,
-    FLAGS: tl.constexpr, BLOCK_ALL: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
-):  # fmt: skip
-    """One token: gates [T, E] float32, flags [E] int32."""
-    token = tl.program_id(0).to(tl.int64)
-    wait_for_previous(PDL)
-    count = select_token(
-        logits, bias, tau, gates, flags, token, num_tokens, threshold, E, DENSE_TAU, SPLIT_K, BIAS, THRESHOLD, GATE,
-        FLAGS, BLOCK_ALL, BITS,
-    )  # fmt: skip
     if COUNT:
-        tl.atomic_add(active_counts + token, count, sem="relaxed")
+        tl.store(active_counts + token, tl.load(active_counts + token) + tl.sum(active.to(tl.int32), axis=0))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
@@ -233,51 +219,6 @@ def select_pairwise_kernel(
         tl.atomic_add(active_counts + token, tl.sum(active.to(tl.int32), axis=0), sem="relaxed")
 
 
-def partial_logits(
-    x: Tensor, tau: Tensor, router_weight: Tensor, *, gate: str, config: RouterConfig, flags: Tensor | None, pdl: int
-) -> Tensor:
-    """Eq. 7 without the bias, in slices of the hidden size that selection adds up: float32 [slices, T, E].
-
-    Args:
-        x, tau, router_weight, gate, pdl: as of :func:`route`.
-        flags: int32 [E] or None; cleared, for selection to set.
-    """
-    num_tokens, hidden = x.shape
-    num_experts = router_weight.shape[0]
-    needed, split_k = gate == "sigmoid", config.split_k
-    if num_tokens > LIBRARY_TOKENS:
-        assert flags is None
-        return library_logits(x, router_weight)[None]
-    logits = torch.empty(split_k, num_tokens, num_experts, dtype=torch.float32, device=x.device)
-    if num_tokens == 1:
-        router_logits_kernel_gemv[(triton.cdiv(num_experts, config.block_e), split_k)](
-            x, router_weight, logits, flags, tau, num_experts, hidden, DENSE_TAU, BLOCK_E=config.block_e,
-            BLOCK_K=triton.next_power_of_2(triton.cdiv(hidden, split_k)), SPLIT_K=split_k, NEEDED=needed,
-            FLAGS=flags is not None, PDL=pdl, num_warps=config.num_warps, **launch_options(pdl),
-        )  # fmt: skip
-        return logits
-    block_e, block_k = 16, 128
-    slice_k = triton.cdiv(triton.cdiv(hidden, block_k), split_k) * block_k
-    block_t = max(16, triton.next_power_of_2(num_tokens))
-    router_logits_kernel_dot[(triton.cdiv(num_experts, block_e), split_k, triton.cdiv(num_tokens, block_t))](
-        x, router_weight, logits, flags, tau, num_tokens, num_experts, hidden, DENSE_TAU,
-        BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=block_k, SLICE_K=slice_k, NEEDED=needed, FLAGS=flags is not None,
-        PDL=pdl, num_warps=config.num_warps, num_stages=4, **launch_options(pdl),
-    )  # fmt: skip
-    return logits
-
-
-def select_options(
-    router_bias: Tensor | None, num_experts: int, *, slices: int, selection: str, gate: str, counting: bool, pdl: int
-) -> dict[str, Any]:
-    """Compile-time arguments that the selecting kernels share, and the launch's."""
-    return dict(
-        E=num_experts, DENSE_TAU=DENSE_TAU, SPLIT_K=slices, BIAS=router_bias is not None, COUNT=counting,
-        THRESHOLD=selection == "threshold", GATE=gate == "sigmoid", BLOCK_ALL=triton.next_power_of_2(num_experts),
-        PDL=pdl, **launch_options(pdl),
-    )  # fmt: skip
-
-
 def route(
     x: Tensor,
     tau: Tensor,
@@ -290,7 +231,6 @@ def route(
     config: RouterConfig,
     active_counts: Tensor | None = None,
     want_flags: bool = True,
-    release: bool = False,
     pdl: int | None = None,
 ) -> Routing:
     """Router logits and selection: two kernels, no host synchronisation.
@@ -305,19 +245,41 @@ def route(
         gate: "sigmoid" or "none".
         active_counts: int32 [T] or None; the number of active experts of each token is added to it.
         want_flags: whether to fill ``Routing.flags``; up to LIBRARY_TOKENS tokens.
-        release: whether the kernel after selection may start before it, under a ``pdl`` of 1.
         pdl: mode of programmatic dependent launch (``common.wait_for_previous``); None for the device's default.
     """
-    num_tokens, num_experts = x.shape[0], router_weight.shape[0]
+    num_tokens, hidden = x.shape
+    num_experts = router_weight.shape[0]
     pdl = default_pdl(x.device) if pdl is None else pdl
     flags = torch.empty(num_experts, dtype=torch.int32, device=x.device) if want_flags else None
-    logits = partial_logits(x, tau, router_weight, gate=gate, config=config, flags=flags, pdl=pdl)
+    needed = gate == "sigmoid"
+    split_k = config.split_k
+    if num_tokens == 1:
+        logits = torch.empty(split_k, 1, num_experts, dtype=torch.float32, device=x.device)
+        router_logits_kernel_gemv[(triton.cdiv(num_experts, config.block_e), split_k)](
+            x, router_weight, logits, flags, tau, num_experts, hidden, DENSE_TAU, BLOCK_E=config.block_e,
+            BLOCK_K=triton.next_power_of_2(triton.cdiv(hidden, split_k)), SPLIT_K=split_k, NEEDED=needed,
+            FLAGS=want_flags, PDL=pdl, num_warps=config.num_warps, **launch_options(pdl),
+        )  # fmt: skip
+    elif num_tokens <= LIBRARY_TOKENS:
+        logits = torch.empty(split_k, num_tokens, num_experts, dtype=torch.float32, device=x.device)
+        block_e, block_k = 16, 128
+        slice_k = triton.cdiv(triton.cdiv(hidden, block_k), split_k) * block_k
+        block_t = max(16, triton.next_power_of_2(num_tokens))
+        router_logits_kernel_dot[(triton.cdiv(num_experts, block_e), split_k, triton.cdiv(num_tokens, block_t))](
+            x, router_weight, logits, flags, tau, num_tokens, num_experts, hidden, DENSE_TAU,
+            BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=block_k, SLICE_K=slice_k, NEEDED=needed, FLAGS=want_flags,
+            PDL=pdl, num_warps=config.num_warps, num_stages=4, **launch_options(pdl),
+        )  # fmt: skip
+    else:
+        assert flags is None
+        logits, split_k = library_logits(x, router_weight), 1
     gates = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
     arguments = (logits, router_bias, tau, gates, flags, active_counts, num_tokens, threshold or 0.0)
-    options = select_options(
-        router_bias, num_experts, slices=logits.shape[0], selection=selection, gate=gate,
-        counting=active_counts is not None, pdl=3 if release and pdl == 1 else pdl,
-    ) | dict(FLAGS=want_flags, num_warps=config.select_warps)  # fmt: skip
+    options: dict[str, Any] = dict(
+        E=num_experts, DENSE_TAU=DENSE_TAU, SPLIT_K=split_k, BIAS=router_bias is not None,
+        COUNT=active_counts is not None, THRESHOLD=selection == "threshold", GATE=gate == "sigmoid", FLAGS=want_flags,
+        BLOCK_ALL=triton.next_power_of_2(num_experts), PDL=pdl, num_warps=config.select_warps, **launch_options(pdl),
+    )  # fmt: skip
     if config.select == "pairwise":
         grid = (num_tokens, triton.cdiv(num_experts, config.select_block_e))
         select_pairwise_kernel[grid](*arguments, **options, BLOCK_E=config.select_block_e)

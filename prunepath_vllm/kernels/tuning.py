@@ -23,7 +23,7 @@ from torch import Tensor
 
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
-from prunepath_vllm.kernels.dense import ROUTING, DenseConfig, gated_activation
+from prunepath_vllm.kernels.dense import gated_activation
 from prunepath_vllm.kernels.ffn import (
     PATHS,
     Choice,
@@ -189,7 +189,6 @@ DOWN = [
         (64, 128, 5, 4, 7),
     ]
 ]  # fmt: skip
-DENSE = [DenseConfig(routing, fused) for fused in (False, True) for routing in ROUTING]
 GROUPED = [
     GroupedConfig(*c)
     for c in [
@@ -204,7 +203,7 @@ def paths_for(num_tokens: int) -> tuple[str, ...]:
     if num_tokens == 1:
         return ("fused", "split", "dense")
     if num_tokens <= LIBRARY_TOKENS:
-        return ("split", "every", "dense")
+        return ("split", "dense")
     return ("dense", "grouped") if num_tokens >= 1024 else ("dense",)
 
 
@@ -216,19 +215,18 @@ def variants(num_tokens: int, path: str) -> Iterator[tuple[str, list[Any]]]:
         "fused": FUSED,
         "up": UP,
         "down": DOWN,
-        "dense": DENSE,
         "grouped": GROUPED,
     }
     for name in reversed(PATHS[path]):
         yield name, values[name]
-    yield "pdl", [0, 1, 2] if path != "grouped" else [0]
+    if path in ("fused", "split"):
+        yield "pdl", [0, 1, 2]
 
 
 def start_choice(shape: Shape, num_tokens: int, path: str) -> Choice:
     """Where the search on a path begins."""
     tuning = heuristic_tuning(shape.hidden, shape.size, shape.glu)
-    few = min(max(num_tokens, 2), 8)
-    found = tuning.choice({"fused": 1, "split": few, "every": few, "dense": 256, "grouped": 8192}[path])
+    found = tuning.choice({"fused": 1, "split": min(max(num_tokens, 2), 8), "dense": 256, "grouped": 8192}[path])
     if path == "dense" or (path == "split" and num_tokens == 1):
         found = replace(found, router=dict(variants(num_tokens, path))["router"][0])
     return replace(found, path=path)

@@ -266,10 +266,8 @@ def dense_products(
     kernels = triton_kernels()
     if kernels is None:
         return True
-    shape = hidden, num_experts, expert_size, glu
-    # float32 has choices of its own, kernels/ffn.py.
-    tuning = kernels.FLOAT32 if dtype == torch.float32 else kernels.load_tuning(torch.cuda.get_device_name(), *shape)
-    return tuning.choice(num_tokens).path == "dense"
+    tuning = kernels.load_tuning(torch.cuda.get_device_name(), hidden, num_experts, expert_size, glu)
+    return kernels.tuning_for(dtype, tuning).choice(num_tokens).path == "dense"
 
 
 def _packed(handle: Tensor | None, columns: int, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
