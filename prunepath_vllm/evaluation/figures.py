@@ -147,7 +147,7 @@ def quality_figure(name: str, series: Sequence[Mapping[str, Any]], image: str | 
         for one in series:
             draw_points(axes, [p for p in one["points"] if p["task"] == task], one["label"], taus=figure.taus)
         metric = next(p["metric"] for one in series for p in one["points"] if p["task"] == task)
-        axes.set(xlabel="FFN sparsity", ylabel=metric, title=task)
+        axes.set(xlabel="FFN sparsity", ylabel=metric, title=task, yscale="log" if metric == "perplexity" else "linear")
         axes.legend()
     drawing.suptitle(figure.title)
     save_figure(drawing, image)
