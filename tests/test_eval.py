@@ -134,6 +134,7 @@ def test_tasks_share_a_model(prunepath_checkpoint, arc, tmp_path, monkeypatch, c
         (["--task", "arc_easy,nonsense"], "'nonsense'; expected one of"),
         (["--task", "arc_easy,arc_challenge", "--data", "."], "expected one task"),
         (["--task", "arc_easy", "--engine", "[1]"], "--engine [1]: expected a JSON object"),
+        (["--task", "arc_easy", "--engine", '{"max_model_len": 9}'], "--engine: max_model_len is the checkpoint's"),
     ):
         assert main([*command, *options]) == 2
         assert named in capsys.readouterr().err.splitlines()[-1]

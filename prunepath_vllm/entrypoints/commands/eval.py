@@ -101,7 +101,7 @@ def parse_engine(text: str) -> dict[str, Any]:
     """--engine's object.
 
     Raises:
-        UsageError: it is none.
+        UsageError: it is none, or says what the checkpoint decides.
     """
     try:
         value = json.loads(text)
@@ -109,6 +109,8 @@ def parse_engine(text: str) -> dict[str, Any]:
         value = None
     if not isinstance(value, dict):
         raise UsageError(f"--engine {text}: expected a JSON object, arguments of vLLM's LLM by name")
+    if taken := {"model", "max_model_len"} & value.keys():
+        raise UsageError(f"--engine: {min(taken)} is the checkpoint's; expected other arguments of vLLM's LLM")
     return value
 
 
