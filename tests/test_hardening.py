@@ -58,22 +58,21 @@ def right(server) -> list[list[int]]:
 
 
 class Stream(threading.Thread):
-    """One streamed answer of four choices, as long as they come."""
+    """One streamed answer of some choices, as long as they come."""
 
-    def __init__(self, server: Server, tau: float, begun: threading.Event) -> None:
+    def __init__(self, server: Server, tau: float, begun: threading.Event, choices: int = 4) -> None:
         super().__init__(daemon=True)
-        self.url, self.tau, self.begun = server.url, tau, begun
+        self.url, self.tau, self.begun, self.choices = server.url, tau, begun, choices
         self.received = b""
         self.broken = False
         self.start()
 
     def run(self) -> None:
-        body = {"model": MODEL, "prompt": "a", "n": 4, "max_tokens": 250, "ignore_eos": True, "tau": self.tau}
+        body = {"model": MODEL, "prompt": "a", "n": self.choices, "max_tokens": 250, "ignore_eos": True, "stream": True}
+        body |= {"tau": self.tau}
         try:
             # verify: making a TLS context takes longer than an answer, and there is no TLS.
-            with httpx.stream(
-                "POST", f"{self.url}/v1/completions", json=body | {"stream": True}, timeout=BOUND, verify=False
-            ) as answer:
+            with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=BOUND, verify=False) as answer:
                 for part in answer.iter_bytes():
                     self.received += part
                     self.begun.set()
@@ -135,7 +134,8 @@ def test_requests_hear_of_a_killed_engine_and_nothing_stays_behind(server, right
     family = [process, *process.children(recursive=True)]
     engine = next(child for child in family if "EngineCore" in " ".join(child.cmdline()))
     begun = threading.Event()
-    streams = [Stream(server, tau, begun) for tau in TAUS * 6]  # six times as many choices as run at once
+    # So many choices that the last is not done before a starved client hears of the first.
+    streams = [Stream(server, tau, begun, choices=16) for tau in TAUS * 6]
     assert begun.wait(BOUND)
     engine.kill()
     killed = time.monotonic()
