@@ -255,6 +255,8 @@ def test_a_queue_lowers_the_tau_that_requests_leave_to_the_server(server, naive)
     # One body of so many prompts that a fast machine is not done with them before anybody looks.
     body = dict(model=MODEL, prompt=PROMPTS[:1] * 300, max_tokens=200, stream=True)
     pressure = server.client.completions.create(**body, extra_body={"tau": 1.0, "ignore_eos": True})
+    # All of them first: a gauge may still be what an earlier step left.
+    until(lambda: metrics(server)["prunepath:request_tau_count"] == admitted + 300)
     until(lambda: metrics(server)["vllm:num_requests_waiting"] >= 4)
     knobs = [{"tau": "auto"}, {"vllm_xargs": {"tau": {"min": 0.6, "max": 1.0}}}, {"tau": 0.9}]
     with concurrent.futures.ThreadPoolExecutor() as pool:
