@@ -60,10 +60,23 @@ def right(server) -> list[list[int]]:
 CHOICES = 4
 
 
+class Killer:
+    """In the place of an event: kills a process, in the thread that sets it for the n-th time."""
+
+    def __init__(self, process: psutil.Process, times: int) -> None:
+        self.process, self.left = process, threading.Semaphore(times - 1)
+        self.done = threading.Event()
+
+    def set(self) -> None:
+        if not self.left.acquire(blocking=False) and not self.done.is_set():
+            self.process.kill()
+            self.done.set()
+
+
 class Stream(threading.Thread):
     """One streamed answer of CHOICES choices, as long as they come."""
 
-    def __init__(self, server: Server, tau: float, begun: threading.Event) -> None:
+    def __init__(self, server: Server, tau: float, begun: threading.Event | Killer) -> None:
         super().__init__(daemon=True)
         self.url, self.tau, self.begun = server.url, tau, begun
         self.received = b""
@@ -77,8 +90,9 @@ class Stream(threading.Thread):
             # verify: making a TLS context takes longer than an answer, and there is no TLS.
             with httpx.stream("POST", f"{self.url}/v1/completions", json=body, timeout=BOUND, verify=False) as answer:
                 for part in answer.iter_bytes():
+                    if not self.received:
+                        self.begun.set()
                     self.received += part
-                    self.begun.set()
         except httpx.HTTPError:
             self.broken = True
 
@@ -137,10 +151,9 @@ def test_requests_hear_of_a_killed_engine_and_nothing_stays_behind(server, right
     # Known before the streams begin: looking for it takes as long as several of them.
     family = [process, *process.children(recursive=True)]
     engine = next(child for child in family if "EngineCore" in " ".join(child.cmdline()))
-    begun = threading.Event()
+    begun = Killer(engine, 4)  # as many streams as run at once
     streams = [Stream(server, tau, begun) for tau in TAUS * 6]  # six times as many choices as run at once
-    assert begun.wait(BOUND)
-    engine.kill()
+    assert begun.done.wait(BOUND)
     killed = time.monotonic()
     unhealthy = None
     while unhealthy is None and time.monotonic() < killed + BOUND:
