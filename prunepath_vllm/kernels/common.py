@@ -58,7 +58,7 @@ def take_share(
         flags: int32 [E], nonzero for the experts to list.
         experts: int32 [E + 1], written: the listed experts in this program's share. Neighbours that share an expert
             write the same value. Program 0 also writes the number of listed experts to experts[E].
-        experts_read: int32 [1] or None; program 0 adds the number of listed experts.
+        experts_read: int32 or int64 [1], or None; program 0 adds the number of listed experts.
         UNITS: units of work an expert is cut into.
 
     Returns:

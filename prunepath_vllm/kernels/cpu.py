@@ -59,7 +59,7 @@ def routed_ffn(
         gather: look at the values to skip what they allow; False never reads a value on the host, so that the function
             may be captured in a CUDA graph.
         active_counts: int32 [T] or None; each token's number of active experts is added to it.
-        experts_read: int32 [1] or None; the number of experts whose weights are read is added to it.
+        experts_read: int32 or int64 [1], or None; the number of experts whose weights are read is added to it.
 
     Returns:
         [T, H] in the dtype of `x`.

@@ -226,7 +226,7 @@ def up(
     pdl: int | None = None,
     experts_read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The listed experts' neurons, gated. Their number is added to experts_read, int32 [1] or None.
+    """The listed experts' neurons, gated. Their number is added to experts_read, int32 or int64 [1], or None.
 
     Returns:
         neurons [T, F] in x's dtype, whose column r is the r-th row of the listed experts (the rest is not written), and

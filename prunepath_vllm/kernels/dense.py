@@ -42,7 +42,7 @@ def gated_activation(
 ) -> Tensor:
     """Neurons [T, F] of the first linear's output `pre` [T, F or 2 F], multiplied by their experts' gates [T, E].
 
-    experts_read: int32 [1] or None, with gates; E is added to it.
+    experts_read: int32 or int64 [1], or None; E is added to it.
     """
     num_tokens, num_neurons = pre.shape[0], weights.w_out_t.shape[0]
     neurons = torch.empty(num_tokens, num_neurons, dtype=pre.dtype, device=pre.device)
@@ -54,18 +54,20 @@ def gated_activation(
     return neurons
 
 
-def dense_ffn(x: Tensor, weights: Weights, gates: Tensor | None = None) -> Tensor:
+def dense_ffn(x: Tensor, weights: Weights, gates: Tensor | None = None, experts_read: Tensor | None = None) -> Tensor:
     """Every expert's neurons, multiplied by their gates: eq. 10 with the sum over all experts.
 
     Args:
         x: [T, H].
         weights: the layer's weights.
         gates: float32 [T, E], 0 where an expert is not active; None where every gate is 1.
+        experts_read: int32 or int64 [1], or None; E is added to it.
 
     Returns:
         [T, H] in x's dtype.
     """
-    return second_linear(gated_activation(F.linear(x, weights.w_in, weights.b_in), weights, gates), weights)
+    pre = F.linear(x, weights.w_in, weights.b_in)
+    return second_linear(gated_activation(pre, weights, gates, experts_read), weights)
 
 
 def routed_dense_ffn(
@@ -73,12 +75,10 @@ def routed_dense_ffn(
 ) -> Tensor:
     """:func:`dense_ffn` with the gates that `route` returns, found on a second stream during the first linear.
 
-    experts_read: int32 [1] or None; E is added to it.
+    experts_read: int32 or int64 [1], or None; E is added to it.
     """
     if x.device.type != "cuda":
-        return second_linear(
-            gated_activation(F.linear(x, weights.w_in, weights.b_in), weights, route(), experts_read), weights
-        )
+        return dense_ffn(x, weights, route(), experts_read)
     main, side = torch.cuda.current_stream(x.device), side_stream(x.device)
     # The side stream's memory needs no record_stream: its next user waits for all that the main stream does here.
     side.wait_stream(main)

@@ -197,8 +197,8 @@ def routed_ffn(
         gate: "sigmoid" or "none".
         tuning: from :func:`load_tuning`.
         active_counts: int32 [T] or None; each token's number of active experts is added to it.
-        experts_read: int32 [1] or None; the number of experts whose weights the batch reads is added to it: those that
-            some token uses, or all where a dense path computes them.
+        experts_read: int32 or int64 [1], or None; the number of experts whose weights the batch reads is added to it:
+            those that some token uses, or all where a dense path computes them.
         host_dense: whether the host knows that every tau is >= 1; not to be set under graph capture.
 
     Returns:

@@ -137,6 +137,6 @@ def grouped_ffn(
 ) -> Tensor:
     """Eq. 10 for x [T, H], given its routing: [T, H] in x's dtype.
 
-    The number of experts with a token is added to experts_read, int32 [1] or None.
+    The number of experts with a token is added to experts_read, int32 or int64 [1], or None.
     """
     return second_linear(grouped_neurons(x, weights, routing, config, experts_read), weights)
