@@ -1,12 +1,14 @@
 """Runs one checkpoint through vLLM and prints what came out as JSON; tests start it as a process of its own.
 
     python engine_scenarios.py SCENARIO CHECKPOINT RUNNER [JSON options]
+    python engine_scenarios.py fork "" RUNNER    # for every line of stdin such a process, see `wait_for_a_scenario`
 
 RUNNER is "v1", or "v2": vLLM's V2 model runner on the CPU, its Triton kernels under the interpreter; or "cuda": the
 runner that vLLM chooses on a GPU. A process each, because the runner and Triton's interpreter are chosen by environment
 variables read at import.
 """
 
+import gc
 import json
 import os
 import sys
@@ -35,7 +37,6 @@ from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 TAUS = (1.0, 0.9, 0.5, 0.3, 0.7, 1.05)
 PROMPTS = [f"{i}: " + "the quick brown fox jumps over the lazy dog; " * (1 + i % 3) for i in range(9)]
 NEW_TOKENS = 10
-POLICY = {"prunepath": OPTIONS.get("policy", {})}
 SHARED_PREFIX = "a prompt long enough to fill several blocks of the prefix cache. " * 2
 
 
@@ -43,7 +44,7 @@ def engine(**options):
     """A small engine: steps of 64 tokens, so that prompts are chunked, and few sequences at a time."""
     defaults = dict(
         max_model_len=256, dtype=OPTIONS.get("dtype", "float32"), max_num_batched_tokens=64, max_num_seqs=6,
-        block_size=32, seed=0,
+        block_size=32, seed=0, additional_config={"prunepath": OPTIONS.get("policy", {})},
     )  # fmt: skip
     if RUNNER == "cuda":  # a fixed, small share, whatever else runs on the GPU
         defaults |= dict(gpu_memory_utilization=0.05, kv_cache_memory_bytes=1 << 28)
@@ -108,7 +109,7 @@ def graphs():
 
 def preemption():
     """More tokens than the KV cache holds: requests are preempted and recomputed at their own tau."""
-    llm = engine(enforce_eager=True, num_gpu_blocks_override=12, disable_log_stats=False, additional_config=POLICY)
+    llm = engine(enforce_eager=True, num_gpu_blocks_override=12, disable_log_stats=False)
     taus = [TAUS[i % len(TAUS)] for i in range(6)]
     many = [params(tau, max_tokens=OPTIONS.get("max_tokens", 40)) for tau in taus]
     outputs = llm.generate(PROMPTS[:6], many, use_tqdm=False)
@@ -142,7 +143,7 @@ def counts():
 
     schedule, Scheduler.schedule = Scheduler.schedule, scheduled
     options = {"enforce_eager": True, **OPTIONS.get("engine", {})}
-    llm = engine(enable_prefix_caching=False, additional_config=POLICY, **options)
+    llm = engine(enable_prefix_caching=False, **options)
     asking = {i: {"prunepath_report": f"request {i}"} for i in range(6)}
 
     def generate(asking, taus=TAUS):
@@ -211,6 +212,31 @@ def refusals():
     return {"said": said, "before": list(before), "after": list(after), "mine": mine.extra_args, "left": left}
 
 
+def wait_for_a_scenario():
+    """Return in a forked process for every line {"arguments", "output", "environment"}, and never in this one.
+
+    vLLM is imported once for all of them. Says "done" when one has ended; what it printed is in the file `output`.
+    """
+    gc.freeze()  # nothing of the import is looked through, and so copied, by the engine's collections
+    for line in sys.stdin:
+        job = json.loads(line)
+        if child := os.fork():
+            os.waitpid(child, 0)
+            print("done", flush=True)
+            continue
+        output = os.open(job["output"], os.O_WRONLY)
+        for stream in (1, 2):
+            os.dup2(output, stream)
+        os.environ.update(job["environment"])
+        sys.argv[1:] = job["arguments"]  # an engine of several processes starts them with these
+        return
+    sys.exit()
+
+
 if __name__ == "__main__":
+    if SCENARIO == "fork":
+        wait_for_a_scenario()
+        SCENARIO, CHECKPOINT = sys.argv[1:3]
+        OPTIONS = json.loads(sys.argv[4])
     result = globals()[SCENARIO]()
     print("\nRESULT " + json.dumps(result))
