@@ -19,7 +19,7 @@ serve: demo
 
 test: install
 	@$(BIN)/python scripts/demo.py --fetch-only
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 lint: install
 	$(BIN)/ruff check .
