@@ -44,7 +44,9 @@ def test_mixed_taus_under_cuda_graphs_equal_the_naive_model(prunepath_checkpoint
 @pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"])
 def test_the_same_requests_give_the_same_tokens_in_every_graph_mode(prunepath_checkpoint, mode, dtype):
     checkpoint = prunepath_checkpoint("qwen2", default_tau=0.6)
-    result = run_engine("graphs", checkpoint, "cuda", cudagraph_mode=mode, dtype=dtype)
+    # vLLM 0.32.0's FlashAttention under FULL graphs repeats not even a dense model's tokens in bfloat16.
+    backend = "TRITON_ATTN" if (mode, dtype) == ("FULL", "bfloat16") else None
+    result = run_engine("graphs", checkpoint, "cuda", cudagraph_mode=mode, dtype=dtype, attention_backend=backend)
     tokens = {name: [row["tokens"][0] for row in rows] for name, rows in result.items()}
     assert tokens["second"] == tokens["first"]
     same = int((torch.tensor(tokens["first"]) == torch.tensor(tokens["lone"])).sum())

@@ -71,6 +71,15 @@ class ExpertCounts:
         self.step_counters = _StepCounters(prunepath) if first and exported else None
         self.exported = self.speaks and exported
 
+    @torch.inference_mode()
+    def restart(self) -> None:
+        """Forget every step so far: on a GPU vLLM warms up with requests of its own, which are steps like any other."""
+        self.steps_in_buffers = -1
+        self.totals.zero_()
+        self.tokens, self.steps = 0, 0
+        if self.step_counters is not None:
+            self.step_counters.clear()
+
     def buffers(self, layer: int) -> tuple[Tensor, Tensor]:
         """New buffers in `active` and `read`, for a layer, numbered through the whole model, to add to."""
         self.groups.append(layer * len(GROUPS) // self.num_layers)
@@ -204,7 +213,7 @@ class _StepCounters:
         self.curve = sparsity_curve(prunepath)
         self.last_step: tuple[bytes, bytes] | None = None
         self.step_tokens, self.step_inactive, self.step_dense = 0, 0.0, False
-        self.tokens, self.inactive, self.steps = 0, 0.0, [0, 0]
+        self.clear()
 
     def add(self, taus: np.ndarray, scheduled: np.ndarray) -> None:
         """Count one step: `taus` float32 [num_reqs], `scheduled` int [num_reqs] tokens."""
@@ -227,6 +236,10 @@ class _StepCounters:
             counters["steps"].labels(kind=kind).inc(steps)
         if self.curve is not None:
             counters["inactive"].inc(self.inactive)
+        self.clear()
+
+    def clear(self) -> None:
+        """Count from 0 again."""
         self.tokens, self.inactive, self.steps = 0, 0.0, [0, 0]
 
 

@@ -17,6 +17,12 @@ class PrunePathWorkerMixin(_Worker):
         super().init_device()
         attach_to_v1_runner(self)
 
+    def compile_or_warm_up_model(self) -> Any:
+        """Warm up, then count from 0."""
+        times = super().compile_or_warm_up_model()
+        TokenTaus.of(self.vllm_config).counts.restart()
+        return times
+
     def prunepath_report(self, name: str) -> list[tuple[list[int], int]] | None:
         """See :meth:`ExpertCounts.take_report`."""
         return TokenTaus.of(self.vllm_config).counts.take_report(name)
