@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tiny_models import save_dense
 from transformers import AutoModelForCausalLM, Trainer
 
 from prunepath_vllm.checkpoint import read_config, read_tensor_index, stream_tensors, validate_checkpoint
@@ -266,6 +267,21 @@ def test_distillation_takes_part_in_the_target(recipe, dense_checkpoint):
     with torch.no_grad():
         p = model(tokens).logits[:, :-1].softmax(-1)
     assert logs(plan.output, "task_loss")[0] == pytest.approx(float(-(p * p.log()).sum(-1).mean()), rel=1e-3)
+
+
+def test_hidden_distillation_lowers_the_distance_to_a_teacher_of_the_same_shape(recipe, dense_checkpoint, tmp_path):
+    teacher = dense_checkpoint("llama")
+    plan = recipe(
+        distillation=dict(teacher=str(teacher), share=1.0, hidden=10.0),
+        stages=[dict(tau="fixed", tau_start=0.5, losses=dict(contribution=0.1))],
+        schedule=dict(max_steps=24),
+    )
+    train(plan)
+    distances = logs(plan.output, "hidden_loss")
+    assert distances[-1] < 0.95 * distances[0]
+    other = save_dense("llama", tmp_path / "other", num_hidden_layers=2)
+    with pytest.raises(UsageError, match=r"distillation\.hidden: .* has 2 layers of width \d+; expected 3 of"):
+        train(recipe(distillation=dict(teacher=str(other), hidden=1.0), output=str(tmp_path / "second")))
 
 
 def test_classification_learns(recipe, tmp_path):

@@ -21,7 +21,7 @@ from prunepath_vllm.modeling import register_auto_classes
 from prunepath_vllm.training import data as training_data
 from prunepath_vllm.training.data import load_training_data, save_tokens, tokenise_answers
 from prunepath_vllm.training.low_rank import add_low_rank, merge_low_rank
-from prunepath_vllm.training.model import TrainingModel
+from prunepath_vllm.training.model import TrainingModel, layers_of
 from prunepath_vllm.training.recipe import Data, Recipe, Source, load_recipe, parse_recipe, recipe_table, save_recipe
 from prunepath_vllm.training.run import train
 from prunepath_vllm.training.schedule import Course
@@ -153,6 +153,20 @@ def test_tau_draws_cover_the_range_and_repeat_themselves():
     # One in each eighth of [0.2, 1].
     assert sorted(int((tau - 0.2) / 0.1) for tau in first) == list(range(8))
     assert first != sorted(first)
+
+
+@pytest.mark.parametrize("sequences", [1, 4, 6])
+def test_a_share_of_the_sequences_uses_every_expert(sequences):
+    course = Course(recipe_of(stages=[dict(full=0.25, tau_start=0.9, tau_end=0.4)]), 400)
+    drawn = [course.taus(step, sequences, process=0, part=0) for step in range(400)]
+    full = [sum(tau >= 1 for tau in taus) for taus in drawn]
+    assert sum(full) / (400 * sequences) == pytest.approx(0.25, abs=0.05)
+    assert max(full) - min(full) <= 1
+    rest = [tau for taus in drawn for tau in taus if tau < 1]
+    assert 0.4 <= min(rest) < 0.42
+    assert 0.88 < max(rest) <= 0.9
+    if sequences > 1:
+        assert len({taus.index(max(taus)) for taus in drawn}) == sequences  # not always the same places
 
 
 # Data
@@ -332,6 +346,50 @@ def test_layers_compile_whole_and_once(prunepath_checkpoint, family, options):
     torch.testing.assert_close(compiled_norms, norms, rtol=0.05, atol=1e-3)
     # All layers share one graph; the first has its own where nothing below it is trained.
     assert graphs == (2 if "rank" in options and family != "roberta" else 1)
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_hidden_distance_is_that_of_the_layers_outputs(prunepath_checkpoint, dense_checkpoint, family, compiled):
+    register_auto_classes()
+    model = AutoModelForCausalLM.from_pretrained(prunepath_checkpoint(family), dtype=torch.float32).train()
+    teacher = AutoModelForCausalLM.from_pretrained(dense_checkpoint(family), dtype=torch.float32).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    tokens = torch.randint(4, 300, (2, 16), generator=torch.Generator().manual_seed(5))
+    mask = torch.ones_like(tokens)
+    mask[1, 11:] = 0
+    outputs = {model: [], teacher: []}
+    hooks = []
+    for part, kept in outputs.items():
+        for layer in layers_of(part):
+            hook = lambda _, args, output, kept=kept: kept.append(output[0] if isinstance(output, tuple) else output)  # noqa: E731
+            hooks.append(layer.register_forward_hook(hook))
+    with torch.no_grad():
+        model.eval()(tokens, attention_mask=mask, tau=0.4)
+        teacher(tokens, attention_mask=mask)
+    for hook in hooks:
+        hook.remove()
+    ratios = [
+        float((h[b, i] - t[b, i]).square().sum() / t[b, i].square().sum())
+        for h, t in zip(outputs[model], outputs[teacher], strict=True)
+        for b, i in mask.nonzero().tolist()
+    ]
+
+    training = TrainingModel(model, teacher=teacher.requires_grad_(False), teacher_share=1.0, hidden_weight=0.7)
+    if compiled:
+        for part in (model, teacher):
+            for layer in layers_of(part):
+                layer.compile(fullgraph=True, dynamic=False, backend="eager")
+    calls = [layer._compiled_call_impl for layer in layers_of(model)]
+    evaluated = training.eval()(tokens, tokens, mask, tau=0.4)
+    assert "hidden" not in evaluated
+    trained = training.train()(tokens, tokens, mask, tau=0.4)
+    assert float(trained["hidden"]) == pytest.approx(sum(ratios) / len(ratios), rel=1e-4)
+    assert float(trained["loss"].detach() - trained["task"]) == pytest.approx(0.7 * float(trained["hidden"]), rel=1e-4)
+    trained["loss"].backward()
+    assert all(layer._compiled_call_impl is call for layer, call in zip(layers_of(model), calls, strict=True))
 
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)

@@ -1,6 +1,7 @@
 """The module that is trained: a model, dense or PrunePath, together with its loss."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prunepath_vllm.families import FAMILIES, Family
 from prunepath_vllm.modeling.routing import Router
 from prunepath_vllm.training.head import linear_cross_entropy, shifted
-from prunepath_vllm.training.losses import TERMS, RouterTerms, mean_terms
+from prunepath_vllm.training.losses import TERMS, RouterTerms, masked_mean, mean_terms
 
 
 class TrainingModel(nn.Module):
@@ -23,6 +24,7 @@ class TrainingModel(nn.Module):
         *,
         teacher: PreTrainedModel | None = None,
         teacher_share: float = 0.0,
+        hidden_weight: float = 0.0,
         compiled: bool = False,
     ) -> None:
         """Wrap a model.
@@ -31,6 +33,7 @@ class TrainingModel(nn.Module):
             model: causal or a sequence classifier.
             teacher: dense causal model to distil from; frozen.
             teacher_share: of its predictions in the target.
+            hidden_weight: of :func:`hidden_distance` to its layers' outputs; its layers must be as many and as wide.
             compiled: compile every layer, and the loss, with torch.compile.
         """
         super().__init__()
@@ -38,7 +41,7 @@ class TrainingModel(nn.Module):
         self.family = family_of_model(model)
         self.causal = model.get_output_embeddings() is not None
         self._teacher = (teacher,)  # in a tuple: not a submodule, so neither trained nor saved
-        self.teacher_share = teacher_share
+        self.teacher_share, self.hidden_weight = teacher_share, hidden_weight
         self.compiled = compiled
         self.routers = [module for module in model.modules() if isinstance(module, Router)]
         self.observers = [self._observe(layer, router) for layer, router in enumerate(self.routers)]
@@ -47,9 +50,8 @@ class TrainingModel(nn.Module):
         if compiled:
             # One graph for all layers, compiled once: seconds instead of minutes for the whole model's.
             for part in (model, teacher):
-                for module in part.modules() if part is not None else ():
-                    if isinstance(module, GradientCheckpointingLayer):
-                        module.compile(fullgraph=True, dynamic=False)
+                for layer in layers_of(part) if part is not None else ():
+                    layer.compile(fullgraph=True, dynamic=False)
 
     def _observe(self, layer: int, router: Router) -> RouterTerms:
         output: Any = self.model.get_submodule(self.family.output(layer))
@@ -91,8 +93,8 @@ class TrainingModel(nn.Module):
             tau: as the model takes it.
 
         Returns:
-            ``loss`` with gradient; ``task`` and, of a PrunePath model, ``terms`` [len(TERMS)] without; of a classifier
-            ``logits`` [B, classes].
+            ``loss`` with gradient; ``task``, ``hidden`` where it counts and, of a PrunePath model, ``terms``
+            [len(TERMS)] without; of a classifier ``logits`` [B, classes].
         """
         mask = None if attention_mask is None else attention_mask.float()
         for observer in self.observers:
@@ -101,32 +103,45 @@ class TrainingModel(nn.Module):
         if self.observers:
             options["tau"] = tau
         result: dict[str, Tensor] = {}
+        distance: Tensor | None = None
         if self.causal:
-            task = self._causal_loss(options, labels)
+            task, distance = self._causal_loss(options, labels)
         else:
             output = self.model(**options, labels=labels)
             task = output.loss
             result["logits"] = output.logits.detach()
         loss = task
+        if distance is not None:
+            loss = loss + self.hidden_weight * distance
+            result["hidden"] = distance.detach()
         if self.observers:
             terms = mean_terms(self.observers)
-            loss = task + (terms * self.term_weights).sum()
+            loss = loss + (terms * self.term_weights).sum()
             result["terms"] = terms.detach()
         return result | {"loss": loss, "task": task.detach()}
 
-    def _causal_loss(self, options: dict[str, Any], labels: Tensor) -> Tensor:
-        hidden = self.model.base_model(**options, use_cache=False).last_hidden_state.flatten(0, 1)
-        (teacher,) = self._teacher
-        target = None
-        if teacher is not None and self.training:
-            with torch.no_grad():
-                states = teacher.base_model(
-                    input_ids=options["input_ids"], attention_mask=options["attention_mask"], use_cache=False
-                ).last_hidden_state
-            target = (states.flatten(0, 1), teacher.get_output_embeddings().weight)
+    def _causal_loss(self, options: dict[str, Any], labels: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The loss at the head, and the layers' distance to the teacher's where it counts."""
+        (teacher,) = self._teacher if self.training else (None,)
+        target = distance = None
+        with ExitStack() as recording:
+            outputs: list[list[Tensor]] = []
+            if teacher is not None and self.hidden_weight:
+                outputs = [recording.enter_context(layer_outputs(part)) for part in (self.model, teacher)]
+            hidden = self.model.base_model(**options, use_cache=False).last_hidden_state.flatten(0, 1)
+            if teacher is not None:
+                with torch.no_grad():
+                    states = teacher.base_model(
+                        input_ids=options["input_ids"], attention_mask=options["attention_mask"], use_cache=False
+                    ).last_hidden_state
+                target = (states.flatten(0, 1), teacher.get_output_embeddings().weight)
+        if outputs:
+            measure = _compiled_hidden_distance if self.compiled else hidden_distance
+            states, wanted = (torch.stack(of_layers) for of_layers in outputs)
+            distance = measure(states, wanted, options["attention_mask"])
         if torch.is_autocast_enabled(hidden.device.type):
             hidden = hidden.to(torch.get_autocast_dtype(hidden.device.type))
-        return linear_cross_entropy(
+        loss = linear_cross_entropy(
             hidden,
             self.model.get_output_embeddings().weight,
             shifted(labels),
@@ -134,6 +149,7 @@ class TrainingModel(nn.Module):
             share=self.teacher_share if target is not None else 0.0,
             compiled=self.compiled and self.training,
         )
+        return loss, distance
 
     def usage(self) -> Tensor:
         """Share of the last batch's tokens that used each expert, float32 [L, E]."""
@@ -142,6 +158,55 @@ class TrainingModel(nn.Module):
     def spread(self) -> Tensor:
         """Mean entropy of each router's softmax over the last batch, float32 [L]."""
         return torch.stack([observer.spread for observer in self.observers if observer.spread is not None])
+
+
+def hidden_distance(states: Tensor, target: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Mean over layers and tokens of ||h - t||^2 / ||t||^2. No gradient reaches the target.
+
+    Args:
+        states: h, [L, B, S, H].
+        target: t, the same shape.
+        mask: [B, S], 0 at padding.
+
+    Returns:
+        float32 scalar.
+    """
+    target = target.detach().float()
+    distance = (states.float() - target).square().sum(dim=-1) / target.square().sum(dim=-1).clamp_min(1e-6)
+    return masked_mean(distance.mean(dim=0), None if mask is None else mask.float())
+
+
+_compiled_hidden_distance = torch.compile(hidden_distance, dynamic=False)
+
+
+def layers_of(model: PreTrainedModel) -> list[GradientCheckpointingLayer]:
+    """A model's layers, in order."""
+    return [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+
+
+@contextmanager
+def layer_outputs(model: PreTrainedModel) -> Iterator[list[Tensor]]:
+    """What each layer returns, [B, S, H], in a forward inside the block."""
+    outputs: list[Tensor] = []
+
+    def recorded(call: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            output = call(*args, **kwargs)
+            outputs.append(output[0] if isinstance(output, tuple) else output)
+            return output
+
+        return run
+
+    # Not hooks: torch.compile would trace them with the layer.
+    layers: list[Any] = layers_of(model)
+    compiled = [layer._compiled_call_impl for layer in layers]
+    for layer in layers:
+        layer._compiled_call_impl = recorded(layer._compiled_call_impl or layer._call_impl)
+    try:
+        yield outputs
+    finally:
+        for layer, call in zip(layers, compiled, strict=True):
+            layer._compiled_call_impl = call
 
 
 def family_of_model(model: PreTrainedModel) -> Family:

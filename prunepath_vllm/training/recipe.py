@@ -107,6 +107,9 @@ class Stage(Section):
     tau_start: float = Field(default=1.0, gt=0, le=MAX_TAU, description="highest tau; 1 and above is every expert")
     tau_end: float = Field(default=0.25, gt=0, le=MAX_TAU, description="lowest tau")
     rounds: int = Field(default=10, gt=0, description="T of the sparsity path")
+    full: float = Field(
+        default=0.0, ge=0, lt=1, description="share of a batch's sequences that use every expert, with tau 'uniform'"
+    )
     losses: Losses = Field(default_factory=Losses, description="weights of the loss terms")
     straight_through: float = Field(
         default=0.0, ge=0, description="weight of the task loss's gradient through selection, which has none of its own"
@@ -175,6 +178,9 @@ class Distillation(Section):
 
     teacher: str = Field(description="directory or Hugging Face name of a dense causal model, same vocabulary")
     share: float = Field(default=0.5, gt=0, le=1, description="of the teacher's distribution in the target")
+    hidden: float = Field(
+        default=0.0, ge=0, description="weight of the squared distance of the layers' outputs to the teacher's"
+    )
 
 
 class Runtime(Section):

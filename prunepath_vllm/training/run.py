@@ -94,8 +94,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     training = TrainingModel(
         model,
-        teacher=_teacher(recipe, on_gpu),
+        teacher=_teacher(recipe, model, on_gpu),
         teacher_share=recipe.distillation.share if recipe.distillation else 0.0,
+        hidden_weight=recipe.distillation.hidden if recipe.distillation else 0.0,
         compiled=compiled,
     )
     with processes.main_process_first():
@@ -241,13 +242,19 @@ def _family(path: Path) -> Family:
     return family_of(config, converted="prunepath_config" in config)
 
 
-def _teacher(recipe: Recipe, on_gpu: bool) -> PreTrainedModel | None:
+def _teacher(recipe: Recipe, model: PreTrainedModel, on_gpu: bool) -> PreTrainedModel | None:
     if recipe.distillation is None:
         return None
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if on_gpu else torch.float32
     teacher = AutoModelForCausalLM.from_pretrained(recipe.distillation.teacher, dtype=dtype)
+    ours, its = ((one.config.num_hidden_layers, one.config.hidden_size) for one in (model, teacher))
+    if recipe.distillation.hidden and ours != its:
+        raise UsageError(
+            f"distillation.hidden: {recipe.distillation.teacher} has {its[0]} layers of width {its[1]}; "
+            f"expected {ours[0]} of {ours[1]}, as the model has"
+        )
     return teacher.requires_grad_(False).eval().to("cuda" if on_gpu else "cpu")
 
 

@@ -5,6 +5,7 @@ import time
 
 import torch
 
+from prunepath_vllm.tau import MAX_TAU
 from prunepath_vllm.training.recipe import Recipe, Schedule, Stage
 
 
@@ -96,6 +97,9 @@ class Course:
             done = min(math.floor(self.stage_progress(step) * stage.rounds) + 1, stage.rounds) / stage.rounds
             return [stage.tau_start + (stage.tau_end - stage.tau_start) * done] * sequences
         generator = torch.Generator().manual_seed(hash((self.seed, step, process, part)) % 2**63)
-        # One draw from each of B equal parts of the range, in random order: a batch always covers all of it.
-        draws = torch.randperm(sequences, generator=generator) + torch.rand(sequences, generator=generator)
-        return (stage.tau_end + (stage.tau_start - stage.tau_end) * draws / sequences).tolist()
+        # One draw from each of as many equal parts of the range, in random order: a batch always covers all of it.
+        full = int(stage.full * sequences + torch.rand((), generator=generator))
+        drawn = sequences - full
+        draws = torch.arange(drawn) + torch.rand(drawn, generator=generator)
+        taus = (stage.tau_end + (stage.tau_start - stage.tau_end) * draws / drawn).tolist() + [MAX_TAU] * full
+        return [taus[i] for i in torch.randperm(sequences, generator=generator).tolist()]

@@ -228,6 +228,10 @@ class PrunePathTrainer(Trainer):
                 known[name].copy_(tensor)
 
 
+REPORTED = ("task", "hidden", "terms")
+"""What a batch's output has for the reports."""
+
+
 class Totals:
     """What happened since the last report, summed on the device."""
 
@@ -241,7 +245,7 @@ class Totals:
 
     def _clear(self) -> None:
         self._batches = 0
-        self._sums: list[Tensor] = []
+        self._sums: dict[str, Tensor] = {}
         self.restart_clock()
 
     def restart_clock(self) -> None:
@@ -251,16 +255,16 @@ class Totals:
 
     def add(self, training: TrainingModel, output: dict[str, Tensor], tokens: int) -> None:
         """Count one batch."""
-        values = [output["task"]]
+        values = {name: value for name, value in output.items() if name in REPORTED}
         if training.observers:
-            values += [output["terms"], training.usage(), training.spread()]
+            values |= {"usage": training.usage(), "entropy": training.spread()}
             for observer in training.observers:
                 observer.clear()
-        values = [value.detach().float() for value in values]
+        values = {name: value.detach().float() for name, value in values.items()}
         if not self._sums:
-            self._sums = [value.clone() for value in values]
+            self._sums = {name: value.clone() for name, value in values.items()}
         else:
-            torch._foreach_add_(self._sums, values)
+            torch._foreach_add_(list(self._sums.values()), list(values.values()))
         self._batches += 1
         self._timed += tokens
 
@@ -268,10 +272,10 @@ class Totals:
         """Means since the last report, as one process saw them; tokens per second of all processes."""
         if not self._batches:
             return {}
-        means = [(total / self._batches).cpu() for total in self._sums]
-        logs = {"task_loss": float(means[0])}
-        if len(means) > 1:
-            terms, usage, entropy = means[1:]
+        means = {name: (total / self._batches).cpu() for name, total in self._sums.items()}
+        logs = {f"{name}_loss": float(means[name]) for name in ("task", "hidden") if name in means}
+        if "terms" in means:
+            terms, usage, entropy = (means[name] for name in ("terms", "usage", "entropy"))
             self.layers = {"sparsity": 1 - usage.mean(dim=-1), "entropy": entropy, "usage": usage}
             logs |= {f"{name}_loss": float(term) for name, term in zip(TERMS, terms, strict=True) if term}
             logs |= {"ffn_sparsity": float(1 - usage.mean()), "router_entropy": float(entropy.mean())}
