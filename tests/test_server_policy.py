@@ -1,6 +1,7 @@
 """What an operator has over `vllm serve`, on a real `prunepath serve`: bounds, prefill tau, info, metrics, reports."""
 
 import concurrent.futures
+import http.client
 import json
 import re
 import time
@@ -253,8 +254,10 @@ def test_a_queue_lowers_the_tau_that_requests_leave_to_the_server(server, naive)
     before = metrics(server)
     admitted = before.get("prunepath:request_tau_count", 0)
     # One body of so many prompts that a fast machine is not done with them before anybody looks.
-    body = dict(model=MODEL, prompt=PROMPTS[:1] * 300, max_tokens=200, stream=True)
-    pressure = server.client.completions.create(**body, extra_body={"tau": 1.0, "ignore_eos": True})
+    # Not streamed: sending chunks keeps the server of a loaded machine from others until the queue is gone.
+    body = dict(model=MODEL, prompt=PROMPTS[:1] * 300, max_tokens=200, tau=1.0, ignore_eos=True)
+    pressure = http.client.HTTPConnection(server.url.removeprefix("http://"))
+    pressure.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
     # All of them first: a gauge may still be what an earlier step left.
     until(lambda: metrics(server)["prunepath:request_tau_count"] == admitted + 300)
     until(lambda: metrics(server)["vllm:num_requests_waiting"] >= 4)
