@@ -187,8 +187,11 @@ def test_gates_of_experts_left_out_get_no_gradient(prunepath_checkpoint):
 
 @pytest.mark.parametrize("term", ["entropy", "balance", "gate", "contribution", "efficiency", "separation"])
 def test_every_router_term_reaches_every_router(prunepath_checkpoint, term):
-    routers, _ = gradients(prunepath_checkpoint("llama"), terms={term: 1.0}, gate="none", tau=0.6)
+    routers, others = gradients(prunepath_checkpoint("llama"), terms={term: 1.0}, gate="none", tau=0.6)
     assert all(gradient is not None and gradient.any() for gradient in routers)
+    _, plain = gradients(prunepath_checkpoint("llama"), terms={}, gate="none", tau=0.6)
+    same = all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(others, plain, strict=True))
+    assert same == (term in ("efficiency", "separation"))  # LTE's end in the router
 
 
 def test_terms_are_averaged_over_layers_and_ignore_padding(prunepath_checkpoint):

@@ -317,7 +317,8 @@ def one_step(checkpoint, family, *, compiled, rank=None, checkpointing=False, st
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     training = TrainingModel(model)
-    training.set_terms(dict(contribution=0.1, entropy=1e-3, balance=1e-3), threshold=None)
+    terms = dict(contribution=0.1, entropy=1e-3, balance=1e-3, efficiency=0.1, separation=1e-4)
+    training.set_terms(terms, threshold=0.5)
     for router in training.routers:
         router.straight_through = straight_through
     backend = CompileCounterWithBackend("aot_eager")

@@ -37,8 +37,8 @@ class _Distance(nn.Module):
         self.power = 0.0
         self.values = 0
 
-    def forward(self, logits: Tensor, active: Tensor, neurons: Tensor) -> None:
-        """logits: [B, S, E]; neurons: [B, S, F]."""
+    def forward(self, logits: Tensor, active: Tensor, neurons: Tensor, own: Any) -> None:
+        """logits: [B, S, E]; neurons: [B, S, F]; the rest is for training."""
         logits, active, neurons = (each[:, self.routed] for each in (logits, active, neurons))
         ranks = logits.argsort(dim=-1, descending=True, stable=True).argsort(dim=-1)
         neurons = neurons.float()

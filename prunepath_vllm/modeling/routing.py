@@ -31,7 +31,8 @@ class Router(nn.Module):
         self.straight_through = 0.0
         """Weight of the gradient that :func:`through_selection` lets pass; training sets it."""
         self.observer: nn.Module | None = None
-        """Sees (logits, active experts, neurons) of every forward; how training collects its loss terms."""
+        """Sees every forward: (logits, active experts, neurons, and a function for logits whose gradient ends in this
+        router); how training collects its loss terms."""
 
     def scale(self, x: Tensor, neurons: Tensor, tau: Tensor) -> Tensor:
         """Route every token and multiply its neurons by their experts' weights.
@@ -46,8 +47,14 @@ class Router(nn.Module):
         """
         weights, logits, active = self(x, tau)
         if self.observer is not None:
-            self.observer(logits, active, neurons)
+            self.observer(logits, active, neurons, lambda: self.logits(x.detach()))
         return reference.scale_neurons(neurons, weights)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """Eq. 7: x [B, S, H] to float32 [B, S, E]."""
+        # Autocast would round the logits to bfloat16 and, with them, the ranking.
+        with torch.autocast(x.device.type, enabled=False):
+            return reference.router_logits(x, self.weight, self.bias)
 
     def forward(self, x: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route every token.
@@ -59,9 +66,7 @@ class Router(nn.Module):
         Returns:
             (expert weights float32 [B, S, E], router logits float32 [B, S, E], active experts bool [B, S, E]).
         """
-        # Autocast would round the logits to bfloat16 and, with them, the ranking.
-        with torch.autocast(x.device.type, enabled=False):
-            logits = reference.router_logits(x, self.weight, self.bias)
+        logits = self.logits(x)
         if self.selection == "cumulative_mass":
             active = select_by_mass(logits.detach(), tau)
         else:

@@ -4,8 +4,9 @@ Every term is a float32 scalar of one layer; :class:`RouterTerms` computes them 
 torch.compile fuses them with it, and :func:`mean_terms` averages them over layers. Padding counts nowhere.
 
 What a term can move: entropy, balance, gate and contribution are functions of the router logits, so they reach the
-router and, through its input, the layers below. Selection has no gradient. Under the gate "none" the task loss reaches
-no router at all; under "sigmoid" it does through the gates of active experts.
+router and, through its input, the layers below. LTE's two reach the router alone: near the threshold the separation
+term is so steep that below it would drown the task. Selection has no gradient. Under the gate "none" the task loss
+reaches no router at all; under "sigmoid" it does through the gates of active experts.
 
 Shapes: B sequences, S tokens each, E experts, D neurons per expert, F = E * D, L layers.
 """
@@ -157,8 +158,15 @@ class RouterTerms(nn.Module):
         """After a backward: let go of the graph."""
         self.terms = None
 
-    def forward(self, logits: Tensor, active: Tensor, neurons: Tensor) -> None:
-        """Called by the router: logits float32 [B, S, E], active bool [B, S, E], neurons [B, S, F] before routing."""
+    def forward(self, logits: Tensor, active: Tensor, neurons: Tensor, own: Callable[[], Tensor]) -> None:
+        """Called by the router.
+
+        Args:
+            logits: float32 [B, S, E].
+            active: bool [B, S, E].
+            neurons: [B, S, F], before routing.
+            own: gives the logits again, their gradient ending in this router.
+        """
         mask = self.mask
         zero = logits.new_zeros(())
         terms = [zero] * len(TERMS)
@@ -173,9 +181,9 @@ class RouterTerms(nn.Module):
             shares = contribution_shares(neurons, self.column_norms, self.num_experts)
             terms[3] = contribution_loss(logits, shares, mask)
         if "efficiency" in self.wanted:
-            terms[4] = efficiency_loss(logits, mask)
+            terms[4] = efficiency_loss(own(), mask)
         if "separation" in self.wanted:
-            terms[5] = separation_loss(logits, self.threshold, mask)
+            terms[5] = separation_loss(own(), self.threshold, mask)
         self.terms = torch.stack(terms)
         with torch.no_grad():
             self.usage = masked_mean(active.float(), mask)
