@@ -59,7 +59,7 @@ class ExpertCounts:
         # Since the last publication; [2, layers] from the first sum on, active and read.
         self.totals = torch.zeros((), dtype=torch.int64)
         self.tokens, self.steps = 0, 0
-        self.steps_in_buffers = -1  # not begun: they hold what profiling and graph capture ran
+        self.steps_in_buffers = 0
         self.reports: dict[str, _Report] = {}
         self.reported: Tensor | None = None
         self.step_rows: Tensor | None = None
@@ -73,8 +73,9 @@ class ExpertCounts:
 
     @torch.inference_mode()
     def restart(self) -> None:
-        """Forget every step so far: on a GPU vLLM warms up with requests of its own, which are steps like any other."""
-        self.steps_in_buffers = -1
+        """Forget what ran so far: profiling, graph capture, and on a GPU warm-up requests, steps like any other."""
+        self._clear()
+        self.dense_runs.zero_()
         self.totals.zero_()
         self.tokens, self.steps = 0, 0
         if self.step_counters is not None:
@@ -104,9 +105,6 @@ class ExpertCounts:
             prompt_lens: int [num_reqs].
             reports: per request the name to count it under, or None; empty where none has one.
         """
-        if self.steps_in_buffers < 0:
-            self._clear()
-            self.dense_runs.zero_()
         self.tokens += int(scheduled.sum())
         self.steps += 1
         if self.step_counters is not None:
@@ -185,7 +183,7 @@ class ExpertCounts:
     @torch.inference_mode()
     def publish(self) -> None:
         """Bring the Prometheus counters up to date. Waits for the device."""
-        if not self.exported or self.steps_in_buffers < 0:
+        if not self.exported or not self.steps:
             return
         self._sum_up()
         active, read = self.totals.tolist()
