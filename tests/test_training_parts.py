@@ -13,7 +13,6 @@ import yaml
 from tiny_models import FAMILY_NAMES, build_tokenizer
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prunepath_vllm.checkpoint import read_tensor_index, stream_tensors
 from prunepath_vllm.errors import UsageError
@@ -323,9 +322,8 @@ def one_step(checkpoint, family, *, compiled, rank=None, checkpointing=False, st
         router.straight_through = straight_through
     backend = CompileCounterWithBackend("aot_eager")
     if compiled:
-        for module in model.modules():
-            if isinstance(module, GradientCheckpointingLayer):
-                module.compile(fullgraph=True, dynamic=False, backend=backend)
+        for layer in layers_of(model):
+            layer.compile(fullgraph=True, dynamic=False, backend=backend)
     tokens = torch.randint(4, 300, (4, 32), generator=torch.Generator().manual_seed(5))
     labels = torch.tensor([0, 1, 2, 0]) if family == "roberta" else tokens
     for _ in range(2):

@@ -180,10 +180,12 @@ class RouterTerms(nn.Module):
             assert self.column_norms is not None
             shares = contribution_shares(neurons, self.column_norms, self.num_experts)
             terms[3] = contribution_loss(logits, shares, mask)
-        if "efficiency" in self.wanted:
-            terms[4] = efficiency_loss(own(), mask)
-        if "separation" in self.wanted:
-            terms[5] = separation_loss(own(), self.threshold, mask)
+        if not self.wanted.isdisjoint(("efficiency", "separation")):
+            alone = own()
+            if "efficiency" in self.wanted:
+                terms[4] = efficiency_loss(alone, mask)
+            if "separation" in self.wanted:
+                terms[5] = separation_loss(alone, self.threshold, mask)
         self.terms = torch.stack(terms)
         with torch.no_grad():
             self.usage = masked_mean(active.float(), mask)
