@@ -9,8 +9,8 @@ from prunepath_vllm import __version__
 from prunepath_vllm.errors import PrunePathError, TauError, UsageError
 
 COMMANDS = (
-    "convert", "calibrate", "inspect", "generate", "serve", "train", "sample", "prune", "eval", "sweep", "figures",
-    "bench", "fetch", "check",
+    "convert", "calibrate", "inspect", "generate", "serve", "train", "prune", "eval", "sweep", "figures", "bench",
+    "fetch", "check",
 )  # fmt: skip
 
 EXIT_FAILURE = 1

@@ -188,19 +188,19 @@ def tokenise_answers(
     return np.array(ids, dtype=np.int32), np.array(learned, dtype=bool)
 
 
-def read_tokens(source: Source, tokenizer: PreTrainedTokenizerBase) -> np.ndarray:
-    """A source's token ids, int32, one dimension.
+def save_tokens(source: Source, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> int:
+    """Tokenise a source once, into a .npy file that is a source itself, and return the number of tokens.
+
+    For machines that the text would be too large to send to: two bytes a token where the vocabulary allows it.
 
     Raises:
-        UsageError: it cannot be read.
+        UsageError: the source cannot be read.
     """
-    return np.concatenate([ids for ids, _ in _tokenised(source, tokenizer, answers_only=False)])
-
-
-def write_tokens(tokens: np.ndarray, tokenizer: PreTrainedTokenizerBase, path: str | Path) -> None:
-    """Write token ids, one dimension, as a .npy source: two bytes a token where the vocabulary allows it."""
+    parts = [ids for ids, _ in _tokenised(source, tokenizer, answers_only=False)]
     kind = np.uint16 if len(tokenizer) <= 2**16 else np.int32
-    np.save(path, tokens.astype(kind), allow_pickle=False)
+    tokens = np.concatenate(parts).astype(kind)
+    np.save(path, tokens, allow_pickle=False)
+    return len(tokens)
 
 
 def read_rows(source: Source) -> Iterator[Row]:

@@ -106,11 +106,6 @@ class Stage(Section):
     )
     tau_start: float = Field(default=1.0, gt=0, le=MAX_TAU, description="highest tau; 1 and above is every expert")
     tau_end: float = Field(default=0.25, gt=0, le=MAX_TAU, description="lowest tau")
-    skew: float = Field(
-        default=1.0,
-        gt=0,
-        description="a drawn tau is u^skew of the range below tau_start; above 1: more often near it",
-    )
     rounds: int = Field(default=10, gt=0, description="T of the sparsity path")
     full: float = Field(
         default=0.0, ge=0, lt=1, description="share of a batch's sequences that use every expert, with tau 'uniform'"

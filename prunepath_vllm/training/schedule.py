@@ -101,6 +101,5 @@ class Course:
         full = int(stage.full * sequences + torch.rand((), generator=generator))
         drawn = sequences - full
         draws = torch.arange(drawn) + torch.rand(drawn, generator=generator)
-        away = (draws / drawn) ** stage.skew
-        taus = (stage.tau_start - (stage.tau_start - stage.tau_end) * away).tolist() + [MAX_TAU] * full
+        taus = (stage.tau_end + (stage.tau_start - stage.tau_end) * draws / drawn).tolist() + [MAX_TAU] * full
         return [taus[i] for i in torch.randperm(sequences, generator=generator).tolist()]
