@@ -108,7 +108,15 @@ def error(got: Tensor, want: Tensor) -> float:
     return float((got.float() - want).norm() / want.norm())
 
 
-SHAPES = [(1, 37, 8, 48), (1, 5, 32, 80), (3, 20, 4, 64), (4, 24, 2, 48), (4, 9, 8, 48), (5, 37, 8, 48), (17, 9, 16, 96)]
+SHAPES = [
+    (1, 37, 8, 48),
+    (1, 5, 32, 80),
+    (3, 20, 4, 64),
+    (4, 24, 2, 48),
+    (4, 9, 8, 48),
+    (5, 37, 8, 48),
+    (17, 9, 16, 96),
+]
 SHAPE_IDS = [f"T{t}_E{e}_D{d}_H{h}" for t, e, d, h in SHAPES]
 
 
