@@ -1,8 +1,8 @@
 """One batch without a server: every prompt at every tau, together in the engine.
 
-For instance, on the checkpoint that `make demo` makes:
+For instance, on the checkpoint that `make demo` makes (on a CPU the cache wants a size, here 1 GiB):
 
-    python examples/offline_batch.py .cache/SmolLM2-135M-Instruct-PrunePath --tau 1.0 0.8 0.6
+    VLLM_CPU_KVCACHE_SPACE=1 python examples/offline_batch.py .cache/SmolLM2-135M-Instruct-PrunePath --tau 1.0 0.8 0.6
 """
 
 import argparse

@@ -1,4 +1,4 @@
-"""The programs of examples/, on a real server and a real engine."""
+"""The programs of examples/ and the README's offline one, on a real server and a real engine."""
 
 import os
 import re
@@ -10,7 +10,8 @@ import pytest
 import test_server
 from test_server import CURVE, MODEL, Server
 
-EXAMPLES = sorted((Path(__file__).parents[1] / "examples").glob("*.py"))
+ROOT = Path(__file__).parents[1]
+EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 serve = test_server.serve
 
 
@@ -21,7 +22,11 @@ def server(serve, prunepath_checkpoint) -> Server:
 
 def run(name: str, *arguments: str) -> str:
     (file,) = (file for file in EXAMPLES if file.name == name)
-    env = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    return run_file(file, *arguments, VLLM_CPU_KVCACHE_SPACE="1")
+
+
+def run_file(file: Path, *arguments: str, **variables: str) -> str:
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
     env["VLLM_CPU_CI_ENV"] = "1"  # compiling by inductor takes a minute
     done = subprocess.run([sys.executable, str(file), *arguments], capture_output=True, env=env)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
@@ -52,3 +57,14 @@ def test_offline_batch(prunepath_checkpoint):
     lines = re.findall(r"^tau (\S+)\s+FFN sparsity (\S+)%", said, re.MULTILINE)
     assert [tau for tau, _ in lines] == ["1.0", "0.4"] * 2
     assert all((float(sparsity) > 0) == (tau == "0.4") for tau, sparsity in lines)
+
+
+def test_the_readmes_offline_program(prunepath_checkpoint, tmp_path):
+    """As a file of its own and with no environment but ours, as a reader runs it."""
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (program,) = (program for program in programs if program.startswith("from vllm import LLM"))
+    demo = ".cache/SmolLM2-135M-Instruct-PrunePath"
+    assert demo in program
+    file = tmp_path / "offline.py"
+    file.write_text(program.replace(demo, str(prunepath_checkpoint("llama", default_tau=0.6, tau_curve=CURVE))))
+    assert run_file(file)
