@@ -14,15 +14,8 @@ from transformers import AutoTokenizer
 import prunepath_vllm
 from prunepath_vllm.checkpoint import load_prunepath_config, read_tensor_index, validate_checkpoint
 from prunepath_vllm.conversion import rewrite
-from prunepath_vllm.conversion.calibrate import (
-    ANCHOR_SPARSITY,
-    SHARPNESS,
-    calibrate,
-    choose_sharpness,
-    fit_router,
-    leaving_out_costs,
-    load_model,
-)
+from prunepath_vllm.conversion.calibrate import calibrate, fit_router, load_model
+from prunepath_vllm.conversion.costs import ANCHOR_SPARSITY, SHARPNESS, choose_sharpness, leaving_out_costs
 from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.entrypoints.cli import main
 from prunepath_vllm.errors import UsageError

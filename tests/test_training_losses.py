@@ -8,7 +8,6 @@ import torch.nn.functional as F
 from transformers import AutoModelForCausalLM
 
 from prunepath_vllm.modeling import register_auto_classes
-from prunepath_vllm.modeling.routing import through_selection
 from prunepath_vllm.training import head, losses
 from prunepath_vllm.training.model import TrainingModel
 
@@ -84,8 +83,17 @@ def test_contribution_of_one_neuron_experts_is_exact():
     torch.testing.assert_close(shares, outputs / outputs.sum(-1, keepdim=True))
 
 
-def test_dead_layer_has_no_shares():
-    assert not losses.contribution_shares(torch.zeros(1, 2, 8), torch.ones(8), 2).any()
+def test_a_dead_layers_shares_are_even():
+    assert (losses.contribution_shares(torch.zeros(1, 2, 8), torch.ones(8), 2) == 0.5).all()
+
+
+@pytest.mark.parametrize("sharpness", [0.1, 0.75, 2.0])
+def test_shares_are_of_the_costs_power(case, sharpness):
+    _, neurons, down, _ = case
+    shares = losses.contribution_shares(neurons, down.norm(dim=1), EXPERTS, torch.tensor(sharpness))
+    costs = (neurons.double() * down.double().norm(dim=1)).square().unflatten(-1, (EXPERTS, SIZE)).sum(-1)
+    powers = costs**sharpness
+    torch.testing.assert_close(shares.double(), powers / powers.sum(-1, keepdim=True), rtol=1e-5, atol=1e-7)
 
 
 @pytest.mark.parametrize("teacher_share", [0.0, 0.3])
@@ -121,27 +129,13 @@ def test_labels_are_shifted_by_one():
     assert head.shifted(torch.tensor([[5, 6, 7], [8, 9, 4]])).tolist() == [6, 7, -100, 9, 4, -100]
 
 
-def test_gradient_through_selection_is_the_sigmoids_about_the_cut():
-    logits = torch.tensor([[2.0, -1.0, 0.5, 1.5], [0.3, 0.1, 0.2, 0.0]], requires_grad=True)
-    active = torch.tensor([[True, False, False, True], [True] * 4])
-    zeros = through_selection(logits, active)
-    assert not zeros.any()
-    effect = torch.tensor([[1.0, 2.0, -3.0, 4.0], [1.0, 1.0, 1.0, 1.0]])
-    (zeros * effect).sum().backward()
-    cut = (1.5 + 0.5) / 2
-    for expert in range(4):
-        s = 1 / (1 + math.exp(cut - logits[0, expert].item()))
-        assert logits.grad[0, expert].item() == pytest.approx(effect[0, expert].item() * s * (1 - s), rel=1e-5)
-    assert not logits.grad[1].any()  # every expert: nothing to choose
-
-
-def gradients(checkpoint, *, terms, gate, tau, straight_through=0.0):
+def gradients(checkpoint, *, terms, gate, tau):
     """Norms of the gradients that reach the routers and everything else."""
     register_auto_classes()
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).train()
     training = TrainingModel(model)
     training.set_terms(terms, threshold=0.5)
-    training.set_routing(selection="cumulative_mass", gate=gate, threshold=None, straight_through=straight_through)
+    training.set_routing(selection="cumulative_mass", gate=gate, threshold=None)
     tokens = torch.randint(4, 300, (2, 16), generator=torch.Generator().manual_seed(3))
     training(tokens, tokens, tau=tau)["loss"].backward()
     routers = [p.grad for name, p in model.named_parameters() if ".router." in name]
@@ -153,16 +147,6 @@ def test_the_task_loss_reaches_no_router_without_gates(prunepath_checkpoint):
     routers, others = gradients(prunepath_checkpoint("llama"), terms={}, gate="none", tau=0.6)
     assert all(gradient is None or not gradient.any() for gradient in routers)
     assert all(gradient is not None and gradient.any() for gradient in others)
-
-
-def test_straight_through_the_task_loss_reaches_routers_and_moves_nothing_else(prunepath_checkpoint):
-    checkpoint = prunepath_checkpoint("llama")
-    routers, others = gradients(checkpoint, terms={}, gate="none", tau=0.6, straight_through=1.0)
-    assert all(gradient is not None and gradient.any() for gradient in routers)
-    dense, _ = gradients(checkpoint, terms={}, gate="none", tau=1.0, straight_through=1.0)
-    assert not any(gradient.any() for gradient in dense)
-    _, plain = gradients(checkpoint, terms={}, gate="none", tau=0.6)
-    torch.testing.assert_close(others[-1], plain[-1])  # above every router, whose zeros change no output
 
 
 @pytest.mark.parametrize("tau", [1.0, 0.6])
@@ -191,7 +175,7 @@ def test_every_router_term_reaches_every_router(prunepath_checkpoint, term):
     assert all(gradient is not None and gradient.any() for gradient in routers)
     _, plain = gradients(prunepath_checkpoint("llama"), terms={}, gate="none", tau=0.6)
     same = all(torch.allclose(a, b, rtol=1e-5, atol=1e-8) for a, b in zip(others, plain, strict=True))
-    assert same == (term in ("efficiency", "separation"))  # LTE's end in the router
+    assert same == (term in ("contribution", "efficiency", "separation"))  # these end in the router
 
 
 def test_terms_are_averaged_over_layers_and_ignore_padding(prunepath_checkpoint):

@@ -301,7 +301,7 @@ def test_bad_data_is_named(tmp_path, tokenizer, name, content, message):
 # The compiled step
 
 
-def one_step(checkpoint, family, *, compiled, rank=None, checkpointing=False, straight_through=0.0):
+def one_step(checkpoint, family, *, compiled, rank=None, checkpointing=False):
     """(loss, gradient norms, graphs compiled) of a step with mixed taus, in bfloat16 autocast."""
     torch._dynamo.reset()
     register_auto_classes()
@@ -318,8 +318,6 @@ def one_step(checkpoint, family, *, compiled, rank=None, checkpointing=False, st
     training = TrainingModel(model)
     terms = dict(contribution=0.1, entropy=1e-3, balance=1e-3, efficiency=0.1, separation=1e-4)
     training.set_terms(terms, threshold=0.5)
-    for router in training.routers:
-        router.straight_through = straight_through
     backend = CompileCounterWithBackend("aot_eager")
     if compiled:
         for layer in layers_of(model):
@@ -335,7 +333,7 @@ def one_step(checkpoint, family, *, compiled, rank=None, checkpointing=False, st
     return output["loss"].detach(), norms, backend.frame_count
 
 
-@pytest.mark.parametrize("options", [{}, dict(rank=4), dict(checkpointing=True), dict(straight_through=0.5)], ids=str)
+@pytest.mark.parametrize("options", [{}, dict(rank=4), dict(checkpointing=True)], ids=str)
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 def test_layers_compile_whole_and_once(prunepath_checkpoint, family, options):
     checkpoint = prunepath_checkpoint(family, dense_positions=1)

@@ -28,8 +28,6 @@ class Router(nn.Module):
         self.selection, self.threshold, self.gate = prunepath.selection, prunepath.threshold, prunepath.gate
         self.weight = nn.Parameter(torch.zeros(prunepath.num_experts, hidden_size))
         self.bias = nn.Parameter(torch.zeros(prunepath.num_experts)) if bias else None
-        self.straight_through = 0.0
-        """Weight of the gradient that :func:`through_selection` lets pass; training sets it."""
         self.observer: nn.Module | None = None
         """Sees every forward: (logits, active experts, neurons, and a function for logits whose gradient ends in this
         router); how training collects its loss terms."""
@@ -72,30 +70,7 @@ class Router(nn.Module):
         else:
             active = reference.select_experts(logits, tau, selection=self.selection, threshold=self.threshold)
         weights = reference.gate_weights(logits, active, gate=self.gate)
-        if self.straight_through and self.training:
-            weights = weights + self.straight_through * through_selection(logits, active)
         return weights, logits, active
-
-
-def through_selection(logits: Tensor, active: Tensor) -> Tensor:
-    """Zeros that carry selection's missing gradient, straight through (ours).
-
-    Selection counts backward as sigmoid(g - c), c halfway between the least active logit and the greatest inactive one:
-    an expert whose presence lowers the loss is pushed up, the more the nearer it is to the cut, whether it is active or
-    not. Where every expert is active there is no cut, and no gradient.
-
-    Args:
-        logits: float32 [..., E].
-        active: bool [..., E].
-
-    Returns:
-        float32 [..., E], all 0, with gradient in `logits`; add it to the expert weights.
-    """
-    fixed = logits.detach()
-    inside = torch.where(active, fixed, torch.inf).amin(dim=-1, keepdim=True)
-    outside = torch.where(active, -torch.inf, fixed).amax(dim=-1, keepdim=True)
-    soft = (logits - (inside + outside) / 2).sigmoid()
-    return soft - soft.detach()
 
 
 @torch.library.custom_op("prunepath::select_by_mass", mutates_args=())

@@ -3,10 +3,10 @@
 Every term is a float32 scalar of one layer; :class:`RouterTerms` computes them where the layer computes, so that
 torch.compile fuses them with it, and :func:`mean_terms` averages them over layers. Padding counts nowhere.
 
-What a term can move: entropy, balance, gate and contribution are functions of the router logits, so they reach the
-router and, through its input, the layers below. LTE's two reach the router alone: near the threshold the separation
-term is so steep that below it would drown the task. Selection has no gradient. Under the gate "none" the task loss
-reaches no router at all; under "sigmoid" it does through the gates of active experts.
+What a term can move: the paper's three are functions of the router logits, so they reach the router and, through its
+input, the layers below. Contribution and LTE's two reach the router alone: what the weights learn is the task, and near
+the threshold the separation term is so steep that below it would drown the task. Selection has no gradient. Under the
+gate "none" the task loss reaches no router at all; under "sigmoid" it does through the gates of active experts.
 
 Shapes: B sequences, S tokens each, E experts, D neurons per expert, F = E * D, L layers.
 """
@@ -15,6 +15,8 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
+
+from prunepath_vllm.conversion.costs import floor
 
 TERMS = ("entropy", "balance", "gate", "contribution", "efficiency", "separation")
 """What a recipe can weigh, in the order of :attr:`RouterTerms.terms`; the last two are LTE's."""
@@ -61,7 +63,9 @@ def gate_loss(logits: Tensor, mask: Tensor | None = None) -> Tensor:
     return masked_mean(logits.sigmoid().mean(dim=-1), mask)
 
 
-def contribution_shares(neurons: Tensor, column_norms: Tensor, num_experts: int) -> Tensor:
+def contribution_shares(
+    neurons: Tensor, column_norms: Tensor, num_experts: int, sharpness: Tensor | float = 1.0
+) -> Tensor:
     """Each expert's share of the layer's squared contribution, as a target: no gradient.
 
     ||FFN_e(x)||^2 is taken as the sum over the expert's neurons of (neuron * norm of its output column)^2: the cross
@@ -70,15 +74,16 @@ def contribution_shares(neurons: Tensor, column_norms: Tensor, num_experts: int)
 
     Args:
         neurons: activations after the non-linearity, before routing, [..., F].
-        column_norms: Euclidean norm of each neuron's column of the second linear, [F].
+        column_norms: norm of each neuron's column of the second linear, [F]: Euclidean, or in another metric.
         num_experts: E.
+        sharpness: power of the squared contributions whose shares count, float32 [].
 
     Returns:
-        float32 [..., E], summing to 1 (0 where no neuron fires).
+        float32 [..., E], summing to 1.
     """
     with torch.no_grad():
         squares = (neurons.float() * column_norms.float()).square().unflatten(-1, (num_experts, -1)).sum(dim=-1)
-        return squares / squares.sum(dim=-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny)
+        return (sharpness * (squares + floor(squares)).log()).softmax(dim=-1)
 
 
 def contribution_loss(logits: Tensor, shares: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -138,6 +143,11 @@ class RouterTerms(nn.Module):
         self.mask: Tensor | None = None
         """float32 [B, S], 0 at padding; set before each forward."""
         self.column_norms: Tensor | None = None
+        self.metric: Tensor | None
+        """M, float32 [H, H]: a column's squared norm is w' M w. None: Euclidean."""
+        self.register_buffer("metric", None, persistent=False)
+        self.sharpness: Tensor
+        self.register_buffer("sharpness", torch.ones(()), persistent=False)
         self.terms: Tensor | None = None
         """float32 [len(TERMS)], with gradient, of the last forward."""
         self.usage: Tensor | None = None
@@ -151,8 +161,12 @@ class RouterTerms(nn.Module):
         self.mask = mask
         if "contribution" in self.wanted:
             weight, dim = self._output
-            with torch.no_grad():
-                self.column_norms = torch.linalg.vector_norm(weight(), dim=dim)
+            with torch.no_grad(), torch.autocast(self.sharpness.device.type, enabled=False):
+                columns = weight() if dim == 0 else weight().T  # [H, F]
+                if self.metric is None:
+                    self.column_norms = torch.linalg.vector_norm(columns, dim=0)
+                else:
+                    self.column_norms = (columns * (self.metric @ columns)).sum(dim=0).clamp_min(0).sqrt()
 
     def clear(self) -> None:
         """After a backward: let go of the graph."""
@@ -176,12 +190,12 @@ class RouterTerms(nn.Module):
             terms[1] = balance_loss(logits, mask)
         if "gate" in self.wanted:
             terms[2] = gate_loss(logits, mask)
-        if "contribution" in self.wanted:
-            assert self.column_norms is not None
-            shares = contribution_shares(neurons, self.column_norms, self.num_experts)
-            terms[3] = contribution_loss(logits, shares, mask)
-        if not self.wanted.isdisjoint(("efficiency", "separation")):
+        if not self.wanted.isdisjoint(("contribution", "efficiency", "separation")):
             alone = own()
+            if "contribution" in self.wanted:
+                assert self.column_norms is not None
+                shares = contribution_shares(neurons, self.column_norms, self.num_experts, self.sharpness)
+                terms[3] = contribution_loss(alone, shares, mask)
             if "efficiency" in self.wanted:
                 terms[4] = efficiency_loss(alone, mask)
             if "separation" in self.wanted:

@@ -13,6 +13,7 @@ from prunepath_vllm.families import FAMILIES, Family
 from prunepath_vllm.modeling.routing import Router
 from prunepath_vllm.training.head import linear_cross_entropy, shifted
 from prunepath_vllm.training.losses import TERMS, RouterTerms, masked_mean, mean_terms
+from prunepath_vllm.training.targets import LayerCosts
 
 
 class TrainingModel(nn.Module):
@@ -25,6 +26,7 @@ class TrainingModel(nn.Module):
         teacher: PreTrainedModel | None = None,
         teacher_share: float = 0.0,
         hidden_weight: float = 0.0,
+        costs: Sequence[LayerCosts] = (),
         compiled: bool = False,
     ) -> None:
         """Wrap a model.
@@ -34,6 +36,7 @@ class TrainingModel(nn.Module):
             teacher: dense causal model to distil from; frozen.
             teacher_share: of its predictions in the target.
             hidden_weight: of :func:`hidden_distance` to its layers' outputs; its layers must be as many and as wide.
+            costs: how contributions are measured, by layer; none: by their squared norms.
             compiled: compile every layer, and the loss, with torch.compile.
         """
         super().__init__()
@@ -45,6 +48,8 @@ class TrainingModel(nn.Module):
         self.compiled = compiled
         self.routers = [module for module in model.modules() if isinstance(module, Router)]
         self.observers = [self._observe(layer, router) for layer, router in enumerate(self.routers)]
+        for observer, layer_costs in zip(self.observers, costs, strict=False):
+            observer.metric, observer.sharpness = layer_costs.metric, torch.tensor(layer_costs.sharpness)
         self.term_weights: Tensor
         self.register_buffer("term_weights", torch.zeros(len(TERMS)), persistent=False)
         if compiled:
@@ -71,11 +76,10 @@ class TrainingModel(nn.Module):
             observer.wanted = frozenset(name for name in TERMS if weights.get(name))
             observer.threshold = observer.threshold if threshold is None else threshold
 
-    def set_routing(self, *, selection: Any, gate: Any, threshold: float | None, straight_through: float = 0.0) -> None:
-        """Change every router's selection rule and gate, and the weight of selection's gradient."""
+    def set_routing(self, *, selection: Any, gate: Any, threshold: float | None) -> None:
+        """Change every router's selection rule and gate."""
         for router in self.routers:
             router.selection, router.gate, router.threshold = selection, gate, threshold
-            router.straight_through = straight_through
 
     def forward(
         self,

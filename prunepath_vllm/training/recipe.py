@@ -89,7 +89,7 @@ class Losses(Section):
     balance: float = Field(default=0.0, ge=0, description="lambda, eq. 13: spread over the batch")
     gate: float = Field(default=0.0, ge=0, description="gamma, eq. 17: small gates")
     contribution: float = Field(
-        default=0.0, ge=0, description="cross-entropy to each expert's share of squared contribution"
+        default=0.0, ge=0, description="cross-entropy to each expert's share of what leaving it out costs"
     )
     efficiency: float = Field(default=0.0, ge=0, description="LTE's eta: mean sigmoid(g)^2")
     separation: float = Field(default=0.0, ge=0, description="LTE's lambda: mean 1 / (sigmoid(g) - threshold)^2")
@@ -111,9 +111,6 @@ class Stage(Section):
         default=0.0, ge=0, lt=1, description="share of a batch's sequences that use every expert, with tau 'uniform'"
     )
     losses: Losses = Field(default_factory=Losses, description="weights of the loss terms")
-    straight_through: float = Field(
-        default=0.0, ge=0, description="weight of the task loss's gradient through selection, which has none of its own"
-    )
     gate: Literal["none", "sigmoid"] | None = Field(default=None, description="null keeps the checkpoint's")
     selection: Literal["cumulative_mass", "threshold"] | None = Field(
         default=None, description="null keeps the checkpoint's"

@@ -35,9 +35,10 @@ from prunepath_vllm.training.data import (
 )
 from prunepath_vllm.training.low_rank import add_low_rank, merge_low_rank
 from prunepath_vllm.training.measure import Batch, Point, measure
-from prunepath_vllm.training.model import TrainingModel
+from prunepath_vllm.training.model import TrainingModel, family_of_model
 from prunepath_vllm.training.recipe import Conversion, Recipe, save_recipe
 from prunepath_vllm.training.reports import LOG_FILE, Reports
+from prunepath_vllm.training.targets import LayerCosts, evenly_spread, layer_costs
 from prunepath_vllm.training.trainer import PARTIAL, PrunePathTrainer, checkpoints, routing_of
 
 DENSE = "dense"
@@ -88,6 +89,12 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # the routers' products; TF32 holds bfloat16 inputs exactly
     compiled = recipe.runtime.compile and on_gpu
+    with processes.main_process_first():
+        data = load_training_data(recipe.data, tokenizer, pad_to_length=compiled)
+    per_step = recipe.batch.sequences * processes.num_processes
+    if len(data) < per_step:  # type: ignore[arg-type]
+        raise UsageError(f"data.train: {len(data)} sequences; expected at least {per_step}, one batch")  # type: ignore[arg-type]
+    costs = _layer_costs(recipe, model, data)
     if recipe.model.rank is not None:
         add_low_rank(model, recipe.model.rank)
     if recipe.runtime.gradient_checkpointing:
@@ -97,13 +104,9 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         teacher=_teacher(recipe, model, on_gpu),
         teacher_share=recipe.distillation.share if recipe.distillation else 0.0,
         hidden_weight=recipe.distillation.hidden if recipe.distillation else 0.0,
+        costs=costs,
         compiled=compiled,
     )
-    with processes.main_process_first():
-        data = load_training_data(recipe.data, tokenizer, pad_to_length=compiled)
-    per_step = recipe.batch.sequences * processes.num_processes
-    if len(data) < per_step:  # type: ignore[arg-type]
-        raise UsageError(f"data.train: {len(data)} sequences; expected at least {per_step}, one batch")  # type: ignore[arg-type]
 
     trainer = PrunePathTrainer(recipe, training, data, tokenizer)
     wanted = recipe.evaluation.point_tokens if recipe.evaluation.points and processes.is_main_process else 0
@@ -240,6 +243,24 @@ def load_model(recipe: Recipe, start: Path, tokenizer: PreTrainedTokenizerBase) 
 def _family(path: Path) -> Family:
     config = read_config(path)
     return family_of(config, converted="prunepath_config" in config)
+
+
+def _layer_costs(recipe: Recipe, model: PreTrainedModel, data: Any) -> list[LayerCosts]:
+    """How contributions are measured, by layer, on some of the training data; nothing where none are taught."""
+    # A classifier's head may be new, and the gradients below it mean nothing yet: there the squared norm has to do.
+    if recipe.data.task == "classification" or not any(stage.losses.contribution for stage in recipe.stages):
+        return []
+    prunepath = PrunePathConfig.parse(model.config.prunepath_config)
+    # The first token is the attention sink: its costs, orders of magnitude above all others, would decide.
+    skip = max(prunepath.dense_positions, 1)
+    return layer_costs(
+        model.to("cuda" if _on_gpu(recipe) else "cpu"),
+        family_of_model(model),
+        prunepath.num_experts,
+        [torch.as_tensor(data[i]["input_ids"]).long() for i in evenly_spread(len(data))],
+        skip=skip,
+        seed=recipe.seed,
+    )
 
 
 def _teacher(recipe: Recipe, model: PreTrainedModel, on_gpu: bool) -> PreTrainedModel | None:

@@ -139,7 +139,7 @@ class PrunePathTrainer(Trainer):
         if self.block is not None:
             self.training.set_terms(stage.losses.model_dump(), threshold=stage.threshold)
             routing = routing_of(self.recipe, index, self.block)
-            self.training.set_routing(**routing, straight_through=stage.straight_through)
+            self.training.set_routing(**routing)
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
@@ -364,7 +364,4 @@ def training_arguments(recipe: Recipe) -> TrainingArguments:
 
 def _routers_always_learn(recipe: Recipe) -> bool:
     """Whether every stage gives the routers a gradient, whatever the checkpoint's gate."""
-    return all(
-        any(stage.losses.model_dump().values()) or stage.gate == "sigmoid" or stage.straight_through
-        for stage in recipe.stages
-    )
+    return all(any(stage.losses.model_dump().values()) or stage.gate == "sigmoid" for stage in recipe.stages)

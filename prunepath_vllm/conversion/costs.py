@@ -1,0 +1,172 @@
+"""What it costs to leave an expert out, and how sharply each layer should tell its experts apart.
+
+The cost of leaving out expert e at one token is y_e' F y_e: y_e is the expert's output, F the mean outer product of the
+loss gradients at the layer's output (the Fisher matrix, labels drawn from the model itself). It estimates the rise in
+loss, so it compares experts of one layer and layers with one another. Calibration fits routers to it, training teaches
+it to them. docs/calibration.md has the measurements.
+
+Shapes: N tokens, H hidden size, E experts, D neurons per expert, F = E * D.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.activations import ACT2FN
+
+from prunepath_vllm.families import Family
+from prunepath_vllm.kernels import reference
+from prunepath_vllm.tau import DENSE_TAU
+
+SHARPNESS = (0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.4, 2.0)
+"""Candidate factors on the log cost. 1 makes the softmax the share of the cost, 0 uniform."""
+ANCHOR_TAU, ANCHOR_SPARSITY = 0.8, 0.5
+"""Each layer's sharpness is chosen so that the model loses least at this tau, leaving out this share of experts."""
+SHARPNESS_TOKENS = 512
+
+
+@dataclass
+class Observation:
+    """What one layer showed while the model read a text."""
+
+    inputs: list[Tensor] = field(default_factory=list)
+    """Of the feed-forward layer, [N, H] each, in the model's dtype."""
+    fisher: Tensor | None = None
+    """Sum of g g' over tokens, float32 [H, H]."""
+
+    def metric(self) -> Tensor:
+        """The Fisher matrix, or the identity where nothing had a gradient (a classifier with one label)."""
+        if self.fisher is None or not self.fisher.any():
+            return torch.eye(self.inputs[0].shape[-1], device=self.inputs[0].device)
+        return self.fisher
+
+
+def observe(
+    model: PreTrainedModel, family: Family, sequences: Sequence[Tensor] | Tensor, *, skip: int, seed: int
+) -> list[Observation]:
+    """Run a model with every expert; keep each layer's inputs and, from every second sequence, its Fisher matrix.
+
+    Args:
+        model: PrunePath model, frozen, in evaluation mode.
+        family: its row.
+        sequences: token ids, int64 [S] each.
+        skip: positions at the beginning of each that count nowhere.
+        seed: of the labels drawn for the loss gradients.
+    """
+    observations = [Observation() for _ in range(model.config.num_hidden_layers)]
+    handles = []
+    for layer, seen in enumerate(observations):
+
+        def keep_input(module: nn.Module, args: tuple[Tensor, Tensor], seen: Observation = seen) -> None:
+            seen.inputs.append(args[0].detach()[:, skip:].flatten(0, 1))
+
+        def keep_gradient(gradient: Tensor, seen: Observation) -> None:
+            gradient = gradient[:, skip:].flatten(0, 1).float()
+            product = gradient.T @ gradient
+            seen.fisher = product if seen.fisher is None else seen.fisher + product
+
+        def watch_output(module: nn.Module, args: object, output: Tensor, seen: Observation = seen) -> None:
+            if output.requires_grad:
+                output.register_hook(lambda gradient: keep_gradient(gradient, seen))
+
+        handles.append(model.get_submodule(family.router(layer)).register_forward_pre_hook(keep_input))
+        handles.append(model.get_submodule(family.output(layer)).register_forward_hook(watch_output))
+
+    generator = torch.Generator().manual_seed(seed)
+    embed = model.get_input_embeddings()
+    for index, sequence in enumerate(tqdm(sequences, desc="reading the text", unit="sequence")):
+        with torch.set_grad_enabled(index % 2 == 0):
+            embeddings = embed(sequence[None].to(model.device)).requires_grad_(index % 2 == 0)
+            logits = model(inputs_embeds=embeddings, tau=DENSE_TAU).logits.flatten(0, -2).float()
+            if index % 2 == 0:
+                drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
+                F.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum").backward()
+    for handle in handles:
+        handle.remove()
+    return observations
+
+
+def neurons_of(model: PreTrainedModel, family: Family, layer: int, inputs: Tensor) -> Tensor:
+    """A feed-forward layer's activations after the non-linearity, [N, F], of its inputs [N, H]."""
+    activation = ACT2FN[family.activation(model.config.to_dict())]
+    first, *up = (model.get_submodule(name)(inputs) for name in family.inputs(layer))
+    return activation(first) * up[0] if up else activation(first)
+
+
+def output_rows(model: PreTrainedModel, family: Family, layer: int) -> Tensor:
+    """The second linear of a feed-forward layer, a row a neuron: float32 [F, H]."""
+    weight = model.get_submodule(family.output(layer)).weight.float()
+    return weight if family.conv1d else weight.T
+
+
+def few(tokens: Tensor) -> Tensor:
+    """At most SHARPNESS_TOKENS rows of [N, ...], evenly spread."""
+    return tokens[torch.linspace(0, len(tokens) - 1, SHARPNESS_TOKENS).long().unique()]
+
+
+def floor(values: Tensor) -> Tensor:
+    """What to add to costs [..., E] before their logarithm: far below a token's mean, so that dead experts have one."""
+    return 1e-8 * values.mean(dim=-1, keepdim=True) + torch.finfo(torch.float32).tiny
+
+
+def leaving_out_costs(experts: Tensor, down: Tensor, metric: Tensor) -> Tensor:
+    """y_e' M y_e of every expert's output y_e.
+
+    Args:
+        experts: neurons after the non-linearity, float32 [N, E, D].
+        down: the second linear, float32 [F, H].
+        metric: M, float32 [H, H], symmetric and positive semi-definite.
+
+    Returns:
+        float32 [N, E].
+    """
+    down = down.unflatten(0, experts.shape[1:])  # [E, D, H]
+    quadratic = down @ metric @ down.transpose(1, 2)  # [E, D, D]
+    return (torch.einsum("ned,edf->nef", experts, quadratic) * experts).sum(-1).clamp_min(0)
+
+
+def sharpness_losses(logits: Tensor, experts: Tensor, down: Tensor, metric: Tensor) -> tuple[Tensor, Tensor]:
+    """FFN sparsity and mean cost of what is left out at the anchor tau, by sharpness.
+
+    Args:
+        logits: what ranks the experts before they are sharpened, float32 [N, E].
+        experts: neurons after the non-linearity, float32 [N, E, D].
+        down: the second linear, float32 [F, H].
+        metric: M, float32 [H, H].
+
+    Returns:
+        two float32 [candidates], on the CPU.
+    """
+    tau = torch.tensor(ANCHOR_TAU, device=logits.device)
+    sparsities, losses = [], []
+    for sharpness in SHARPNESS:
+        left_out = ~reference.select_cumulative_mass(logits * sharpness, tau)
+        missing = reference.scale_neurons(experts.flatten(1), left_out.float()) @ down
+        sparsities.append(left_out.float().mean())
+        losses.append(((missing @ metric) * missing).sum(-1).mean())
+    return torch.stack(sparsities).cpu(), torch.stack(losses).cpu()
+
+
+def choose_sharpness(sparsities: Tensor, losses: Tensor) -> list[int]:
+    """The candidate of each layer that minimises the summed loss at a mean sparsity of ANCHOR_SPARSITY.
+
+    Args:
+        sparsities: float32 [L, candidates].
+        losses: float32 [L, candidates].
+
+    Returns:
+        L indices: each layer's minimum of loss - price * sparsity, at the lowest price that reaches the mean sparsity.
+    """
+    low, high = 0.0, float(losses.max() / 1e-3)
+    for _ in range(60):
+        price = (low + high) / 2
+        chosen = (losses - price * sparsities).argmin(dim=1, keepdim=True)
+        if sparsities.gather(1, chosen).mean() < ANCHOR_SPARSITY:
+            low = price
+        else:
+            high = price
+    return (losses - high * sparsities).argmin(dim=1).tolist()
