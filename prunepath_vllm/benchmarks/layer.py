@@ -23,8 +23,8 @@ from prunepath_vllm.kernels.routing import LIBRARY_TOKENS
 from prunepath_vllm.kernels.tuning import Bench, Shape, graph_of
 
 TOLERANCE = 8e-3
-"""Relative RMS error against float32 arithmetic on the same bf16 inputs. Rounding alone reaches 5.2e-3 where each token has
-one expert of four neurons: too few for their errors to average out."""
+"""Relative RMS error against float32 arithmetic on the same bf16 inputs. Rounding alone reaches 5.2e-3 where each token
+has one expert of four neurons: too few for their errors to average out."""
 
 
 def check(bench: Bench, num_tokens: int, share: float, choice: Choice, gate: str = "sigmoid") -> dict[str, Any]:
