@@ -8,11 +8,11 @@ import torch.nn.functional as F
 from tiny_models import CAUSAL_FAMILY_NAMES
 from transformers import AutoModelForCausalLM
 
-from prunepath_vllm.conversion.costs import ANCHOR_SPARSITY, ANCHOR_TAU, SHARPNESS
+from prunepath_vllm.conversion.costs import ANCHOR_SPARSITY, ANCHOR_TAU, SHARPNESS, evenly_spread
 from prunepath_vllm.modeling import register_auto_classes
 from prunepath_vllm.training.low_rank import add_low_rank
 from prunepath_vllm.training.model import TrainingModel, family_of_model
-from prunepath_vllm.training.targets import LENGTH, SEQUENCES, LayerCosts, evenly_spread, layer_costs
+from prunepath_vllm.training.targets import LENGTH, SEQUENCES, LayerCosts, layer_costs
 
 SKIP, SEED = 1, 3
 
@@ -155,8 +155,8 @@ def test_no_other_sharpness_leaves_out_as_much_for_less(prunepath_checkpoint, se
 
 
 def test_little_is_read():
-    assert evenly_spread(3) == [0, 1, 2]
-    spread = evenly_spread(1000)
+    assert evenly_spread(3, SEQUENCES).tolist() == [0, 1, 2]
+    spread = evenly_spread(1000, SEQUENCES).tolist()
     assert len(spread) == SEQUENCES
     assert spread[0] == 0
     assert spread[-1] == 999

@@ -14,14 +14,14 @@ from transformers import AutoTokenizer, PreTrainedModel
 
 from prunepath_vllm.checkpoint import CheckpointSummary, check_finite, validate_checkpoint
 from prunepath_vllm.conversion.costs import (
-    SHARPNESS,
     Observation,
-    choose_sharpness,
+    experts_of,
     few,
     leaving_out_costs,
-    neurons_of,
     observe,
     output_rows,
+    positions_to_skip,
+    sharpness_by_layer,
     sharpness_losses,
 )
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
@@ -97,8 +97,7 @@ def calibrate(
     model = load_model(summary, device)
     factor = _output_factor(model, summary)
     held_out = max(1, len(sequences) // HELD_OUT_SHARE)
-    # A causal model's first token is its attention sink: its costs, orders of magnitude above all others, would decide.
-    skip = max(dense_positions, int(summary.family.auto_class == "AutoModelForCausalLM"))
+    skip = positions_to_skip(summary.family, dense_positions)
     observations = observe(model, summary.family, sequences[:-held_out], skip=skip, seed=seed)
     routers = _fit_routers(model, summary, observations)
 
@@ -175,21 +174,15 @@ def _fit_routers(
     model: PreTrainedModel, summary: CheckpointSummary, observations: Sequence[Observation]
 ) -> list[Tensor]:
     """One float32 router weight [E, H] per layer."""
-    weights: list[Tensor] = []
-    sparsities, losses = [], []
+    family, weights, measured = summary.family, [], []
     for layer, seen in enumerate(tqdm(observations, desc="fitting routers", unit="layer")):
-        inputs, metric, down = torch.cat(seen.inputs), seen.metric(), output_rows(model, summary.family, layer)
-        neurons = neurons_of(model, summary.family, layer, inputs).float()
-        experts = neurons.unflatten(-1, (summary.prunepath.num_experts, -1))
+        inputs, metric, down = torch.cat(seen.inputs), seen.metric(), output_rows(model, family, layer).float()
+        experts = experts_of(model, family, layer, inputs, summary.prunepath.num_experts)
         weight = fit_router(inputs, leaving_out_costs(experts, down, metric))
         weights.append(weight)
-
         logits = reference.router_logits(few(inputs), weight)
-        sparsity, loss = sharpness_losses(logits, few(experts), down, metric)
-        sparsities.append(sparsity)
-        losses.append(loss)
-    chosen = choose_sharpness(torch.stack(sparsities), torch.stack(losses))
-    return [weight * SHARPNESS[index] for weight, index in zip(weights, chosen, strict=True)]
+        measured.append(sharpness_losses(logits, few(experts), down, metric))
+    return [weight * sharpness for weight, sharpness in zip(weights, sharpness_by_layer(measured), strict=True)]
 
 
 def fit_router(inputs: Tensor, costs: Tensor) -> Tensor:

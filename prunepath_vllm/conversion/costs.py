@@ -10,6 +10,7 @@ Shapes: N tokens, H hidden size, E experts, D neurons per expert, F = E * D.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -45,6 +46,15 @@ class Observation:
         return self.fisher
 
 
+def positions_to_skip(family: Family, dense_positions: int) -> int:
+    """Positions at the beginning of a sequence that count nowhere.
+
+    Those that use every expert anyway, and a causal model's first: the attention sink's costs, orders of magnitude
+    above all others, would decide.
+    """
+    return max(dense_positions, int(family.auto_class == "AutoModelForCausalLM"))
+
+
 def observe(
     model: PreTrainedModel, family: Family, sequences: Sequence[Tensor] | Tensor, *, skip: int, seed: int
 ) -> list[Observation]:
@@ -54,7 +64,7 @@ def observe(
         model: PrunePath model, frozen, in evaluation mode.
         family: its row.
         sequences: token ids, int64 [S] each.
-        skip: positions at the beginning of each that count nowhere.
+        skip: of :func:`positions_to_skip`.
         seed: of the labels drawn for the loss gradients.
     """
     observations = [Observation() for _ in range(model.config.num_hidden_layers)]
@@ -90,27 +100,34 @@ def observe(
     return observations
 
 
-def neurons_of(model: PreTrainedModel, family: Family, layer: int, inputs: Tensor) -> Tensor:
-    """A feed-forward layer's activations after the non-linearity, [N, F], of its inputs [N, H]."""
+def experts_of(model: PreTrainedModel, family: Family, layer: int, inputs: Tensor, num_experts: int) -> Tensor:
+    """A feed-forward layer's neurons after the non-linearity, float32 [N, E, D], of its inputs [N, H]."""
     activation = ACT2FN[family.activation(model.config.to_dict())]
     first, *up = (model.get_submodule(name)(inputs) for name in family.inputs(layer))
-    return activation(first) * up[0] if up else activation(first)
+    neurons = activation(first) * up[0] if up else activation(first)
+    return neurons.float().unflatten(-1, (num_experts, -1))
 
 
 def output_rows(model: PreTrainedModel, family: Family, layer: int) -> Tensor:
-    """The second linear of a feed-forward layer, a row a neuron: float32 [F, H]."""
-    weight = model.get_submodule(family.output(layer)).weight.float()
+    """The second linear of a feed-forward layer, a row a neuron: [F, H] in its dtype."""
+    weight: Any = model.get_submodule(family.output(layer)).weight
     return weight if family.conv1d else weight.T
 
 
+def evenly_spread(count: int, wanted: int) -> Tensor:
+    """Indices of at most `wanted` out of `count`, ascending."""
+    return torch.linspace(0, count - 1, wanted).long().unique()
+
+
 def few(tokens: Tensor) -> Tensor:
-    """At most SHARPNESS_TOKENS rows of [N, ...], evenly spread."""
-    return tokens[torch.linspace(0, len(tokens) - 1, SHARPNESS_TOKENS).long().unique()]
+    """At most SHARPNESS_TOKENS rows of [N, ...]."""
+    return tokens[evenly_spread(len(tokens), SHARPNESS_TOKENS)]
 
 
-def floor(values: Tensor) -> Tensor:
-    """What to add to costs [..., E] before their logarithm: far below a token's mean, so that dead experts have one."""
-    return 1e-8 * values.mean(dim=-1, keepdim=True) + torch.finfo(torch.float32).tiny
+def log_costs(values: Tensor) -> Tensor:
+    """Logarithm of costs [..., E], above a floor far below their token's mean: a dead expert's would be infinite."""
+    floor = 1e-8 * values.mean(dim=-1, keepdim=True) + torch.finfo(torch.float32).tiny
+    return (values + floor).log()
 
 
 def leaving_out_costs(experts: Tensor, down: Tensor, metric: Tensor) -> Tensor:
@@ -149,6 +166,12 @@ def sharpness_losses(logits: Tensor, experts: Tensor, down: Tensor, metric: Tens
         sparsities.append(left_out.float().mean())
         losses.append(((missing @ metric) * missing).sum(-1).mean())
     return torch.stack(sparsities).cpu(), torch.stack(losses).cpu()
+
+
+def sharpness_by_layer(measured: Sequence[tuple[Tensor, Tensor]]) -> list[float]:
+    """The sharpness of every layer, chosen together from its :func:`sharpness_losses`."""
+    sparsities, losses = (torch.stack(part) for part in zip(*measured, strict=True))
+    return [SHARPNESS[index] for index in choose_sharpness(sparsities, losses)]
 
 
 def choose_sharpness(sparsities: Tensor, losses: Tensor) -> list[int]:

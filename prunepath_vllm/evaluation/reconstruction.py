@@ -11,6 +11,7 @@ from transformers import AutoTokenizer
 
 from prunepath_vllm.checkpoint import read_json
 from prunepath_vllm.conversion.calibrate import load_model
+from prunepath_vllm.conversion.costs import output_rows
 from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import UsageError
@@ -100,10 +101,11 @@ def reconstruction(
     seen = []
     for layer in range(opened.summary.num_layers):
         down: Any = model.get_submodule(family.output(layer))
-        weight = down.weight if family.conv1d else down.weight.T
         router = model.get_submodule(family.router(layer))
         assert isinstance(router, Router)
-        router.observer = _Distance(weight, down.bias, prunepath.gate, counts, prunepath.dense_positions)
+        router.observer = _Distance(
+            output_rows(model, family, layer), down.bias, prunepath.gate, counts, prunepath.dense_positions
+        )
         seen.append(router.observer)
     for sequence in tqdm(sequences, desc=f"reading {Path(text).name}", unit="sequence"):
         model.base_model(sequence[None].to(device), tau=DENSE_TAU)

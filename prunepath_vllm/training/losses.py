@@ -16,7 +16,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from prunepath_vllm.conversion.costs import floor
+from prunepath_vllm.conversion.costs import log_costs
+from prunepath_vllm.training.targets import LayerCosts
 
 TERMS = ("entropy", "balance", "gate", "contribution", "efficiency", "separation")
 """What a recipe can weigh, in the order of :attr:`RouterTerms.terms`; the last two are LTE's."""
@@ -83,7 +84,7 @@ def contribution_shares(
     """
     with torch.no_grad():
         squares = (neurons.float() * column_norms.float()).square().unflatten(-1, (num_experts, -1)).sum(dim=-1)
-        return (sharpness * (squares + floor(squares)).log()).softmax(dim=-1)
+        return (sharpness * log_costs(squares)).softmax(dim=-1)
 
 
 def contribution_loss(logits: Tensor, shares: Tensor, mask: Tensor | None = None) -> Tensor:
@@ -126,13 +127,13 @@ class RouterTerms(nn.Module):
     It holds no parameters. ``wanted`` says which terms are computed; the others are 0.
     """
 
-    def __init__(self, num_experts: int, *, output_weight: Callable[[], Tensor], dim: int) -> None:
+    def __init__(self, num_experts: int, output_rows: Callable[[], Tensor], costs: LayerCosts | None = None) -> None:
         """Watch one layer.
 
         Args:
             num_experts: E.
-            output_weight: gives the second linear's weight as it is now.
-            dim: its dimension that is not the neurons'.
+            output_rows: gives the second linear as it is now, a row a neuron: [F, H].
+            costs: how contributions are measured; None: by their squared norm.
         """
         super().__init__()
         self.wanted: frozenset[str] = frozenset()
@@ -145,28 +146,27 @@ class RouterTerms(nn.Module):
         self.column_norms: Tensor | None = None
         self.metric: Tensor | None
         """M, float32 [H, H]: a column's squared norm is w' M w. None: Euclidean."""
-        self.register_buffer("metric", None, persistent=False)
-        self.sharpness: Tensor
-        self.register_buffer("sharpness", torch.ones(()), persistent=False)
+        self.register_buffer("metric", costs.metric if costs else None, persistent=False)
+        self.sharpness: Tensor  # a tensor, so that one compiled graph serves all layers
+        self.register_buffer("sharpness", torch.tensor(costs.sharpness if costs else 1.0), persistent=False)
         self.terms: Tensor | None = None
         """float32 [len(TERMS)], with gradient, of the last forward."""
         self.usage: Tensor | None = None
         """float32 [E]: share of tokens that used each expert in the last forward."""
         self.spread: Tensor | None = None
         """float32 []: entropy of the routers' softmax in the last forward, without gradient."""
-        self._output = (output_weight, dim)
+        self._output_rows = output_rows
 
     def prepare(self, mask: Tensor | None) -> None:
         """Before a forward: take its mask, and the output columns' norms as they are now."""
         self.mask = mask
         if "contribution" in self.wanted:
-            weight, dim = self._output
             with torch.no_grad(), torch.autocast(self.sharpness.device.type, enabled=False):
-                columns = weight() if dim == 0 else weight().T  # [H, F]
+                rows = self._output_rows()
                 if self.metric is None:
-                    self.column_norms = torch.linalg.vector_norm(columns, dim=0)
+                    self.column_norms = torch.linalg.vector_norm(rows, dim=1)
                 else:
-                    self.column_norms = (columns * (self.metric @ columns)).sum(dim=0).clamp_min(0).sqrt()
+                    self.column_norms = ((rows @ self.metric) * rows).sum(dim=1).clamp_min(0).sqrt()
 
     def clear(self) -> None:
         """After a backward: let go of the graph."""

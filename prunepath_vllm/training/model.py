@@ -1,5 +1,6 @@
 """The module that is trained: a model, dense or PrunePath, together with its loss."""
 
+import functools
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -9,6 +10,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from prunepath_vllm.conversion.costs import output_rows
 from prunepath_vllm.families import FAMILIES, Family
 from prunepath_vllm.modeling.routing import Router
 from prunepath_vllm.training.head import linear_cross_entropy, shifted
@@ -47,9 +49,11 @@ class TrainingModel(nn.Module):
         self.teacher_share, self.hidden_weight = teacher_share, hidden_weight
         self.compiled = compiled
         self.routers = [module for module in model.modules() if isinstance(module, Router)]
-        self.observers = [self._observe(layer, router) for layer, router in enumerate(self.routers)]
-        for observer, layer_costs in zip(self.observers, costs, strict=False):
-            observer.metric, observer.sharpness = layer_costs.metric, torch.tensor(layer_costs.sharpness)
+        self.observers: list[RouterTerms] = []
+        for layer, router in enumerate(self.routers):
+            rows = functools.partial(output_rows, model, self.family, layer)
+            router.observer = RouterTerms(router.weight.shape[0], rows, costs[layer] if costs else None)
+            self.observers.append(router.observer)
         self.term_weights: Tensor
         self.register_buffer("term_weights", torch.zeros(len(TERMS)), persistent=False)
         if compiled:
@@ -57,16 +61,6 @@ class TrainingModel(nn.Module):
             for part in (model, teacher):
                 for layer in layers_of(part) if part is not None else ():
                     layer.compile(fullgraph=True, dynamic=False)
-
-    def _observe(self, layer: int, router: Router) -> RouterTerms:
-        output: Any = self.model.get_submodule(self.family.output(layer))
-
-        def weight() -> Tensor:
-            return output.weight
-
-        experts = router.weight.shape[0]
-        router.observer = RouterTerms(experts, output_weight=weight, dim=1 if self.family.conv1d else 0)
-        return router.observer
 
     def set_terms(self, weights: Mapping[str, float], *, threshold: float | None) -> None:
         """Which router terms count from now on, and how much; the others are not computed."""

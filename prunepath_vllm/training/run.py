@@ -16,6 +16,7 @@ from prunepath_vllm.checkpoint import read_config, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.conversion.calibrate import CURVE_TAUS, calibrate
 from prunepath_vllm.conversion.convert import convert
+from prunepath_vllm.conversion.costs import evenly_spread, positions_to_skip
 from prunepath_vllm.conversion.model_card import QUALITY_FILE, write_model_card
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.conversion.text import read_sequences
@@ -38,7 +39,7 @@ from prunepath_vllm.training.measure import Batch, Point, measure
 from prunepath_vllm.training.model import TrainingModel, family_of_model
 from prunepath_vllm.training.recipe import Conversion, Recipe, save_recipe
 from prunepath_vllm.training.reports import LOG_FILE, Reports
-from prunepath_vllm.training.targets import LayerCosts, evenly_spread, layer_costs
+from prunepath_vllm.training.targets import SEQUENCES, LayerCosts, layer_costs
 from prunepath_vllm.training.trainer import PARTIAL, PrunePathTrainer, checkpoints, routing_of
 
 DENSE = "dense"
@@ -251,14 +252,13 @@ def _layer_costs(recipe: Recipe, model: PreTrainedModel, data: Any) -> list[Laye
     if recipe.data.task == "classification" or not any(stage.losses.contribution for stage in recipe.stages):
         return []
     prunepath = PrunePathConfig.parse(model.config.prunepath_config)
-    # The first token is the attention sink: its costs, orders of magnitude above all others, would decide.
-    skip = max(prunepath.dense_positions, 1)
+    family = family_of_model(model)
     return layer_costs(
         model.to("cuda" if _on_gpu(recipe) else "cpu"),
-        family_of_model(model),
+        family,
         prunepath.num_experts,
-        [torch.as_tensor(data[i]["input_ids"]).long() for i in evenly_spread(len(data))],
-        skip=skip,
+        [torch.as_tensor(data[i]["input_ids"]).long() for i in evenly_spread(len(data), SEQUENCES).tolist()],
+        skip=positions_to_skip(family, prunepath.dense_positions),
         seed=recipe.seed,
     )
 

@@ -14,7 +14,7 @@ from prunepath_vllm.conversion import costs
 from prunepath_vllm.families import Family
 
 SEQUENCES, LENGTH = 16, 512
-"""How much of the training data is read, at most."""
+"""How much of the training data is worth reading for it."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,6 @@ class LayerCosts:
     """float32 [H, H], symmetric: leaving out what adds y to the layer's output costs y' M y."""
     sharpness: float
     """The router is taught shares of the cost to this power."""
-
-
-def evenly_spread(count: int) -> list[int]:
-    """Indices of the sequences that are read, of `count`."""
-    return torch.linspace(0, count - 1, SEQUENCES).long().unique().tolist()
 
 
 def layer_costs(
@@ -46,7 +41,7 @@ def layer_costs(
         family: its row.
         num_experts: E.
         sequences: token ids, int64 [S] each; at most LENGTH of each count.
-        skip: positions at the beginning of each that count nowhere.
+        skip: of :func:`prunepath_vllm.conversion.costs.positions_to_skip`.
         seed: of the labels drawn for the loss gradients.
     """
     was_training = model.training
@@ -54,23 +49,16 @@ def layer_costs(
     model.eval().requires_grad_(False)
     short = [sequence[:LENGTH] for sequence in sequences]
     observations = costs.observe(model, family, short, skip=skip, seed=seed)
-    metrics: list[Tensor] = []
-    sparsities, losses = [], []
+    metrics, measured = [], []
     with torch.no_grad():
         for layer, seen in enumerate(observations):
-            inputs, metric, down = (
-                costs.few(torch.cat(seen.inputs)),
-                seen.metric(),
-                costs.output_rows(model, family, layer),
-            )
-            experts = costs.neurons_of(model, family, layer, inputs).float().unflatten(-1, (num_experts, -1))
-            spent = costs.leaving_out_costs(experts, down, metric)
-            sparsity, loss = costs.sharpness_losses((spent + costs.floor(spent)).log(), experts, down, metric)
+            inputs, metric = costs.few(torch.cat(seen.inputs)), seen.metric()
+            down = costs.output_rows(model, family, layer).float()
+            experts = costs.experts_of(model, family, layer, inputs, num_experts)
+            logits = costs.log_costs(costs.leaving_out_costs(experts, down, metric))
+            measured.append(costs.sharpness_losses(logits, experts, down, metric))
             metrics.append(metric / metric.diagonal().mean())
-            sparsities.append(sparsity)
-            losses.append(loss)
     for parameter in trainable:
         parameter.requires_grad_(True)
     model.train(was_training)
-    chosen = costs.choose_sharpness(torch.stack(sparsities), torch.stack(losses))
-    return [LayerCosts(metric, costs.SHARPNESS[index]) for metric, index in zip(metrics, chosen, strict=True)]
+    return [LayerCosts(*pair) for pair in zip(metrics, costs.sharpness_by_layer(measured), strict=True)]
