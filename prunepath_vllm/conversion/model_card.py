@@ -31,7 +31,7 @@ def write_model_card(path: str | Path) -> Path:
             _front_matter(prunepath, causal),
             f"# PrunePath: {base}",
             f"{base}, its feed-forward layers cut into experts that are routed per token. A request chooses how many "
-            "run with `tau`: 1 is the dense model's function, less is sparser. The method is "
+            "run with `tau`: all of them at 1, fewer below. The method is "
             "[PrunePath](https://arxiv.org/abs/2605.28283).",
             _facts(prunepath, family.num_layers(config), family.model_type),
             "## Quality and sparsity\n\n" + (_quality(path, prunepath) or _curve(prunepath)),
