@@ -78,7 +78,7 @@ def table(curves: Mapping[str, Curve], dense: float, *, sparsities: Sequence[flo
 
 
 def plot(curves: Mapping[str, Curve], dense: tuple[str, float], path: str) -> None:
-    """Draw every curve, perplexity on a logarithmic axis that ends at TOP; the dense model is a horizontal line.
+    """Draw every curve on a logarithmic axis that ends at TOP; the dense model is a horizontal line.
 
     Raises:
         UsageError: matplotlib is missing, or cannot write that format.
@@ -87,7 +87,9 @@ def plot(curves: Mapping[str, Curve], dense: tuple[str, float], path: str) -> No
     axes.axhline(dense[1], linestyle="--", color="gray", label=dense[0])
     for label, curve in curves.items():
         axes.plot(*zip(*curve, strict=True), marker="o", markersize=3, label=label)
-    axes.set(xlabel="FFN sparsity", ylabel="perplexity", yscale="log", xlim=(0, 1), ylim=(0.9 * dense[1], TOP * dense[1]))
+    axes.set(
+        xlabel="FFN sparsity", ylabel="perplexity", yscale="log", xlim=(0, 1), ylim=(0.9 * dense[1], TOP * dense[1])
+    )
     axes.legend()
     save_figure(figure, path)
 
