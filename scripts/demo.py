@@ -84,7 +84,10 @@ def _calibrate(folder: Path) -> None:
 def hints(host: str, port: str) -> None:
     """What to try once the server is up."""
     url = f"http://{host}:{port}/v1/chat/completions"
-    body = '{"model": "smollm2", "messages": [{"role": "user", "content": "Name three colours."}], "tau": %s}'
+    body = (
+        '{"model": "smollm2", "messages": [{"role": "user", "content": "Name three colours."}], '
+        '"temperature": 0, "tau": %s}'
+    )
     print(f"""
 Serving PrunePath SmolLM2-135M-Instruct at http://{host}:{port} (OpenAI-compatible). When it says "startup complete",
 turn the dial from another terminal: tau 1 runs every expert, lower is sparser.
