@@ -138,8 +138,7 @@ class PrunePathTrainer(Trainer):
         stage = self.course.stages[index]
         if self.block is not None:
             self.training.set_terms(stage.losses.model_dump(), threshold=stage.threshold)
-            routing = routing_of(self.recipe, index, self.block)
-            self.training.set_routing(**routing)
+            self.training.set_routing(**routing_of(self.recipe, index, self.block))
 
     def compute_loss(
         self, model: Any, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
