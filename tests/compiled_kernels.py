@@ -5,9 +5,8 @@ import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 import triton
@@ -19,16 +18,18 @@ from prunepath_vllm.kernels import decode, ffn
 from prunepath_vllm.kernels.dense import gated_activation
 from prunepath_vllm.kernels.expand import expand_taus
 from prunepath_vllm.kernels.ffn import Tuning, heuristic_tuning, load_tuning, routed_ffn
+from prunepath_vllm.kernels.layer import Activation, LayerSpec, RouterWeights, RoutingRule, Weights
 from prunepath_vllm.kernels.routing import route, select_mask
-from prunepath_vllm.kernels.tuning import Shape
-from prunepath_vllm.kernels.weights import Weights
 
-SHAPES = (
-    Shape(3584, 592, 32),  # Qwen2-7B
-    Shape(5120, 864, 32),  # Qwen2.5-32B
-    Shape(1024, 128, 32, False, "gelu_new", True),  # GPT-2 Medium
-    Shape(576, 192, 8),  # SmolLM2-135M; no table
+SPECS = (
+    LayerSpec(3584, 592, 32, torch.bfloat16),  # Qwen2-7B
+    LayerSpec(5120, 864, 32, torch.bfloat16),  # Qwen2.5-32B
+    LayerSpec(1024, 128, 32, torch.bfloat16, Activation.GELU_TANH, glu=False),  # GPT-2 Medium
+    LayerSpec(576, 192, 8, torch.bfloat16),  # SmolLM2-135M; no table
 )
+
+SIZES = (1, 2, 3, 5, 12, 20, 28, 48, 64)
+"""Expert sizes besides those of SPECS, compiled for a narrow layer: tiles, not widths, depend on them."""
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
@@ -77,11 +78,10 @@ def main(capability: int) -> None:
         return kernel
 
     JITFunction.run = compile_only
-    for shape in SHAPES:
-        tuning = heuristic_tuning(shape.hidden, shape.size, shape.glu)
-        if capability == 90:
-            tuning = load_tuning("NVIDIA H200", shape.hidden, shape.experts, shape.size, shape.glu)
-        compile_layer(shape, tuning)
+    for spec in SPECS:
+        compile_layer(spec, load_tuning("NVIDIA H200", spec) if capability == 90 else heuristic_tuning(spec))
+    for size in SIZES:
+        compile_sparse_paths(LayerSpec(256, 8, size, torch.bfloat16))
     for prompt_lens in (None, torch.empty(5, dtype=torch.int64)):
         expand_taus(
             torch.empty(8), torch.empty(5, dtype=torch.int32), torch.empty(6, dtype=torch.int32),
@@ -90,29 +90,42 @@ def main(capability: int) -> None:
     select_mask(torch.empty(64, 592), torch.empty(64))
 
 
-def compile_layer(shape: Shape, tuning: Tuning) -> None:
+def empty(*sizes: int) -> torch.Tensor:
+    return torch.empty(*sizes, dtype=torch.bfloat16, device="meta")  # cuBLAS's products cost nothing here
+
+
+def layer_of(spec: LayerSpec) -> tuple[RouterWeights, Weights]:
+    bias = (None, None) if spec.glu else (empty(spec.input_rows), empty(spec.hidden))
+    weights = Weights(empty(spec.input_rows, spec.hidden), bias[0], empty(spec.neurons, spec.hidden), bias[1])
+    return RouterWeights(empty(spec.num_experts, spec.hidden)), weights
+
+
+def compile_layer(spec: LayerSpec, tuning: Tuning) -> None:
     """Every choice of a table, and the gated activation between cuBLAS's products of the dense path."""
-    neurons, rows = shape.experts * shape.size, shape.experts * shape.size * (2 if shape.glu else 1)
-
-    def empty(*sizes: int) -> torch.Tensor:
-        return torch.empty(*sizes, dtype=torch.bfloat16, device="meta")  # cuBLAS's products cost nothing here
-
-    bias = (empty(rows), empty(shape.hidden)) if shape.bias else (None, None)
-    weights = Weights(
-        empty(rows, shape.hidden), bias[0], empty(neurons, shape.hidden), bias[1], shape.activation, shape.glu
-    )
-    router = empty(shape.experts, shape.hidden)
+    router, weights = layer_of(spec)
+    gated = replace(spec, rule=RoutingRule(gate="sigmoid"))
     for limit, choice in tuning.choices:
         num_tokens = min(limit, 256)
-        x, tau = empty(num_tokens, shape.hidden), torch.empty(num_tokens, device="meta")
-        rule: dict[str, Any] = dict(selection="cumulative_mass", threshold=None)
+        x, tau = empty(num_tokens, spec.hidden), torch.empty(num_tokens, device="meta")
         if choice.path == "dense":  # the products are cuBLAS's
-            for gate in ("none", "sigmoid"):
-                route(x, tau, router, None, gate=gate, **rule, config=choice.router, want_flags=False, pdl=0)
+            for rule in (spec.rule, gated.rule):
+                route(x, tau, router, rule, config=choice.router, want_flags=False, pdl=0)
         else:
-            routed_ffn(x, tau, router, None, weights, gate="sigmoid", **rule, tuning=Tuning(((1, choice),)))
-    gated_activation(empty(256, rows), weights)
-    gated_activation(empty(256, rows), weights, torch.empty(256, shape.experts, device="meta"))
+            routed_ffn(x, tau, router, weights, gated, tuning=Tuning(((1, choice),)))
+    gated_activation(empty(256, spec.input_rows), spec)
+    gated_activation(empty(256, spec.input_rows), spec, torch.empty(256, spec.num_experts, device="meta"))
+
+
+def compile_sparse_paths(spec: LayerSpec) -> None:
+    """The kernels whose tiles depend on the expert size, at 1, 8, 64 and 5,000 tokens."""
+    router, weights = layer_of(spec)
+    found = heuristic_tuning(spec)
+    split = found.choice(8)
+    tokens = {1: found.choice(1), 8: split, 64: split, 5000: found.choice(5000)}
+    for num_tokens, choice in tokens.items():
+        x, tau = empty(num_tokens, spec.hidden), torch.empty(num_tokens, device="meta")
+        routed_ffn(x, tau, router, weights, spec, tuning=Tuning(((1, choice),)))
+    gated_activation(empty(8, spec.input_rows), spec, torch.empty(8, spec.num_experts, device="meta"))
 
 
 if __name__ == "__main__":

@@ -3,19 +3,31 @@
 bf16 is left to the GPU checks: the interpreter's dot takes bf16 for integers.
 """
 
+from dataclasses import replace
+from functools import partial
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from prunepath_vllm.kernels import common, cpu, expand, reference
+from prunepath_vllm.errors import ConfigError
+from prunepath_vllm.kernels import cpu, expand, reference
 from prunepath_vllm.kernels import tau as taus
 from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
 from prunepath_vllm.kernels.dense import dense_ffn
 from prunepath_vllm.kernels.ffn import Choice, Tuning, routed_ffn
-from prunepath_vllm.kernels.grouped import GroupedConfig
+from prunepath_vllm.kernels.grouped import GroupedConfig, grouped_ffn
+from prunepath_vllm.kernels.layer import (
+    ACTIVATION_NAMES,
+    Activation,
+    Counters,
+    LayerSpec,
+    RouterWeights,
+    RoutingRule,
+    Weights,
+)
 from prunepath_vllm.kernels.routing import RouterConfig, route, select_mask
-from prunepath_vllm.kernels.weights import Weights
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -24,6 +36,7 @@ ACTIVATIONS = {
     "gelu_pytorch_tanh": lambda v: F.gelu(v, approximate="tanh"),
     "relu": F.relu,
 }
+NAME_OF = {activation: name for name, activation in ACTIVATION_NAMES.items()}
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 2e-3}
 NO_TUNING = {
     path: Tuning(
@@ -74,7 +87,7 @@ def make_case(
     glu=True,
     bias=True,
     activation="silu",
-) -> tuple[Tensor, Tensor, Tensor | None, Weights]:
+) -> tuple[Tensor, RouterWeights, Weights, LayerSpec]:
     gen = torch.Generator().manual_seed(num_tokens * 1000 + experts)
 
     def rand(*sizes: int, scale: float = 1.0) -> Tensor:
@@ -86,16 +99,16 @@ def make_case(
         rand(first) if bias else None,
         rand(experts * size, hidden, scale=0.1),
         rand(hidden) if bias else None,
-        activation,
-        glu,
     )
-    return rand(num_tokens, hidden), rand(experts, hidden, scale=0.3), rand(experts) if bias else None, weights
+    router = RouterWeights(rand(experts, hidden, scale=0.3), rand(experts) if bias else None)
+    spec = LayerSpec(hidden, experts, size, dtype, Activation.named(activation), glu)
+    return rand(num_tokens, hidden), router, weights, spec
 
 
-def reference_ffn(x: Tensor, gates: Tensor, weights: Weights) -> Tensor:
+def reference_ffn(x: Tensor, gates: Tensor, weights: Weights, activation: str, glu: bool) -> Tensor:
     pre = F.linear(x.float(), weights.w_in.float(), None if weights.b_in is None else weights.b_in.float())
-    act = ACTIVATIONS[weights.activation]
-    if weights.glu:
+    act = ACTIVATIONS[activation]
+    if glu:
         gate, value = pre.chunk(2, dim=-1)
         neurons = act(gate) * value
     else:
@@ -130,12 +143,12 @@ def mixed_taus(num_tokens: int) -> Tensor:
 @pytest.mark.parametrize("select", SELECTS)
 @pytest.mark.parametrize("shape", SHAPES, ids=SHAPE_IDS)
 def test_route_matches_reference(shape, select, selection, gate):
-    x, router, bias, _ = make_case(*shape)
+    x, router, _, _ = make_case(*shape)
     tau = mixed_taus(shape[0])
-    rule = dict(selection=selection, threshold=0.6 if selection == "threshold" else None, gate=gate)
+    rule = RoutingRule(selection, 0.6 if selection == "threshold" else None, gate)
     counts = torch.full((shape[0],), 7, dtype=torch.int32)
-    got = route(x, tau, router, bias, **rule, config=SELECTS[select], active_counts=counts)
-    want = reference.expert_weights(reference.router_logits(x, router, bias), tau, **rule)
+    got = route(x, tau, router, rule, config=SELECTS[select], active_counts=counts)
+    want = expected_gates(x, tau, router, rule)
     torch.testing.assert_close(got.gates, want, atol=1e-5, rtol=0)
     assert torch.equal(got.gates != 0, want != 0)
     assert torch.equal(got.flags != 0, (want != 0).any(0))
@@ -146,12 +159,11 @@ def test_route_matches_reference(shape, select, selection, gate):
 @pytest.mark.parametrize("tau", [1.0, 0.5], ids=["dense", "some"])
 def test_route_one_token_without_flags(tau, select):
     """A tau that takes every expert, alone in its batch, leaves the logits unread."""
-    x, router, bias, _ = make_case(1, 37, 8, 48)
-    rule = dict(selection="cumulative_mass", threshold=None, gate="none")
+    x, router, _, _ = make_case(1, 37, 8, 48)
     counts = torch.zeros(1, dtype=torch.int32)
     taus = torch.tensor([tau])
-    got = route(x, taus, router, bias, **rule, config=SELECTS[select], active_counts=counts, want_flags=False)
-    want = reference.expert_weights(reference.router_logits(x, router, bias), taus, **rule)
+    got = route(x, taus, router, RoutingRule(), config=SELECTS[select], active_counts=counts, want_flags=False)
+    want = expected_gates(x, taus, router, RoutingRule())
     assert got.flags is None
     assert torch.equal(got.gates, want)
     assert counts.item() == (want != 0).sum()
@@ -159,13 +171,11 @@ def test_route_one_token_without_flags(tau, select):
 
 @pytest.mark.parametrize("select", SELECTS)
 def test_ties_take_the_lower_index(select):
-    x, router, _, _ = make_case(2, 24, 8, 48)
-    x, router = (x * 8).round() / 8, (router * 8).round() / 8  # exact sums: no order of addition parts a tie
+    x, found, _, _ = make_case(2, 24, 8, 48)
+    x, router = (x * 8).round() / 8, (found.weight * 8).round() / 8  # exact sums: no order of addition parts a tie
     router = router[torch.arange(24) // 8]  # three groups of eight equal logits
     tau = torch.tensor([0.3, 0.7])
-    got = route(
-        x, tau, router, None, selection="cumulative_mass", threshold=None, gate="none", config=SELECTS[select]
-    ).gates
+    got = route(x, tau, RouterWeights(router), RoutingRule(), config=SELECTS[select]).gates
     want = reference.select_cumulative_mass(reference.router_logits(x, router), tau)
     assert torch.equal(got != 0, want)
     for row, logits in zip(got, reference.router_logits(x, router), strict=True):
@@ -178,8 +188,8 @@ def test_ties_take_the_lower_index(select):
 @pytest.mark.parametrize("tau", [1.0, 0.6, 1e-6], ids=["all", "some", "one"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
 def test_one_token(path, tau, dtype):
-    x, router, bias, weights = make_case(1, 37, 8, 48, dtype=dtype)
-    check_layer(path, x, torch.tensor([tau]), router, bias, weights)
+    x, *layer = make_case(1, 37, 8, 48, dtype=dtype)
+    check_layer(path, x, torch.tensor([tau]), *layer)
 
 
 @pytest.mark.parametrize(
@@ -188,49 +198,46 @@ def test_one_token(path, tau, dtype):
     ids=str,
 )
 def test_mixed_taus(path, shape):
-    x, router, bias, weights = make_case(*shape)
-    check_layer(path, x, mixed_taus(shape[0]), router, bias, weights)
+    x, *layer = make_case(*shape)
+    check_layer(path, x, mixed_taus(shape[0]), *layer)
 
 
-def test_activations_are_those_of_the_cpu():
-    assert set(ACTIVATIONS) == set(common.ACTIVATIONS) == set(cpu.ACTIVATIONS)
+def test_every_activation_has_a_reference():
+    assert set(ACTIVATIONS) == set(ACTIVATION_NAMES)
+    v = torch.linspace(-4, 4, 99)
+    for name, function in ACTIVATIONS.items():
+        assert torch.equal(Activation.named(name)(v), function(v))
 
 
 @pytest.mark.parametrize(("activation", "glu"), [("silu", True), ("gelu_new", False), ("gelu", True), ("relu", False)])
 @pytest.mark.parametrize(("path", "num_tokens"), EVERY_PATH)
 def test_activations(path, num_tokens, activation, glu):
     for bias in (True, False):
-        x, router, router_bias, weights = make_case(num_tokens, 12, 8, 32, glu=glu, bias=bias, activation=activation)
-        check_layer(path, x, torch.full((num_tokens,), 0.7), router, router_bias, weights)
+        x, *layer = make_case(num_tokens, 12, 8, 32, glu=glu, bias=bias, activation=activation)
+        check_layer(path, x, torch.full((num_tokens,), 0.7), *layer)
 
 
 @pytest.mark.parametrize(("path", "num_tokens"), EVERY_PATH)
 def test_no_active_expert_leaves_the_bias(path, num_tokens):
-    x, router, _, weights = make_case(num_tokens, 12, 8, 32)
-    y = routed_ffn(
-        x, torch.full((num_tokens,), 0.5), router * 0, torch.full((12,), -9.0), weights,
-        selection="threshold", threshold=0.5, gate="sigmoid", tuning=NO_TUNING[path],
-    )  # fmt: skip
+    x, router, weights, spec = make_case(num_tokens, 12, 8, 32)
+    router = RouterWeights(router.weight * 0, torch.full((12,), -9.0))
+    spec = replace(spec, rule=RoutingRule("threshold", 0.5, "sigmoid"))
+    y = routed_ffn(x, torch.full((num_tokens,), 0.5), router, weights, spec, tuning=NO_TUNING[path])
     torch.testing.assert_close(y, weights.b_out.expand_as(y))
 
 
 @pytest.mark.parametrize("path", ["split", "dense", "grouped"])
 def test_overflow_stays_in_its_token(path):
     """An expert that overflows for one token does not reach a token that did not choose it."""
-    x, router, bias, weights = make_case(2, 12, 8, 32)
-    router[0] = 0.0
-    bias[:] = torch.where(torch.arange(12) == 3, 5.0, 0.0)
+    x, router, weights, spec = make_case(2, 12, 8, 32)
+    router.weight[0] = 0.0
+    router.bias[:] = torch.where(torch.arange(12) == 3, 5.0, 0.0)
     x[1] = 0.0
     weights.w_in[0:8] = 3e38  # expert 0: infinite for token 0, finite for token 1
     x[0] = x[0].abs() + 1
-    y = routed_ffn(
-        x, torch.tensor([0.3, 1.0]), router, bias, weights,
-        selection="cumulative_mass", threshold=None, gate="sigmoid", tuning=NO_TUNING[path],
-    )  # fmt: skip
-    gates = reference.expert_weights(
-        reference.router_logits(x, router, bias),
-        torch.tensor([0.3, 1.0]), selection="cumulative_mass", threshold=None, gate="sigmoid",
-    )  # fmt: skip
+    spec = replace(spec, rule=RoutingRule(gate="sigmoid"))
+    y = routed_ffn(x, torch.tensor([0.3, 1.0]), router, weights, spec, tuning=NO_TUNING[path])
+    gates = expected_gates(x, torch.tensor([0.3, 1.0]), router, spec.rule)
     assert gates[0, 0] == 0
     assert gates[1, 0] != 0
     assert y.isfinite().all()
@@ -239,14 +246,15 @@ def test_overflow_stays_in_its_token(path):
 @pytest.mark.parametrize("path", ["split", "dense", "grouped"])
 @pytest.mark.parametrize("selection", ["cumulative_mass", "threshold"])
 def test_padding_rows_choose_nothing_and_move_nothing(path, selection):
-    x, router, bias, weights = make_case(5, 37, 8, 48)
-    rule = dict(selection=selection, threshold=0.5, gate="none", tuning=NO_TUNING[path])
+    x, router, weights, spec = make_case(5, 37, 8, 48)
+    spec = replace(spec, rule=RoutingRule(selection, 0.5 if selection == "threshold" else None))
     tau = torch.tensor([0.5, 0.3, 0.7, 0.0, 0.0])
     results = []
     for filler in (1.0, -7.0):
         counts = torch.zeros(5, dtype=torch.int32)
         x[3:] = filler
-        results.append(routed_ffn(x, tau, router, bias, weights, **rule, active_counts=counts)[:3])
+        y = routed_ffn(x, tau, router, weights, spec, tuning=NO_TUNING[path], counters=Counters(counts))
+        results.append(y[:3])
         assert counts[3:].tolist() == [0, 0]
         assert (counts[:3] > 0).all()
     assert torch.equal(*results)
@@ -279,29 +287,97 @@ def test_expand_taus(num_reqs, dense_positions, prefill):
 
 
 def test_dense_without_gates():
-    x, _, _, weights = make_case(5, 12, 8, 32)
-    want = reference_ffn(x, torch.ones(5, 12), weights)
-    assert error(dense_ffn(x, weights), want) < 1e-5
+    x, _, weights, spec = make_case(5, 12, 8, 32)
+    want = reference_ffn(x, torch.ones(5, 12), weights, "silu", True)
+    assert error(dense_ffn(x, weights, spec), want) < 1e-5
 
 
 @pytest.mark.parametrize("path", ["fused", "split", "dense", "grouped"])
 def test_takes_the_weights_of_the_cpu(path):
-    x, router, bias, weights = make_case(1, 12, 8, 32, glu=False, activation="gelu_new")
-    rule = dict(selection="cumulative_mass", threshold=None, gate="sigmoid")
+    x, *layer = make_case(1, 12, 8, 32, glu=False, activation="gelu_new")
     tau = torch.tensor([0.7])
-    got = routed_ffn(x, tau, router, bias, weights, **rule, tuning=NO_TUNING[path])
-    torch.testing.assert_close(got, cpu.routed_ffn(x, tau, router, bias, weights, **rule), atol=1e-5, rtol=1e-5)
+    got = routed_ffn(x, tau, *layer, tuning=NO_TUNING[path])
+    torch.testing.assert_close(got, cpu.routed_ffn(x, tau, *layer), atol=1e-5, rtol=1e-5)
 
 
-def check_layer(path: str, x: Tensor, tau: Tensor, router: Tensor, bias: Tensor | None, weights: Weights) -> None:
-    for gate in ("sigmoid", "none"):
-        rule = dict(selection="cumulative_mass", threshold=None, gate=gate)
+SIZES = [1, 2, 3, 5, 8, 12, 20, 28, 32, 48, 64]
+"""Expert sizes: divisors of the tiles' rows, multiples of them, and neither."""
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize(
+    ("path", "num_tokens"),
+    [("fused", 1), *((path, n) for path in ("split", "dense", "grouped") for n in (1, 3, 8, 64))],
+)
+def test_every_expert_size(path, num_tokens, size):
+    """A neuron left out, or taken twice, is a hundred times the tolerance or more."""
+    x, *layer = make_case(num_tokens, max(2, 24 // size), size, 33)  # no tile divides the hidden size
+    check_layer(path, x, mixed_taus(num_tokens), *layer, gates=("sigmoid" if size % 2 else "none",))
+
+
+def test_every_expert_size_in_a_long_batch():
+    """5,000 tokens, routed once for all: selection does not know the expert size."""
+    tau, rule = mixed_taus(5000), RoutingRule(gate="sigmoid")
+    x, router, _, _ = make_case(5000, 4, 1, 17)
+    routing = route(x, tau, router, rule, config=RouterConfig(select_bits=1), want_flags=False)
+    gates = expected_gates(x, tau, router, rule)
+    torch.testing.assert_close(routing.gates, gates, atol=1e-5, rtol=0)
+    for size in SIZES:
+        _, _, weights, spec = make_case(5000, 4, size, 17)
+        want = reference_ffn(x, gates, weights, "silu", True)
+        config = GroupedConfig(block_m=128, block_k=32, group=8)
+        assert error(grouped_ffn(x, weights, routing, spec, config), want) < 1e-5, size
+        if size in (3, 28):  # elementwise over tokens: the other sizes stand above
+            assert error(dense_ffn(x, weights, spec, routing.gates), want) < 1e-5, size
+
+
+@pytest.mark.parametrize("name", ["x", "weight", "dtype", "size"])
+def test_tensors_of_another_layer_are_refused(name):
+    x, router, weights, spec = make_case(3, 12, 8, 32)
+    if name == "x":
+        x = x[:, :31].contiguous()
+    elif name == "weight":
+        weights = replace(weights, w_out_t=weights.w_out_t[:-1])
+    elif name == "dtype":
+        x = x.half()
+    else:
+        spec = replace(spec, expert_size=4)
+    for call in (partial(routed_ffn, tuning=NO_TUNING["split"]), cpu.routed_ffn):
+        with pytest.raises(ConfigError, match="expected"):
+            call(
+                x,
+                mixed_taus(3),
+                router,
+                weights,
+                spec,
+                **({"tuning": NO_TUNING["split"]} if call is routed_ffn else {}),
+            )
+
+
+def expected_gates(x: Tensor, tau: Tensor, router: RouterWeights, rule: RoutingRule) -> Tensor:
+    logits = reference.router_logits(x, router.weight, router.bias)
+    return reference.expert_weights(logits, tau, selection=rule.selection, threshold=rule.threshold, gate=rule.gate)
+
+
+def check_layer(
+    path: str,
+    x: Tensor,
+    tau: Tensor,
+    router: RouterWeights,
+    weights: Weights,
+    spec: LayerSpec,
+    gates=("sigmoid", "none"),
+) -> None:
+    for gate in gates:
+        ruled = replace(spec, rule=RoutingRule(gate=gate))
         read = torch.tensor([5], dtype=torch.int32)
-        y = routed_ffn(x, tau, router, bias, weights, **rule, tuning=NO_TUNING[path], experts_read=read)
-        gates = reference.expert_weights(reference.router_logits(x, router, bias), tau, **rule)
+        y = routed_ffn(x, tau, router, weights, ruled, tuning=NO_TUNING[path], counters=Counters(read=read))
+        scale = expected_gates(x, tau, router, ruled.rule)
         assert y.dtype == x.dtype
-        assert error(y, reference_ffn(x, gates, weights)) < TOLERANCE[x.dtype]
-        assert read.item() - 5 == (gates.shape[1] if path == "dense" else (gates != 0).any(0).sum())
+        # The spec's own activation is checked against ACTIVATIONS above.
+        want = reference_ffn(x, scale, weights, NAME_OF[spec.activation], spec.glu)
+        assert error(y, want) < TOLERANCE[x.dtype]
+        assert read.item() - 5 == (spec.num_experts if path == "dense" else (scale != 0).any(0).sum())
 
 
 @pytest.mark.parametrize("num_experts", [12, 592])

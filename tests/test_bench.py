@@ -11,11 +11,12 @@ from test_cli import assert_one_line, prunepath
 
 from prunepath_vllm.benchmarks import kernel, latency, layer, options, report, serve, server, shapes
 from prunepath_vllm.benchmarks.report import BenchmarkError
+from prunepath_vllm.benchmarks.tile_search import Bench, paths_for, start_choice
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.entrypoints import cli
-from prunepath_vllm.errors import UsageError
+from prunepath_vllm.errors import ConfigError, UsageError
 from prunepath_vllm.kernels import ffn, reference
-from prunepath_vllm.kernels.tuning import Bench, Shape, paths_for, start_choice
+from prunepath_vllm.kernels.layer import Activation, LayerSpec
 
 TINY = dict(
     model_type="qwen2", hidden_size=32, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,
@@ -57,7 +58,7 @@ def test_published_shapes_are_valid_configurations(name, tmp_path):
     assert sparse["architectures"] == [f"PrunePath{dense['architectures'][0]}"]
     d_ff = sparse.get("n_inner") or sparse["intermediate_size"]
     assert sparse["prunepath_config"]["num_experts"] * 32 == d_ff
-    assert layer.shape_of(name).experts * 32 == d_ff
+    assert layer.spec_of(name).neurons == d_ff
 
 
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
@@ -79,9 +80,9 @@ def test_written_weights_make_a_checkpoint_whose_logits_have_unit_variance(famil
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
 def test_shape_of_a_checkpoint(prunepath_checkpoint, family):
-    found = layer.shape_of(str(prunepath_checkpoint(family, expert_size=16)))
-    assert (found.hidden, found.experts, found.size) == (64, 16, 16)
-    assert (found.glu, found.bias) == ((True, False) if family == "llama" else (False, True))
+    found = layer.spec_of(str(prunepath_checkpoint(family, expert_size=16)))
+    assert (found.hidden, found.num_experts, found.expert_size) == (64, 16, 16)
+    assert (found.glu, found.activation) == ((True, "silu") if family == "llama" else (False, "gelu_tanh"))
 
 
 @pytest.mark.parametrize(
@@ -252,27 +253,35 @@ def test_plot_is_a_png(tmp_path):
 
 
 def test_own_tables_come_before_the_shipped_ones(tmp_path: Path, monkeypatch):
-    rows = ffn.tuning_to_json(ffn.heuristic_tuning(64, 8, True))[:1]
-    (tmp_path / ffn.table_name("NVIDIA H200")).write_text(json.dumps({ffn.shape_key(3584, 592, 32, True): rows}))
+    rows = ffn.tuning_to_json(ffn.heuristic_tuning(LayerSpec(64, 4, 8, torch.bfloat16)))[:1]
+    qwen, larger = (LayerSpec(*shape, 32, torch.bfloat16) for shape in ((3584, 592), (5120, 864)))
+    file = tmp_path / ffn.table_name("NVIDIA H200")
+    file.write_text(json.dumps({ffn.shape_key(qwen): rows}))
     monkeypatch.setenv(ffn.TUNING_DIR, str(tmp_path))
     load = ffn.load_tuning.__wrapped__
-    assert ffn.tuning_to_json(load("NVIDIA H200", 3584, 592, 32, True)) == rows
-    shipped = load("NVIDIA H200", 5120, 864, 32, True)  # a shape that our file does not have
+    assert ffn.tuning_to_json(load("NVIDIA H200", qwen)) == rows
+    shipped = load("NVIDIA H200", larger)  # a shape that our file does not have
+    file.write_text(json.dumps({"H3584_E592_D32_glu": rows}))
+    with pytest.raises(ConfigError, match="H3584_E592_D32_glu: a table without a dtype"):
+        load("NVIDIA H200", qwen)
     monkeypatch.delenv(ffn.TUNING_DIR)
-    assert shipped == load("NVIDIA H200", 5120, 864, 32, True)
+    assert shipped == load("NVIDIA H200", larger)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
 @pytest.mark.parametrize(
-    "shape",
-    [*(Shape(1024, 96, size) for size in (8, 16, 64)), Shape(768, 40, 4, False, "relu", True)],
+    "spec",
+    [
+        *(LayerSpec(1024, 96, size, torch.bfloat16) for size in (8, 16, 64)),
+        LayerSpec(768, 40, 4, torch.bfloat16, Activation.RELU, glu=False),
+    ],
     ids=["size8", "size16", "size64", "size4-relu-bias"],
 )
-def test_every_path_is_right_at_other_expert_sizes(shape):
+def test_every_path_is_right_at_other_expert_sizes(spec):
     """CPU counterpart: test_kernels_interpreted.py."""
-    bench = Bench(shape, 2)
+    bench = Bench(spec, 2)
     for tokens in (1, 5, 64, 1500):
-        choices = {path: start_choice(shape, tokens, path) for path in paths_for(tokens)}
+        choices = {path: start_choice(spec, tokens, path) for path in paths_for(tokens)}
         checks: list[dict] = []
         assert layer.check_all(bench, choices, tokens, checks).keys() == choices.keys(), checks

@@ -5,13 +5,13 @@ import torch
 import torch.nn.functional as F
 
 from prunepath_vllm.kernels import cpu, reference
-from prunepath_vllm.kernels.weights import Weights
+from prunepath_vllm.kernels.layer import Activation, Counters, LayerSpec, RouterWeights, RoutingRule, Weights
 
 HIDDEN, EXPERTS, SIZE = 48, 12, 8
 NEURONS = EXPERTS * SIZE
 
 
-def layer(glu: bool, bias: bool, activation: str) -> Weights:
+def layer(glu: bool, bias: bool, activation: str, rule: RoutingRule) -> tuple[Weights, LayerSpec]:
     generator = torch.Generator().manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -19,15 +19,16 @@ def layer(glu: bool, bias: bool, activation: str) -> Weights:
 
     rows = 2 * NEURONS if glu else NEURONS
     b_in, b_out = (random(rows), random(HIDDEN)) if bias else (None, None)
-    return Weights(random(rows, HIDDEN), b_in, random(NEURONS, HIDDEN), b_out, activation, glu)
+    spec = LayerSpec(HIDDEN, EXPERTS, SIZE, torch.float32, Activation.named(activation), glu, rule)
+    return Weights(random(rows, HIDDEN), b_in, random(NEURONS, HIDDEN), b_out), spec
 
 
-def expected(x: torch.Tensor, scale: torch.Tensor, w: Weights) -> torch.Tensor:
+def expected(x: torch.Tensor, scale: torch.Tensor, w: Weights, glu: bool, activation: str) -> torch.Tensor:
     """Expert by expert."""
-    act = {"silu": F.silu, "gelu_new": lambda v: F.gelu(v, approximate="tanh"), "relu": F.relu}[w.activation]
+    act = {"silu": F.silu, "gelu_new": lambda v: F.gelu(v, approximate="tanh"), "relu": F.relu}[activation]
     y = torch.zeros_like(x) if w.b_out is None else w.b_out.expand_as(x).clone()
     pre = F.linear(x, w.w_in, w.b_in)
-    h = act(pre[:, :NEURONS]) * pre[:, NEURONS:] if w.glu else act(pre)
+    h = act(pre[:, :NEURONS]) * pre[:, NEURONS:] if glu else act(pre)
     for expert in range(EXPERTS):
         rows = slice(expert * SIZE, (expert + 1) * SIZE)
         y = y + scale[:, expert, None] * (h[:, rows] @ w.w_out_t[rows])
@@ -39,32 +40,24 @@ def expected(x: torch.Tensor, scale: torch.Tensor, w: Weights) -> torch.Tensor:
 @pytest.mark.parametrize("taus", [[0.05], [0.2, 0.3], [0.5, 1.0, 0.9, 1e-6], [1.0, 1.05]], ids=str)
 @pytest.mark.parametrize(("glu", "bias", "activation"), [(True, False, "silu"), (False, True, "gelu_new")])
 def test_every_share_equals_the_experts_one_by_one(glu, bias, activation, taus, gate, gather):
-    w = layer(glu, bias, activation)
+    routing = dict(selection="cumulative_mass", threshold=None, gate=gate)
+    w, spec = layer(glu, bias, activation, RoutingRule(**routing))
     generator = torch.Generator().manual_seed(1)
     x = torch.randn(len(taus), HIDDEN, generator=generator)
     router = torch.randn(EXPERTS, HIDDEN, generator=generator) * 0.3
     tau = torch.tensor(taus)
-    routing = dict(selection="cumulative_mass", threshold=None, gate=gate)
     scale = reference.expert_weights(reference.router_logits(x, router), tau, **routing)
     read = torch.tensor([5], dtype=torch.int32)
-    y = cpu.routed_ffn(x, tau, router, None, w, gather=gather, experts_read=read, **routing)
+    y = cpu.routed_ffn(x, tau, RouterWeights(router), w, spec, gather=gather, counters=Counters(read=read))
     touched = int((scale != 0).any(0).sum())
     assert read.item() - 5 == (touched if gather and touched < cpu.GATHER_BELOW * EXPERTS else EXPERTS)
-    torch.testing.assert_close(y, expected(x, scale, w), atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(y, expected(x, scale, w, glu, activation), atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("bias", [True, False])
 def test_threshold_may_select_nothing(bias):
-    w = layer(False, bias, "relu")
+    w, spec = layer(False, bias, "relu", RoutingRule("threshold", 0.5))
     x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(1))
-    y = cpu.routed_ffn(
-        x,
-        torch.full((3,), 0.5),
-        torch.zeros(EXPERTS, HIDDEN),
-        torch.full((EXPERTS,), -5.0),
-        w,
-        selection="threshold",
-        threshold=0.5,
-        gate="none",
-    )
+    router = RouterWeights(torch.zeros(EXPERTS, HIDDEN), torch.full((EXPERTS,), -5.0))
+    y = cpu.routed_ffn(x, torch.full((3,), 0.5), router, w, spec)
     torch.testing.assert_close(y, torch.zeros_like(x) if w.b_out is None else w.b_out.expand_as(x))

@@ -1,17 +1,23 @@
 """Which path a batch size takes, and tables in JSON. Triton launches nothing here."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
+from prunepath_vllm.benchmarks.tile_search import pick, write_table
 from prunepath_vllm.kernels import ffn
 from prunepath_vllm.kernels.decode import FusedConfig, UpConfig
 from prunepath_vllm.kernels.ffn import Choice, Tuning, heuristic_tuning, load_tuning, tuning_from_json, tuning_to_json
 from prunepath_vllm.kernels.grouped import GroupedConfig
+from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, Weights
 from prunepath_vllm.kernels.routing import RouterConfig
-from prunepath_vllm.kernels.tuning import Shape, pick, write_table
-from prunepath_vllm.kernels.weights import Weights
+
+
+def spec(hidden, num_experts, expert_size=32, *, glu=True, dtype=torch.bfloat16):
+    return LayerSpec(hidden, num_experts, expert_size, dtype, glu=glu)
+
 
 TABLE = Tuning(
     (
@@ -42,19 +48,22 @@ def test_unknown_path_is_named():
 
 def test_tables_are_added_to_a_file(tmp_path):
     file = str(tmp_path / "table.json")
-    write_table(file, Shape(64, 4, 8), TABLE)
-    write_table(file, Shape(64, 4, 8, glu=False), heuristic_tuning(64, 8, False))
+    write_table(file, spec(64, 4, 8), TABLE)
+    write_table(file, spec(64, 4, 8, glu=False), heuristic_tuning(spec(64, 4, 8, glu=False)))
+    write_table(file, spec(64, 4, 8, dtype=torch.float16), TABLE)
     tables = json.loads((tmp_path / "table.json").read_text())
-    assert set(tables) == {"H64_E4_D8_glu", "H64_E4_D8_plain"}
-    assert tuning_from_json(tables["H64_E4_D8_glu"]) == TABLE
+    assert set(tables) == {"H64_E4_D8_glu_bfloat16", "H64_E4_D8_plain_bfloat16", "H64_E4_D8_glu_float16"}
+    assert tuning_from_json(tables["H64_E4_D8_glu_bfloat16"]) == TABLE
 
 
 def test_shipped_tables_load():
-    shipped = load_tuning("NVIDIA H200", 3584, 592, 32, True)
-    assert shipped != heuristic_tuning(3584, 32, True)
+    qwen = spec(3584, 592)
+    shipped = load_tuning("NVIDIA H200", qwen)
+    assert shipped != heuristic_tuning(qwen)
+    assert load_tuning("NVIDIA H200", replace(qwen, dtype=torch.float16)) == shipped
     limits = [limit for limit, _ in shipped.choices]
     assert limits == sorted(limits)
-    assert load_tuning("Some other GPU", 3584, 592, 32, True) == heuristic_tuning(3584, 32, True)
+    assert load_tuning("Some other GPU", qwen) == heuristic_tuning(qwen)
 
 
 @pytest.mark.parametrize(
@@ -67,12 +76,12 @@ def test_shipped_tables_load():
     ids=["qwen2-7b", "qwen2.5-32b", "gpt2-medium"],
 )
 def test_shipped_paths(hidden, experts, glu, paths):
-    tuning = load_tuning("NVIDIA H200", hidden, experts, 32, glu)
+    tuning = load_tuning("NVIDIA H200", spec(hidden, experts, glu=glu))
     assert {tokens: tuning.choice(tokens).path for tokens in paths} == paths
     assert tuning.choice(1).router.select == "pairwise"
     assert tuning.choice(64).router.select == "radix"
     if glu:
-        assert {t: heuristic_tuning(hidden, 32, True).choice(t).path for t in paths} == paths
+        assert {t: heuristic_tuning(spec(hidden, experts)).choice(t).path for t in paths} == paths
         assert tuning.choice(4).router.select == "pairwise"
 
 
@@ -80,15 +89,15 @@ def test_shipped_paths(hidden, experts, glu, paths):
     ("hidden", "experts", "glu"), [(576, 48, True), (1536, 280, True), (1024, 128, False)], ids=["135m", "1.5b", "gpt2"]
 )
 def test_small_layers_without_a_table_are_dense(hidden, experts, glu):
-    tuning = load_tuning("Some other GPU", hidden, experts, 32, glu)
+    tuning = load_tuning("Some other GPU", spec(hidden, experts, glu=glu))
     assert {tuning.choice(tokens).path for tokens in (1, 4, 64, 4095, 9000)} == {"dense"}
-    assert ffn.tuning_for(torch.bfloat16, tuning) == tuning
-    assert ffn.tuning_for(torch.float32, tuning).choice(1).path == "fused"
+    exact = load_tuning("Some other GPU", spec(hidden, experts, glu=glu, dtype=torch.float32))
+    assert [exact.choice(tokens).path for tokens in (1, 4, 64, 9000)] == ["fused", "split", "dense", "dense"]
 
 
 @pytest.mark.parametrize(("hidden", "stages"), [(576, 4), (3584, 4), (5120, 2), (8192, 2)])
 def test_heuristic_fits_shared_memory(hidden, stages):
-    assert heuristic_tuning(hidden, 32, True).choice(1).fused.num_stages == stages
+    assert heuristic_tuning(spec(hidden, 592)).choice(1).fused.num_stages == stages
 
 
 def test_pick_is_never_much_slower_than_dense():
@@ -99,13 +108,13 @@ def test_pick_is_never_much_slower_than_dense():
 
 def test_host_dense_skips_routing(monkeypatch):
     """All tokens dense and no gate: no router, and every expert counted and read."""
-    monkeypatch.setattr(ffn, "dense_ffn", lambda x, weights: x + 1)
-    weights = Weights(torch.empty(0), None, torch.empty(0), None, "silu", True)
+    monkeypatch.setattr(ffn, "dense_ffn", lambda x, weights, spec: x + 1)
+    weights = Weights(torch.empty(80, 16), None, torch.empty(40, 16), None)
     counts, read = torch.tensor([1, 2], dtype=torch.int32), torch.tensor([3], dtype=torch.int32)
     x = torch.zeros(2, 16)
     y = ffn.routed_ffn(
-        x, torch.ones(2), torch.zeros(5, 16), None, weights, selection="cumulative_mass", threshold=None, gate="none",
-        tuning=TABLE, active_counts=counts, experts_read=read, host_dense=True,
+        x, torch.ones(2), RouterWeights(torch.zeros(5, 16)), weights, spec(16, 5, 8, dtype=torch.float32),
+        tuning=TABLE, counters=Counters(counts, read), host_dense=True,
     )  # fmt: skip
     assert torch.equal(y, x + 1)
     assert counts.tolist() == [6, 7]

@@ -11,8 +11,8 @@ from tqdm import tqdm
 
 from prunepath_vllm.benchmarks import layer, options, report, shapes
 from prunepath_vllm.benchmarks.report import BenchmarkError
+from prunepath_vllm.benchmarks.tile_search import Bench
 from prunepath_vllm.kernels.ffn import load_tuning
-from prunepath_vllm.kernels.tuning import Bench
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -74,22 +74,22 @@ def measure(
     Raises:
         BenchmarkError: a choice gives wrong results.
     """
-    bench = Bench(layer.shape_of(model, args.expert_size), args.layers)
-    shape = bench.shape
-    tuning = load_tuning(torch.cuda.get_device_name(), shape.hidden, shape.experts, shape.size, shape.glu)
+    bench = Bench(layer.spec_of(model, args.expert_size), args.layers)
+    spec = bench.spec
+    tuning = load_tuning(torch.cuda.get_device_name(), spec)
     checks: list[dict[str, Any]] = []
     for tokens in args.tokens:
         choice = tuning.choice(tokens)
         if not layer.check_all(bench, {choice.path: choice}, tokens, checks):
             raise BenchmarkError(f"{model}, {tokens} tokens: the {choice.path} path is wrong; no speed is reported")
     rows = []
-    weight = 2.0 * shape.hidden * shape.experts
+    weight = float(spec.dtype.itemsize * spec.hidden * spec.num_experts)
     for tokens in tqdm(args.tokens, desc=model):
         dense = bench.time_dense(tokens)
         for share in args.share:
             us = bench.time(tuning.choice(tokens), bench.inputs(tokens, share), gate="none")
             union = 1 - (1 - share) ** tokens
-            touched = weight * (1 + shape.size * (3 if shape.glu else 2) * union)
+            touched = weight * (1 + spec.expert_size * (3 if spec.glu else 2) * union)
             path = tuning.choice(tokens).path
             rows.append(
                 dict(tokens=tokens, share=share, path=path, us=us, dense_us=dense, of_copy=touched / us / bandwidth)

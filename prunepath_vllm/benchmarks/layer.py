@@ -1,6 +1,6 @@
 """The routed feed-forward layer alone on a CUDA GPU: is it right, and how fast beside the dense one.
 
-Times are medians over CUDA-graph replays (kernels/tuning.py). Inputs route at random, so that T tokens together touch
+Times are medians over CUDA-graph replays (tile_search.py). Inputs route at random, so that T tokens together touch
 1 - (1 - share)^T of the experts.
 """
 
@@ -15,12 +15,13 @@ from torch import Tensor
 from prunepath_vllm.benchmarks import shapes
 from prunepath_vllm.benchmarks.float32 import layer_output
 from prunepath_vllm.benchmarks.report import BenchmarkError
+from prunepath_vllm.benchmarks.tile_search import Bench, graph_of
 from prunepath_vllm.checkpoint import load_prunepath_config
 from prunepath_vllm.families import Family
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.kernels.ffn import Choice
+from prunepath_vllm.kernels.layer import Activation, LayerSpec
 from prunepath_vllm.kernels.routing import LIBRARY_TOKENS
-from prunepath_vllm.kernels.tuning import Bench, Shape, graph_of
 
 TOLERANCE = 8e-3
 """Relative RMS error against float32 arithmetic on the same bf16 inputs. Rounding alone reaches 5.2e-3 where each token
@@ -34,7 +35,7 @@ def check(bench: Bench, num_tokens: int, share: float, choice: Choice, gate: str
     last = len(xs) - 1
     counts = torch.zeros(num_tokens, dtype=torch.int32, device="cuda")
     bench.run(last, xs[last], taus[last], choice, gate=gate, active_counts=counts)
-    active = max(1, round(share * bench.shape.experts))
+    active = max(1, round(share * bench.spec.num_experts))
     wrong = int((counts != active).sum())
     out: list[Tensor] = []
     graph = graph_of(
@@ -53,9 +54,9 @@ def check(bench: Bench, num_tokens: int, share: float, choice: Choice, gate: str
     assert first is not None
     error = 0.0
     for i in {0, last}:
-        logits = F.linear(xs[i].double(), bench.layers[i].router.double()).float()
+        logits = F.linear(xs[i].double(), bench.layers[i].router.weight.double()).float()
         gates = reference.expert_weights(logits, taus[i], selection="cumulative_mass", threshold=None, gate=gate)
-        y = layer_output(xs[i], gates, bench.layers[i].weights)
+        y = layer_output(xs[i], gates, bench.layers[i].weights, bench.spec)
         difference = float((first[i].float() - y).norm() / y.norm())
         error = max(error, difference) if difference == difference else float("inf")
     del graph
@@ -69,7 +70,7 @@ def check(bench: Bench, num_tokens: int, share: float, choice: Choice, gate: str
 
 def failed(bench: Bench, num_tokens: int, choice: Choice, what: str) -> None:
     """Say on stderr which choice is wrong."""
-    print(f"wrong: {bench.shape}, {num_tokens} tokens, {choice}: {what}", file=sys.stderr, flush=True)
+    print(f"wrong: {bench.spec}, {num_tokens} tokens, {choice}: {what}", file=sys.stderr, flush=True)
 
 
 def check_all(
@@ -78,7 +79,13 @@ def check_all(
     """The choices that pass, by path; the others are named on stderr. `log` gets a record of every check."""
     good = {}
     for path, choice in choices.items():
-        cases = [(1.0, "sigmoid"), (0.2, "sigmoid"), (0.2, "none"), (1.0, "none"), (1 / bench.shape.experts, "sigmoid")]
+        cases = [
+            (1.0, "sigmoid"),
+            (0.2, "sigmoid"),
+            (0.2, "none"),
+            (1.0, "none"),
+            (1 / bench.spec.num_experts, "sigmoid"),
+        ]
         if num_tokens > LIBRARY_TOKENS:
             cases = cases[:2]
         try:
@@ -113,7 +120,7 @@ def require_gpu() -> None:
         raise BenchmarkError("the kernels are measured on a CUDA GPU; expected one, found none")
 
 
-def shape_of(name: str, expert_size: int = 32) -> Shape:
+def spec_of(name: str, expert_size: int = 32) -> LayerSpec:
     """The layer of a published shape, or of a PrunePath checkpoint's directory."""
     if name in shapes.SHAPES:
         config = shapes.dense_config(name)
@@ -123,7 +130,7 @@ def shape_of(name: str, expert_size: int = 32) -> Shape:
     return _layer(family, config, prunepath.num_experts, prunepath.expert_size)
 
 
-def _layer(family: Family, config: dict[str, Any], experts: int, size: int) -> Shape:
-    glu = family.gate is not None
-    bias = not glu  # of the families, those without a gate have biases
-    return Shape(family.hidden_size(config), experts, size, glu, family.activation(config), bias)
+def _layer(family: Family, config: dict[str, Any], experts: int, size: int) -> LayerSpec:
+    activation = Activation.named(family.activation(config))
+    hidden, glu = family.hidden_size(config), family.gate is not None
+    return LayerSpec(hidden, experts, size, torch.bfloat16, activation, glu)

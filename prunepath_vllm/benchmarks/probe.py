@@ -3,6 +3,7 @@
 Its methods are called by name through ``LLM.collective_rpc``; nothing is pickled.
 """
 
+from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from prunepath_vllm.benchmarks.float32 import layer_output
 from prunepath_vllm.benchmarks.shapes import randomise
 from prunepath_vllm.kernels import reference
-from prunepath_vllm.kernels.weights import Weights
+from prunepath_vllm.kernels.layer import Weights
 from prunepath_vllm.model_executor.layers.routed_ffn import ExpertInputs, ExpertOutputs, ExpertRouter, RoutedFFN
 
 CHECKED_TOKENS = (1, 4, 16, 64, 256)
@@ -53,9 +54,7 @@ def check_first_layer(model: nn.Module) -> list[float | str] | None:
         return None
     ffn, router, inputs, outputs = (parts[part] for part in (RoutedFFN, ExpertRouter, ExpertInputs, ExpertOutputs))
     saved, weight = ffn.tau.clone(), inputs.weight
-    rule = {name: ffn.settings[name] for name in ("selection", "threshold", "gate")}
-    kind = {name: ffn.settings[name] for name in ("activation", "glu")}
-    weights = Weights(weight, inputs.bias, outputs.weight, outputs.bias, **kind)
+    weights = Weights(weight, inputs.bias, outputs.weight, outputs.bias)
     generator = torch.Generator(weight.device).manual_seed(0)
     worst = 0.0
     for tokens in sorted({min(tokens, len(ffn.tau)) for tokens in CHECKED_TOKENS}):
@@ -64,8 +63,10 @@ def check_first_layer(model: nn.Module) -> list[float | str] | None:
         ffn.tau[:tokens] = taus
         ffn.dense_step.fill_(False)
         y = block(x).float()
-        gates = reference.expert_weights(reference.router_logits(x, router.weight, router.bias), taus, **rule)
-        expected = layer_output(x, gates, weights)
+        gates = reference.expert_weights(
+            reference.router_logits(x, router.weight, router.bias), taus, **asdict(ffn.spec.rule)
+        )
+        expected = layer_output(x, gates, weights, ffn.spec)
         if ffn.world > 1:
             expected = tensor_model_parallel_all_reduce(expected)
         error = ((y - expected).norm() / expected.norm().clamp(min=1e-30)).item()

@@ -10,8 +10,7 @@ import torch
 
 from prunepath_vllm.benchmarks import layer, options, shapes
 from prunepath_vllm.benchmarks.report import BenchmarkError
-from prunepath_vllm.kernels.ffn import TUNING_DIR, Choice, table_name
-from prunepath_vllm.kernels.tuning import (
+from prunepath_vllm.benchmarks.tile_search import (
     CASES,
     SWEEP_AT,
     TOKENS,
@@ -22,6 +21,7 @@ from prunepath_vllm.kernels.tuning import (
     tune_bench,
     write_table,
 )
+from prunepath_vllm.kernels.ffn import TUNING_DIR, Choice, shape_key, table_name
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -52,13 +52,13 @@ def run(argv: Sequence[str]) -> int:
     file = os.path.join(args.output, table_name(torch.cuda.get_device_name()))
     tokens = tuple(sorted(args.tokens))
     for model in args.models:
-        shape = layer.shape_of(model, args.expert_size)
-        print(f"{model}: {shape}, compiling", flush=True)
-        precompile_all(shape, tuple(t for t in tokens if t in SWEEP_AT), args.processes)
-        bench = Bench(shape, args.layers)
+        spec = layer.spec_of(model, args.expert_size)
+        print(f"{model}: {shape_key(spec)}, compiling", flush=True)
+        precompile_all(spec, tuple(t for t in tokens if t in SWEEP_AT), args.processes)
+        bench = Bench(spec, args.layers)
         checks: list[dict[str, Any]] = []
         for count in tokens:
-            starts = {path: start_choice(shape, count, path) for path in paths_for(count)}
+            starts = {path: start_choice(spec, count, path) for path in paths_for(count)}
             bench.broken |= starts.keys() - layer.check_all(bench, starts, count, checks).keys()
         tuning = tune_bench(
             bench,
@@ -67,7 +67,7 @@ def run(argv: Sequence[str]) -> int:
             verify=lambda count, choices: right(bench, count, choices, checks),  # noqa: B023
             deadline=deadline,
         )
-        write_table(file, shape, tuning)
+        write_table(file, spec, tuning)
         print(f"{model}: {sum(c['ok'] for c in checks)} of {len(checks)} checks passed; table in {file}", flush=True)
     return 0
 
@@ -81,7 +81,7 @@ def right(bench: Bench, tokens: int, choices: dict[str, Choice], checks: list[di
     good = layer.check_all(bench, choices, tokens, checks)
     if not good:
         raise BenchmarkError(
-            f"{bench.shape}, {tokens} tokens: every path gives wrong results; expected one to be right"
+            f"{shape_key(bench.spec)}, {tokens} tokens: every path gives wrong results; expected one to be right"
         )
     return good
 

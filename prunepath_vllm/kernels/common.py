@@ -1,25 +1,17 @@
 """What the kernels share: activations, programmatic dependent launch, and how work is dealt out to programs."""
 
 import functools
+import math
 
 import torch
 import triton
 import triton.language as tl
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-ACTIVATIONS = {
-    "silu": "silu",
-    "gelu": "gelu",
-    "gelu_new": "gelu_tanh",
-    "gelu_pytorch_tanh": "gelu_tanh",
-    "relu": "relu",
-}
-"""transformers' names of the activations -> the four functions the kernels know."""
-
 
 @triton.jit
 def activate(v, ACTIVATION: tl.constexpr):
-    """silu, gelu (erf), gelu_tanh or relu of a float32 tensor."""
+    """A float32 tensor's ``layer.Activation``, by its value."""
     if ACTIVATION == "silu":
         return v * tl.sigmoid(v)
     elif ACTIVATION == "gelu":
@@ -59,7 +51,7 @@ def take_share(
         experts: int32 [E + 1], written: the listed experts in this program's share. Neighbours that share an expert
             write the same value. Program 0 also writes the number of listed experts to experts[E].
         experts_read: int32 or int64 [1], or None; program 0 adds the number of listed experts.
-        UNITS: units of work an expert is cut into.
+        UNITS: units of work an expert is cut into; they all have the same size.
 
     Returns:
         first unit, end unit; unit u belongs to the expert experts[u // UNITS].
@@ -77,6 +69,14 @@ def take_share(
         tl.atomic_add(experts_read, count, mask=pid == 0, sem="relaxed")
     tl.debug_barrier()  # the list is read back by other threads of this program
     return begin, end
+
+
+def rows_per_step(most: int, expert_size: int) -> int:
+    """Neurons of one expert that a program takes at a time: a power of two that divides expert_size, at most `most`.
+
+    A step then never reaches into the next expert, whatever the expert size; an odd one goes neuron by neuron.
+    """
+    return math.gcd(most, expert_size)
 
 
 @functools.cache

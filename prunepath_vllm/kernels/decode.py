@@ -13,16 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from prunepath_vllm.kernels.common import (
-    ACTIVATIONS,
     activate,
     default_pdl,
     launch_options,
     num_sms,
+    rows_per_step,
     take_share,
     wait_for_previous,
 )
+from prunepath_vllm.kernels.layer import LayerSpec, Weights
 from prunepath_vllm.kernels.routing import Routing
-from prunepath_vllm.kernels.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,7 @@ class FusedConfig:
     """Tile choices of the one-token kernel."""
 
     rows: int = 2
-    """Neurons per step; each is a row of gate, of up and of down."""
+    """Most neurons per step, a power of two; each is a row of gate, of up and of down."""
     num_warps: int = 16
     num_stages: int = 1
     programs_per_sm: int = 1
@@ -69,6 +69,7 @@ def fused_decode_kernel(
     pid, num_programs = tl.program_id(0), tl.num_programs(0)
     cols = tl.arange(0, BLOCK_H)
     in_h = (cols < H)[None, :]
+    tl.static_assert(D % R == 0, "a step must not reach into the next expert")
     STEPS: tl.constexpr = D // R
     wait_for_previous(PDL)
     begin, end = take_share(flags, experts, experts_read, pid, num_programs, E, BLOCK_E, STEPS)
@@ -106,6 +107,7 @@ def up_kernel(
     pid, num_programs = tl.program_id(0), tl.num_programs(0)
     tokens = tl.arange(0, BLOCK_T)
     in_t = tokens < num_tokens
+    tl.static_assert(D % GRAIN == 0, "a unit of work must not reach into the next expert")
     wait_for_previous(PDL)
     begin, end = take_share(flags, experts, experts_read, pid, num_programs, E, BLOCK_E, D // GRAIN)
     for r0 in range(begin * GRAIN, end * GRAIN, R):
@@ -173,12 +175,13 @@ def down_kernel(
     tl.store(out, acc, mask=in_t & in_h)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def reduce_kernel(
-    partial, b_out, y, numel, parts, H: tl.constexpr, BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
+    partial, b_out, y, num_tokens, parts, H: tl.constexpr, BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
     PDL: tl.constexpr,
 ):  # fmt: skip
     """y [T * H] = the parts of partial [parts, T * H] added in a fixed order, plus the output bias."""
+    numel = num_tokens * H  # whose divisors the compiler sees in H, for any number of tokens
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     p = tl.arange(0, BLOCK_P)
     wait_for_previous(PDL)
@@ -196,24 +199,23 @@ def fused_partials(
     x: Tensor,
     weights: Weights,
     routing: Routing,
+    spec: LayerSpec,
     config: FusedConfig,
     pdl: int | None = None,
     experts_read: Tensor | None = None,
 ) -> Tensor:
     """One token's output as float32 partial sums [programs, 1, H]. x: [1, H]. experts_read: see :func:`up`."""
-    hidden = x.shape[1]
-    num_experts = routing.gates.shape[1]
-    expert_size = weights.w_out_t.shape[0] // num_experts
+    hidden, num_experts = spec.hidden, spec.num_experts
     pdl = default_pdl(x.device) if pdl is None else pdl
     programs = num_sms(x.device) * config.programs_per_sm
     experts = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
     partial = torch.empty(programs, 1, hidden, dtype=torch.float32, device=x.device)
     fused_decode_kernel[(programs,)](
         x, weights.w_in, weights.b_in, weights.w_out_t, routing.gates, routing.flags, experts, experts_read,
-        partial, num_experts, expert_size, hidden, GLU=weights.glu, BIAS=weights.b_in is not None,
-        ACTIVATION=ACTIVATIONS[weights.activation], BLOCK_E=triton.next_power_of_2(num_experts),
-        BLOCK_H=triton.next_power_of_2(hidden), R=min(config.rows, expert_size), STAGES=config.num_stages, PDL=pdl,
-        num_warps=config.num_warps, **launch_options(pdl),
+        partial, num_experts, spec.expert_size, hidden, GLU=spec.glu, BIAS=weights.b_in is not None,
+        ACTIVATION=spec.activation.value, BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_H=triton.next_power_of_2(hidden), R=rows_per_step(config.rows, spec.expert_size),
+        STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps, **launch_options(pdl),
     )  # fmt: skip
     return partial
 
@@ -222,6 +224,7 @@ def up(
     x: Tensor,
     weights: Weights,
     routing: Routing,
+    spec: LayerSpec,
     config: UpConfig,
     pdl: int | None = None,
     experts_read: Tensor | None = None,
@@ -232,34 +235,29 @@ def up(
         neurons [T, F] in x's dtype, whose column r is the r-th row of the listed experts (the rest is not written), and
         experts, int32 [E + 1]: the list, its length in the last element.
     """
-    num_tokens, hidden = x.shape
-    num_experts = routing.gates.shape[1]
-    num_neurons = weights.w_out_t.shape[0]
-    expert_size = num_neurons // num_experts
+    num_tokens, num_experts = x.shape[0], spec.num_experts
     pdl = default_pdl(x.device) if pdl is None else pdl
     experts = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
-    neurons = torch.empty(num_tokens, num_neurons, dtype=x.dtype, device=x.device)
+    neurons = torch.empty(num_tokens, spec.neurons, dtype=x.dtype, device=x.device)
     up_kernel[(num_sms(x.device) * config.programs_per_sm,)](
         x, weights.w_in, weights.b_in, routing.gates, routing.flags, experts, experts_read, neurons,
-        num_tokens, num_experts, expert_size, hidden, GLU=weights.glu, BIAS=weights.b_in is not None,
-        ACTIVATION=ACTIVATIONS[weights.activation], BLOCK_E=triton.next_power_of_2(num_experts),
-        BLOCK_T=block_t(num_tokens), R=config.rows, BLOCK_K=config.block_k, GRAIN=min(8, expert_size), PDL=pdl,
-        num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(pdl),
+        num_tokens, num_experts, spec.expert_size, spec.hidden, GLU=spec.glu, BIAS=weights.b_in is not None,
+        ACTIVATION=spec.activation.value, BLOCK_E=triton.next_power_of_2(num_experts),
+        BLOCK_T=block_t(num_tokens), R=config.rows, BLOCK_K=config.block_k, GRAIN=rows_per_step(8, spec.expert_size),
+        PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(pdl),
     )  # fmt: skip
     return neurons, experts
 
 
 def down_partials(
-    neurons: Tensor, experts: Tensor, weights: Weights, config: DownConfig, pdl: int | None = None
+    neurons: Tensor, experts: Tensor, weights: Weights, spec: LayerSpec, config: DownConfig, pdl: int | None = None
 ) -> Tensor:
     """Float32 partial outputs [splits, T, H] of the neurons and the expert list that `up` returned."""
-    num_tokens, num_neurons = neurons.shape
-    num_experts = experts.shape[0] - 1
-    hidden = weights.w_out_t.shape[1]
+    num_tokens, hidden = neurons.shape[0], spec.hidden
     pdl = default_pdl(neurons.device) if pdl is None else pdl
     partial = torch.empty(config.splits, num_tokens, hidden, dtype=torch.float32, device=neurons.device)
     down_kernel[(triton.cdiv(hidden, config.block_h), config.splits)](
-        neurons, weights.w_out_t, experts, partial, num_tokens, num_experts, num_neurons // num_experts, hidden,
+        neurons, weights.w_out_t, experts, partial, num_tokens, spec.num_experts, spec.expert_size, hidden,
         BLOCK_T=block_t(num_tokens), BLOCK_H=config.block_h, BLOCK_K=config.block_k, PDL=pdl,
         num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(pdl),
     )  # fmt: skip
@@ -274,7 +272,7 @@ def reduce_partials(partial: Tensor, b_out: Tensor | None, dtype: torch.dtype, p
     block_p = triton.next_power_of_2(parts)
     block = max(16, min(256, 4096 // block_p))
     reduce_kernel[(triton.cdiv(y.numel(), block),)](
-        partial, b_out, y, y.numel(), parts, hidden, BIAS=b_out is not None, BLOCK_P=block_p, BLOCK=block, PDL=pdl,
+        partial, b_out, y, num_tokens, parts, hidden, BIAS=b_out is not None, BLOCK_P=block_p, BLOCK=block, PDL=pdl,
         num_warps=4, **launch_options(pdl),
     )  # fmt: skip
     return y

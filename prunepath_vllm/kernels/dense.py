@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunepath_vllm.kernels.common import ACTIVATIONS, activate
-from prunepath_vllm.kernels.weights import Weights
+from prunepath_vllm.kernels.common import activate
+from prunepath_vllm.kernels.layer import LayerSpec, Weights
 
 
 @triton.jit
@@ -38,28 +38,29 @@ def gated_activation_kernel(
 
 
 def gated_activation(
-    pre: Tensor, weights: Weights, gates: Tensor | None = None, experts_read: Tensor | None = None
+    pre: Tensor, spec: LayerSpec, gates: Tensor | None = None, experts_read: Tensor | None = None
 ) -> Tensor:
     """Neurons [T, F] of the first linear's output `pre` [T, F or 2 F], multiplied by their experts' gates [T, E].
 
     experts_read: int32 or int64 [1], or None; E is added to it.
     """
-    num_tokens, num_neurons = pre.shape[0], weights.w_out_t.shape[0]
-    neurons = torch.empty(num_tokens, num_neurons, dtype=pre.dtype, device=pre.device)
+    neurons = torch.empty(pre.shape[0], spec.neurons, dtype=pre.dtype, device=pre.device)
     block = 1024
-    gated_activation_kernel[(num_tokens, triton.cdiv(num_neurons, block))](
-        pre, gates, neurons, experts_read, num_neurons, 1 if gates is None else gates.shape[1], GLU=weights.glu,
-        GATED=gates is not None, ACTIVATION=ACTIVATIONS[weights.activation], BLOCK=block, num_warps=4,
+    gated_activation_kernel[(pre.shape[0], triton.cdiv(spec.neurons, block))](
+        pre, gates, neurons, experts_read, spec.neurons, spec.num_experts, GLU=spec.glu, GATED=gates is not None,
+        ACTIVATION=spec.activation.value, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return neurons
 
 
-def dense_ffn(x: Tensor, weights: Weights, gates: Tensor | None = None, experts_read: Tensor | None = None) -> Tensor:
+def dense_ffn(
+    x: Tensor, weights: Weights, spec: LayerSpec, gates: Tensor | None = None, experts_read: Tensor | None = None
+) -> Tensor:
     """Every expert's neurons, multiplied by their gates: eq. 10 with the sum over all experts.
 
     Args:
         x: [T, H].
-        weights: the layer's weights.
+        weights, spec: the layer.
         gates: float32 [T, E], 0 where an expert is not active; None where every gate is 1.
         experts_read: int32 or int64 [1], or None; E is added to it.
 
@@ -67,18 +68,18 @@ def dense_ffn(x: Tensor, weights: Weights, gates: Tensor | None = None, experts_
         [T, H] in x's dtype.
     """
     pre = F.linear(x, weights.w_in, weights.b_in)
-    return second_linear(gated_activation(pre, weights, gates, experts_read), weights)
+    return second_linear(gated_activation(pre, spec, gates, experts_read), weights)
 
 
 def routed_dense_ffn(
-    x: Tensor, weights: Weights, route: Callable[[], Tensor], experts_read: Tensor | None = None
+    x: Tensor, weights: Weights, spec: LayerSpec, route: Callable[[], Tensor], experts_read: Tensor | None = None
 ) -> Tensor:
     """:func:`dense_ffn` with the gates that `route` returns, found on a second stream during the first linear.
 
     experts_read: int32 or int64 [1], or None; E is added to it.
     """
     if x.device.type != "cuda":
-        return dense_ffn(x, weights, route(), experts_read)
+        return dense_ffn(x, weights, spec, route(), experts_read)
     main, side = torch.cuda.current_stream(x.device), side_stream(x.device)
     # The side stream's memory needs no record_stream: its next user waits for all that the main stream does here.
     side.wait_stream(main)
@@ -86,7 +87,7 @@ def routed_dense_ffn(
         gates = route()
     pre = F.linear(x, weights.w_in, weights.b_in)
     main.wait_stream(side)
-    return second_linear(gated_activation(pre, weights, gates, experts_read), weights)
+    return second_linear(gated_activation(pre, spec, gates, experts_read), weights)
 
 
 def second_linear(neurons: Tensor, weights: Weights) -> Tensor:

@@ -3,7 +3,7 @@
 import functools
 import json
 import os
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ import torch
 import triton
 from torch import Tensor
 
+from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.kernels.common import default_pdl
 from prunepath_vllm.kernels.decode import (
     DownConfig,
@@ -25,10 +26,10 @@ from prunepath_vllm.kernels.decode import (
 from prunepath_vllm.kernels.dense import dense_ffn, routed_dense_ffn
 from prunepath_vllm.kernels.expand import expand_taus
 from prunepath_vllm.kernels.grouped import GroupedConfig, grouped_ffn
+from prunepath_vllm.kernels.layer import NO_COUNTERS, Counters, LayerSpec, RouterWeights, Weights
 from prunepath_vllm.kernels.routing import LIBRARY_TOKENS, RouterConfig, route
-from prunepath_vllm.kernels.weights import Weights
 
-__all__ = ["Choice", "Tuning", "expand_taus", "heuristic_tuning", "load_tuning", "routed_ffn", "tuning_for"]
+__all__ = ["Choice", "Tuning", "expand_taus", "heuristic_tuning", "load_tuning", "routed_ffn", "warm_up_tokens"]
 
 PATHS = {
     "fused": ("router", "fused"),
@@ -70,32 +71,32 @@ class Tuning:
         return next((c for limit, c in self.choices if num_tokens <= limit), self.choices[-1][1])
 
 
-def heuristic_tuning(hidden: int, expert_size: int, glu: bool, element_size: int = 2) -> Tuning:
+GROUPED_UP_TO = 64
+"""Neurons of an expert up to which the grouped path's tiles, all of an expert's neurons wide, fit a multiprocessor."""
+
+
+def heuristic_tuning(spec: LayerSpec) -> Tuning:
     """Choices for a GPU or shape without a table: what was fastest on Qwen2-7B's shape, cut to fit shared memory."""
-    rows = min(2, expert_size)
-    step = rows * (3 if glu else 2) * triton.next_power_of_2(hidden) * element_size
-    fused = FusedConfig(rows, 16, max(1, min(4, 196608 // step)), 1)
+    element_size = spec.dtype.itemsize
+    step = 2 * (3 if spec.glu else 2) * triton.next_power_of_2(spec.hidden) * element_size
+    fused = FusedConfig(2, 16, max(1, min(4, 196608 // step)), 1)
     wide = 1 if element_size == 2 else 2  # float32 tiles take twice the room
     small = UpConfig(64 // wide, 64, 4, 6 // wide, 1)
     down = DownConfig(128, 32, 9, 4, 9 // wide)
     one = RouterConfig(4, 1, 8, 4, select="pairwise", select_block_e=2)
     few = RouterConfig(4, 7, 4, 4, select="pairwise", select_block_e=4)
     grouped = GroupedConfig(128, 64, 4, 3, 8)
-    return Tuning(
-        (
-            (1, Choice("fused", 1, one, fused=fused)),
-            (4, Choice("split", 1, few, up=small, down=down)),
-            (8, Choice("split", 1, RouterConfig(split_k=7), up=small, down=down)),
-            (LIBRARY_TOKENS, Choice("dense", 0, RouterConfig(split_k=4))),
-            (4095, Choice("dense", 0, RouterConfig(select_warps=1, select_bits=2))),
-            (1 << 30, Choice("grouped", 0, RouterConfig(select_warps=2, select_bits=1), grouped=grouped)),
-        )
+    choices = (
+        (1, Choice("fused", 1, one, fused=fused)),
+        (4, Choice("split", 1, few, up=small, down=down)),
+        (8, Choice("split", 1, RouterConfig(split_k=7), up=small, down=down)),
+        (LIBRARY_TOKENS, Choice("dense", 0, RouterConfig(split_k=4))),
+        (4095, Choice("dense", 0, RouterConfig(select_warps=1, select_bits=2))),
+        (1 << 30, Choice("grouped", 0, RouterConfig(select_warps=2, select_bits=1), grouped=grouped)),
     )
+    fits = spec.dtype != torch.float32 and spec.expert_size <= GROUPED_UP_TO
+    return Tuning(choices if fits else choices[:-1])
 
-
-FLOAT32 = heuristic_tuning(8192, 32, True, 4)
-"""Choices for float32 models, which tables are not made for. Grouped tiles would not fit."""
-FLOAT32 = Tuning(FLOAT32.choices[:-1])
 
 SMALL_LAYER = 200_000_000
 """Bytes of a layer's weights below which only a table of its own shape makes it sparse on a GPU: launches and selection
@@ -106,9 +107,11 @@ TUNING_DIR = "PRUNEPATH_TUNING_DIR"
 """Environment variable: a directory of tables made by ``prunepath bench tune``, looked into first."""
 
 
-def shape_key(hidden: int, num_experts: int, expert_size: int, glu: bool) -> str:
-    """A shape's name in a table."""
-    return f"H{hidden}_E{num_experts}_D{expert_size}_{'glu' if glu else 'plain'}"
+def shape_key(spec: LayerSpec) -> str:
+    """A layer's name in a table: its shape and dtype."""
+    kind = "glu" if spec.glu else "plain"
+    dtype = str(spec.dtype).removeprefix("torch.")
+    return f"H{spec.hidden}_E{spec.num_experts}_D{spec.expert_size}_{kind}_{dtype}"
 
 
 def table_name(gpu: str) -> str:
@@ -117,28 +120,34 @@ def table_name(gpu: str) -> str:
 
 
 @functools.cache
-def load_tuning(gpu: str, hidden: int, num_experts: int, expert_size: int, glu: bool) -> Tuning:
-    """The table of this GPU and shape, <gpu>.json in $PRUNEPATH_TUNING_DIR or as shipped, or else the heuristic.
+def load_tuning(gpu: str, spec: LayerSpec) -> Tuning:
+    """The table of this GPU and layer, <gpu>.json in $PRUNEPATH_TUNING_DIR or as shipped, or else the heuristic.
+
+    A float16 layer without a table of its own takes bfloat16's: it reads as many bytes. float32, which no table is made
+    for, is for checking results and has the same paths at any size.
 
     Args:
         gpu: ``torch.cuda.get_device_name()``.
+        spec: the layer.
     """
+    if spec.dtype == torch.float32:
+        return heuristic_tuning(spec)
+    keys = [shape_key(spec), shape_key(replace(spec, dtype=torch.bfloat16))]
     folders = [resources.files("prunepath_vllm.kernels") / "configs"]
     if own := os.environ.get(TUNING_DIR):
         folders.insert(0, Path(own))
     for file in (folder / table_name(gpu) for folder in folders):
         tables = json.loads(file.read_text()) if file.is_file() else {}
-        if rows := tables.get(shape_key(hidden, num_experts, expert_size, glu)):
+        if rows := next((tables[key] for key in keys if key in tables), None):
             return tuning_from_json(rows)
-    tuning = heuristic_tuning(hidden, expert_size, glu)
-    if 2 * num_experts * expert_size * hidden * (3 if glu else 2) < SMALL_LAYER:
+        if old := next((key for key in tables if key.endswith(("_glu", "_plain"))), None):
+            raise ConfigError(
+                f"{file}: {old}: a table without a dtype in its name; expected one made by this version's bench tune"
+            )
+    tuning = heuristic_tuning(spec)
+    if spec.weight_bytes < SMALL_LAYER:
         return Tuning(tuple(row for row in tuning.choices if row[1].path == "dense"))
     return tuning
-
-
-def tuning_for(dtype: torch.dtype, tuning: Tuning) -> Tuning:
-    """The choices that layers of a dtype take, given those of :func:`load_tuning`."""
-    return FLOAT32 if dtype == torch.float32 else tuning
 
 
 def tuning_from_json(rows: list[dict[str, Any]]) -> Tuning:
@@ -169,16 +178,12 @@ def tuning_to_json(tuning: Tuning) -> list[dict[str, Any]]:
 def routed_ffn(
     x: Tensor,
     tau: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
+    router: RouterWeights,
     weights: Weights,
+    spec: LayerSpec,
     *,
-    selection: str,
-    threshold: float | None,
-    gate: str,
     tuning: Tuning,
-    active_counts: Tensor | None = None,
-    experts_read: Tensor | None = None,
+    counters: Counters = NO_COUNTERS,
     host_dense: bool = False,
 ) -> Tensor:
     """Eq. 7-10 for a batch whose tokens each have a tau.
@@ -187,41 +192,51 @@ def routed_ffn(
     picks the kernels, so a captured size always takes the same ones.
 
     Args:
-        x: [T, H] contiguous, bf16, fp16 or fp32; H divisible by 16.
+        x: [T, H] contiguous, in the layer's dtype.
         tau: float32 [T]; padding rows carry 0, which selects no expert.
-        router_weight: [E, H].
-        router_bias: [E] or None.
-        weights: the layer's weights, :class:`Weights`.
-        selection: "cumulative_mass" or "threshold".
-        threshold: LTE's delta, with "threshold".
-        gate: "sigmoid" or "none".
+        router, weights, spec: the layer.
         tuning: from :func:`load_tuning`.
-        active_counts: int32 [T] or None; each token's number of active experts is added to it.
-        experts_read: int32 or int64 [1], or None; the number of experts whose weights the batch reads is added to it:
-            those that some token uses, or all where a dense path computes them.
+        counters: what the call adds to.
         host_dense: whether the host knows that every tau is >= 1; not to be set under graph capture.
 
     Returns:
         [T, H] in x's dtype.
+
+    Raises:
+        ConfigError: a tensor that is not this layer's.
     """
-    if host_dense and gate == "none":
-        if active_counts is not None:
-            active_counts.add_(tau > 0, alpha=router_weight.shape[0])  # none at a padding row
-        if experts_read is not None:
-            experts_read.add_(router_weight.shape[0])
-        return dense_ffn(x, weights)
-    choice = (tuning_for(x.dtype, tuning) if x.is_cuda else tuning).choice(x.shape[0])
-    rule: dict[str, Any] = dict(selection=selection, threshold=threshold, gate=gate, active_counts=active_counts)
+    spec.check(x, tau, router, weights)
+    read = counters.read
+    if host_dense and spec.rule.gate == "none":
+        if counters.active is not None:
+            counters.active.add_(tau > 0, alpha=spec.num_experts)  # none at a padding row
+        if read is not None:
+            read.add_(spec.num_experts)
+        return dense_ffn(x, weights, spec)
+    choice = tuning.choice(x.shape[0])
     pdl = min(choice.pdl, 2 * default_pdl(x.device))
-    find_routing = functools.partial(route, x, tau, router_weight, router_bias, **rule, config=choice.router)
+    find_routing = functools.partial(
+        route, x, tau, router, spec.rule, config=choice.router, active_counts=counters.active
+    )
     if choice.path == "dense" or host_dense:
-        return routed_dense_ffn(x, weights, lambda: find_routing(want_flags=False, pdl=0).gates, experts_read)
+        return routed_dense_ffn(x, weights, spec, lambda: find_routing(want_flags=False, pdl=0).gates, read)
     if choice.path == "grouped":
-        return grouped_ffn(x, weights, find_routing(want_flags=False, pdl=0), choice.grouped, experts_read)
+        return grouped_ffn(x, weights, find_routing(want_flags=False, pdl=0), spec, choice.grouped, read)
     routing = find_routing(pdl=pdl)
     if choice.path == "fused":
-        partial = fused_partials(x, weights, routing, choice.fused, pdl, experts_read)
+        partial = fused_partials(x, weights, routing, spec, choice.fused, pdl, read)
     else:
-        neurons, experts = up(x, weights, routing, choice.up, pdl, experts_read)
-        partial = down_partials(neurons, experts, weights, choice.down, pdl)
+        neurons, experts = up(x, weights, routing, spec, choice.up, pdl, read)
+        partial = down_partials(neurons, experts, weights, spec, choice.down, pdl)
     return reduce_partials(partial, weights.b_out, x.dtype, pdl)
+
+
+def warm_up_tokens(tuning: Tuning, max_tokens: int) -> list[int]:
+    """Batch sizes that between them compile every kernel of every batch size up to `max_tokens`.
+
+    A kernel is compiled again where the choice changes, where a tile of tokens grows to the next power of two, and
+    where the logits go to the library.
+    """
+    starts = {1, 2, LIBRARY_TOKENS + 1, max_tokens, *(2**power + 1 for power in range(4, LIBRARY_TOKENS.bit_length()))}
+    starts |= {limit + 1 for limit, _ in tuning.choices}
+    return sorted(size for size in starts if size <= max_tokens)

@@ -12,10 +12,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunepath_vllm.kernels.common import ACTIVATIONS, activate
+from prunepath_vllm.kernels.common import activate
 from prunepath_vllm.kernels.dense import second_linear
+from prunepath_vllm.kernels.layer import LayerSpec, Weights
 from prunepath_vllm.kernels.routing import Routing
-from prunepath_vllm.kernels.weights import Weights
 
 
 @dataclass(frozen=True)
@@ -106,14 +106,16 @@ def grouped_up_kernel(
 
 
 def grouped_neurons(
-    x: Tensor, weights: Weights, routing: Routing, config: GroupedConfig, experts_read: Tensor | None = None
+    x: Tensor,
+    weights: Weights,
+    routing: Routing,
+    spec: LayerSpec,
+    config: GroupedConfig,
+    experts_read: Tensor | None = None,
 ) -> Tensor:
     """Gated neurons [T, F] in x's dtype, zero where a token does not use the neuron's expert. x: [T, H]."""
-    num_tokens, hidden = x.shape
-    num_neurons = weights.w_out_t.shape[0]
-    num_experts = routing.gates.shape[1]
-    expert_size = num_neurons // num_experts
-    neurons = torch.zeros(num_tokens, num_neurons, dtype=x.dtype, device=x.device)
+    num_tokens, num_experts = x.shape[0], spec.num_experts
+    neurons = torch.zeros(num_tokens, spec.neurons, dtype=x.dtype, device=x.device)
     tokens = torch.empty(num_experts, num_tokens, dtype=torch.int32, device=x.device)
     counts = torch.empty(num_experts, dtype=torch.int32, device=x.device)
     chunk, experts_per_program = 512, 8
@@ -124,19 +126,24 @@ def grouped_neurons(
     tiles = triton.cdiv(num_tokens, config.block_m)
     grouped_up_kernel[(num_experts * tiles,)](
         x, weights.w_in, weights.b_in, routing.gates, tokens, counts, neurons, num_tokens, tiles,
-        num_experts, expert_size, hidden, GLU=weights.glu, BIAS=weights.b_in is not None,
-        ACTIVATION=ACTIVATIONS[weights.activation], BLOCK_M=config.block_m,
-        BLOCK_D=max(8 if weights.glu else 16, triton.next_power_of_2(expert_size)), BLOCK_K=config.block_k,
+        num_experts, spec.expert_size, spec.hidden, GLU=spec.glu, BIAS=weights.b_in is not None,
+        ACTIVATION=spec.activation.value, BLOCK_M=config.block_m,
+        BLOCK_D=max(8 if spec.glu else 16, triton.next_power_of_2(spec.expert_size)), BLOCK_K=config.block_k,
         GROUP=config.group, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
     return neurons
 
 
 def grouped_ffn(
-    x: Tensor, weights: Weights, routing: Routing, config: GroupedConfig, experts_read: Tensor | None = None
+    x: Tensor,
+    weights: Weights,
+    routing: Routing,
+    spec: LayerSpec,
+    config: GroupedConfig,
+    experts_read: Tensor | None = None,
 ) -> Tensor:
     """Eq. 10 for x [T, H], given its routing: [T, H] in x's dtype.
 
     The number of experts with a token is added to experts_read, int32 or int64 [1], or None.
     """
-    return second_linear(grouped_neurons(x, weights, routing, config, experts_read), weights)
+    return second_linear(grouped_neurons(x, weights, routing, spec, config, experts_read), weights)

@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 
 from prunepath_vllm.kernels.common import default_pdl, launch_options, wait_for_previous
+from prunepath_vllm.kernels.layer import RouterWeights, RoutingRule
 from prunepath_vllm.tau import DENSE_TAU
 
 LIBRARY_TOKENS = 64
@@ -222,12 +223,9 @@ def select_pairwise_kernel(
 def route(
     x: Tensor,
     tau: Tensor,
-    router_weight: Tensor,
-    router_bias: Tensor | None,
+    router: RouterWeights,
+    rule: RoutingRule,
     *,
-    selection: str,
-    threshold: float | None,
-    gate: str,
     config: RouterConfig,
     active_counts: Tensor | None = None,
     want_flags: bool = True,
@@ -238,25 +236,23 @@ def route(
     Args:
         x: [T, H] contiguous.
         tau: float32 [T]; 0 at padding rows.
-        router_weight: [E, H] contiguous.
-        router_bias: [E] or None.
-        selection: "cumulative_mass" or "threshold".
-        threshold: LTE's delta, with "threshold".
-        gate: "sigmoid" or "none".
+        router: the router's weights.
+        rule: the routing rule.
+        config: choices of the two kernels.
         active_counts: int32 [T] or None; the number of active experts of each token is added to it.
         want_flags: whether to fill ``Routing.flags``; up to LIBRARY_TOKENS tokens.
         pdl: mode of programmatic dependent launch (``common.wait_for_previous``); None for the device's default.
     """
     num_tokens, hidden = x.shape
-    num_experts = router_weight.shape[0]
+    num_experts = router.weight.shape[0]
     pdl = default_pdl(x.device) if pdl is None else pdl
     flags = torch.empty(num_experts, dtype=torch.int32, device=x.device) if want_flags else None
-    needed = gate == "sigmoid"
+    needed = rule.gate == "sigmoid"
     split_k = config.split_k
     if num_tokens == 1:
         logits = torch.empty(split_k, 1, num_experts, dtype=torch.float32, device=x.device)
         router_logits_kernel_gemv[(triton.cdiv(num_experts, config.block_e), split_k)](
-            x, router_weight, logits, flags, tau, num_experts, hidden, DENSE_TAU, BLOCK_E=config.block_e,
+            x, router.weight, logits, flags, tau, num_experts, hidden, DENSE_TAU, BLOCK_E=config.block_e,
             BLOCK_K=triton.next_power_of_2(triton.cdiv(hidden, split_k)), SPLIT_K=split_k, NEEDED=needed,
             FLAGS=want_flags, PDL=pdl, num_warps=config.num_warps, **launch_options(pdl),
         )  # fmt: skip
@@ -266,18 +262,18 @@ def route(
         slice_k = triton.cdiv(triton.cdiv(hidden, block_k), split_k) * block_k
         block_t = max(16, triton.next_power_of_2(num_tokens))
         router_logits_kernel_dot[(triton.cdiv(num_experts, block_e), split_k, triton.cdiv(num_tokens, block_t))](
-            x, router_weight, logits, flags, tau, num_tokens, num_experts, hidden, DENSE_TAU,
+            x, router.weight, logits, flags, tau, num_tokens, num_experts, hidden, DENSE_TAU,
             BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=block_k, SLICE_K=slice_k, NEEDED=needed, FLAGS=want_flags,
             PDL=pdl, num_warps=config.num_warps, num_stages=4, **launch_options(pdl),
         )  # fmt: skip
     else:
         assert flags is None
-        logits, split_k = library_logits(x, router_weight), 1
+        logits, split_k = library_logits(x, router.weight), 1
     gates = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
-    arguments = (logits, router_bias, tau, gates, flags, active_counts, num_tokens, threshold or 0.0)
+    arguments = (logits, router.bias, tau, gates, flags, active_counts, num_tokens, rule.threshold or 0.0)
     options: dict[str, Any] = dict(
-        E=num_experts, DENSE_TAU=DENSE_TAU, SPLIT_K=split_k, BIAS=router_bias is not None,
-        COUNT=active_counts is not None, THRESHOLD=selection == "threshold", GATE=gate == "sigmoid", FLAGS=want_flags,
+        E=num_experts, DENSE_TAU=DENSE_TAU, SPLIT_K=split_k, BIAS=router.bias is not None,
+        COUNT=active_counts is not None, THRESHOLD=rule.selection == "threshold", GATE=needed, FLAGS=want_flags,
         BLOCK_ALL=triton.next_power_of_2(num_experts), PDL=pdl, num_warps=config.select_warps, **launch_options(pdl),
     )  # fmt: skip
     if config.select == "pairwise":

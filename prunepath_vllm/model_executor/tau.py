@@ -11,15 +11,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from vllm.distributed import get_tensor_model_parallel_world_size
 
 from prunepath_vllm.config import PrunePathConfig
-from prunepath_vllm.families import family_of
 from prunepath_vllm.kernels.tau import expand_taus
 from prunepath_vllm.model_executor.compat import VllmConfig, async_tensor_h2d, forward_hook
 from prunepath_vllm.model_executor.counts import ExpertCounts
 from prunepath_vllm.model_executor.engine_config import REPORT_KEY, server_options
-from prunepath_vllm.model_executor.layers.routed_ffn import dense_products, triton_kernels
+from prunepath_vllm.model_executor.layers.routed_ffn import dense_products, layer_spec, triton_kernels
 from prunepath_vllm.tau import DENSE_TAU, resolve_tau
 
 _CONTEXT_KEY = "prunepath.token_taus"
@@ -32,6 +30,7 @@ class TokenTaus:
         values: float32 [max_num_batched_tokens] on the model's device.
         dense_step: bool scalar on the host: every token of this step uses every expert.
         counts: what the layers count.
+        spec: the routed layers, all alike.
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
@@ -45,14 +44,7 @@ class TokenTaus:
         num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         self.counts = ExpertCounts(self.prunepath, num_layers, max_tokens)
         self.dense_step = torch.ones((), dtype=torch.bool, device="cpu")
-        config = vllm_config.model_config.hf_config
-        self.layer_shape = dict(
-            hidden=config.hidden_size,
-            num_experts=self.prunepath.num_experts,
-            expert_size=self.prunepath.expert_size // get_tensor_model_parallel_world_size(),
-            glu=family_of(config.to_dict(), converted=True).gate is not None,
-            dtype=vllm_config.model_config.dtype,
-        )
+        self.spec = layer_spec(vllm_config)
 
     @classmethod
     def of(cls, vllm_config: VllmConfig) -> "TokenTaus":
@@ -128,7 +120,7 @@ class TokenTaus:
                 decode costs nothing more.
         """
         self.dense_step.fill_(dense_step)
-        if self.values.is_cuda and (dense_step or dense_products(num_padded, **self.layer_shape)):
+        if self.values.is_cuda and (dense_step or dense_products(num_padded, self.spec)):
             self.counts.dense_runs += len(self.counts.active)
         kernels = triton_kernels() if self.values.is_cuda else None
         expand = expand_taus if kernels is None else kernels.expand_taus

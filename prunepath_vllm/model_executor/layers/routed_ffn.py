@@ -5,7 +5,8 @@ Shapes: T tokens, H hidden size, E experts, D neurons per expert on this rank, F
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import UnsupportedFeatureError
+from prunepath_vllm.families import family_of
 from prunepath_vllm.kernels import cpu
-from prunepath_vllm.kernels.weights import Weights
-from prunepath_vllm.model_executor.compat import QuantizeMethodBase, pack_for_cpu, packed_matmul
+from prunepath_vllm.kernels.layer import Activation, Counters, LayerSpec, RouterWeights, RoutingRule, Weights
+from prunepath_vllm.model_executor.compat import QuantizeMethodBase, VllmConfig, pack_for_cpu, packed_matmul
 
 logger = init_logger("vllm.prunepath")
 
@@ -125,123 +127,112 @@ class ExpertOutputs(nn.Module):
         parameter.data.copy_(loaded if self._shard.rank == 0 else torch.zeros_like(loaded))
 
 
-class RoutedFFN(nn.Module):
-    """Eq. 7-10 over parameters that live in the family's own modules, under the dense model's names.
+@dataclass(frozen=True)
+class StepState:
+    """What one layer reads and counts of an engine step, at fixed addresses that captured graphs may use.
 
-    Args:
-        prunepath: the checkpoint's block.
-        activation: transformers' name of the activation.
-        glu: gate and up linears, or one.
-        tau: float32 [max_num_batched_tokens], at a fixed address; entry t is the tau of the step's token t.
+    Attributes:
+        tau: float32 [max_num_batched_tokens]; entry t is the tau of the step's token t.
         dense_step: bool scalar on the host, True where every token of the step uses every expert.
-        active_counts: int32 [max_num_batched_tokens], at a fixed address; each token's active experts are added to it.
-        experts_read: int64 [1], at a fixed address; the experts whose weights a call reads are added to it.
+        active_counts: int32 [max_num_batched_tokens]; each token's active experts are added to it.
+        experts_read: int64 [1]; the experts whose weights a call reads are added to it.
         dense_runs: int64 scalar on the host; a call that takes the dense product adds 1, on a CPU alone: see
             :func:`dense_products`.
     """
 
-    def __init__(
-        self,
-        prunepath: PrunePathConfig,
-        *,
-        activation: str,
-        glu: bool,
-        tau: Tensor,
-        dense_step: Tensor,
-        active_counts: Tensor,
-        experts_read: Tensor,
-        dense_runs: Tensor,
-    ) -> None:
+    tau: Tensor
+    dense_step: Tensor
+    active_counts: Tensor
+    experts_read: Tensor
+    dense_runs: Tensor
+
+
+def layer_spec(vllm_config: VllmConfig) -> LayerSpec:
+    """The routed layers of a model, as this tensor-parallel rank holds them."""
+    config = vllm_config.model_config.hf_config
+    family, prunepath = family_of(config.to_dict(), converted=True), config.prunepath
+    return LayerSpec(
+        hidden=config.hidden_size,
+        num_experts=prunepath.num_experts,
+        expert_size=_ExpertShard(prunepath).expert_size,
+        dtype=vllm_config.model_config.dtype,
+        activation=Activation.named(family.activation(config.to_dict())),
+        glu=family.gate is not None,
+        rule=RoutingRule(prunepath.selection, prunepath.threshold, prunepath.gate),
+    )
+
+
+class RoutedFFN(nn.Module):
+    """Eq. 7-10 over parameters that live in the family's own modules, under the dense model's names.
+
+    Args:
+        spec: the layer, as this rank holds it.
+        step: what it reads and counts of a step.
+    """
+
+    def __init__(self, spec: LayerSpec, step: StepState) -> None:
         super().__init__()
-        self.settings: dict[str, Any] = {
-            "activation": activation,
-            "glu": glu,
-            "selection": prunepath.selection,
-            "threshold": prunepath.threshold or 0.0,
-            "gate": prunepath.gate,
-        }
+        self.spec = spec
+        self.encoded_spec = spec.encode()
         self.world = get_tensor_model_parallel_world_size()
-        self.register_buffer("tau", tau, persistent=False)
-        self.register_buffer("dense_step", dense_step, persistent=False)
-        self.register_buffer("active_counts", active_counts, persistent=False)
-        self.register_buffer("experts_read", experts_read, persistent=False)
-        self.register_buffer("dense_runs", dense_runs, persistent=False)
+        for field in fields(step):  # buffers: inputs of a compiled graph, whose addresses stay
+            self.register_buffer(field.name, getattr(step, field.name), persistent=False)
 
     def forward(self, x: Tensor, router: ExpertRouter, inputs: ExpertInputs, outputs: ExpertOutputs) -> Tensor:
         """x: [T, H] in the model's dtype; returns the same."""
         y = torch.ops.prunepath.routed_ffn(
             x,
-            self.tau,
-            self.dense_step,
-            self.active_counts,
-            self.experts_read,
-            self.dense_runs,
-            router.weight,
-            router.bias,
-            inputs.weight,
-            inputs.bias,
-            outputs.weight,
-            outputs.bias,
-            inputs.packed,
-            outputs.packed,
-            **self.settings,
+            [self.tau, self.dense_step, self.active_counts, self.experts_read, self.dense_runs],
+            [router.weight, router.bias],
+            [inputs.weight, inputs.bias, outputs.weight, outputs.bias],
+            [inputs.packed, outputs.packed],
+            self.encoded_spec,
         )
         return tensor_model_parallel_all_reduce(y) if self.world > 1 else y
 
 
 def _routed_ffn_op(
     x: torch.Tensor,
-    tau: torch.Tensor,
-    dense_step: torch.Tensor,
-    active_counts: torch.Tensor,
-    experts_read: torch.Tensor,
-    dense_runs: torch.Tensor,
-    router_weight: torch.Tensor,
-    router_bias: torch.Tensor,
-    w_in: torch.Tensor,
-    b_in: torch.Tensor | None,
-    w_out: torch.Tensor,
-    b_out: torch.Tensor | None,
-    packed_in: torch.Tensor | None,
-    packed_out: torch.Tensor | None,
-    activation: str,
-    glu: bool,
-    selection: str,
-    threshold: float,
-    gate: str,
+    step: list[torch.Tensor],
+    router: list[torch.Tensor],
+    weights: list[torch.Tensor | None],
+    packed: list[torch.Tensor | None],
+    spec: str,
 ) -> torch.Tensor:
-    weights = Weights(w_in, b_in, w_out, b_out, activation, glu)
-    routing: dict[str, Any] = {"selection": selection, "threshold": threshold, "gate": gate}
-    tau = tau[: x.shape[0]]
-    # Not declared as mutated: no graph reads them, and functionalisation would copy them around every layer.
-    routing["active_counts"], routing["experts_read"] = active_counts[: x.shape[0]], experts_read
-    num_experts = router_weight.shape[0]
+    state = StepState(*step)
+    # Not declared as mutated: no graph reads the counters, and functionalisation would copy them around every layer.
+    counters = Counters(state.active_counts[: x.shape[0]], state.experts_read)
+    layer = x, state.tau[: x.shape[0]], RouterWeights(*router), Weights(*cast(Any, weights)), LayerSpec.decode(spec)
     if x.device.type == "cpu":
-        before = int(experts_read)
-        y = cpu.routed_ffn(
-            x,
-            tau,
-            router_weight,
-            router_bias,
-            weights,
-            dense_in=_packed(packed_in, w_in.shape[0], b_in),
-            dense_out=_packed(packed_out, w_out.shape[1], None),
-            **routing,
-        )
-        if int(experts_read) - before == num_experts:  # gathering never takes them all
-            dense_runs += 1
-        return y
+        return _on_cpu(layer, packed, counters, state.dense_runs)
     kernels = triton_kernels()
     if kernels is None:
-        return cpu.routed_ffn(x, tau, router_weight, router_bias, weights, gather=False, **routing)
-    tuning = kernels.load_tuning(
-        torch.cuda.get_device_name(x.device), x.shape[1], num_experts, w_out.shape[0] // num_experts, glu
-    )
+        return cpu.routed_ffn(*layer, gather=False, counters=counters)
     # A captured graph is replayed for any taus: there the flag of the moment means nothing.
-    host_dense = bool(dense_step) and not torch.cuda.is_current_stream_capturing()
-    return kernels.routed_ffn(
-        x, tau, router_weight, router_bias, weights, tuning=tuning, host_dense=host_dense, **routing
+    host_dense = bool(state.dense_step) and not torch.cuda.is_current_stream_capturing()
+    tuning = kernels.load_tuning(torch.cuda.get_device_name(x.device), layer[-1])
+    return kernels.routed_ffn(*layer, tuning=tuning, counters=counters, host_dense=host_dense)
+
+
+def _on_cpu(
+    layer: tuple[Tensor, Tensor, RouterWeights, Weights, LayerSpec],
+    packed: list[Tensor | None],
+    counters: Counters,
+    dense_runs: Tensor,
+) -> Tensor:
+    """The layer in PyTorch, its dense products by the engine's packed ones where it has them."""
+    *_, weights, spec = layer
+    assert counters.read is not None
+    before = int(counters.read)
+    y = cpu.routed_ffn(
+        *layer,
+        dense_in=_packed(packed[0], spec.input_rows, weights.b_in),
+        dense_out=_packed(packed[1], spec.hidden, None),
+        counters=counters,
     )
+    if int(counters.read) - before == spec.num_experts:  # gathering never takes them all
+        dense_runs += 1
+    return y
 
 
 @functools.cache
@@ -256,18 +247,13 @@ def triton_kernels() -> Any | None:
 
 
 @functools.cache
-def dense_products(
-    num_tokens: int, *, hidden: int, num_experts: int, expert_size: int, glu: bool, dtype: torch.dtype
-) -> bool:
+def dense_products(num_tokens: int, spec: LayerSpec) -> bool:
     """Whether the layers of a GPU take every expert for a batch of `num_tokens`, whatever its tokens chose.
 
     There the size of a batch decides, for all layers alike, and captured graphs run no code that could count.
     """
     kernels = triton_kernels()
-    if kernels is None:
-        return True
-    tuning = kernels.load_tuning(torch.cuda.get_device_name(), hidden, num_experts, expert_size, glu)
-    return kernels.tuning_for(dtype, tuning).choice(num_tokens).path == "dense"
+    return kernels is None or kernels.load_tuning(torch.cuda.get_device_name(), spec).choice(num_tokens).path == "dense"
 
 
 def _packed(handle: Tensor | None, columns: int, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:

@@ -16,7 +16,7 @@ class RoutedGLU(nn.Module):
         bias = getattr(config, "mlp_bias", False)
         self.gate_up_proj = ExpertInputs(config.hidden_size, config.prunepath, glu=True, bias=bias)
         self.down_proj = ExpertOutputs(config.hidden_size, config.prunepath, bias=bias)
-        self.ffn, self.router = build_routed_ffn(vllm_config, layer, activation=config.hidden_act, glu=True)
+        self.ffn, self.router = build_routed_ffn(vllm_config, layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, H]; returns the same shape."""

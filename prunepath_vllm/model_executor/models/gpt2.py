@@ -16,7 +16,7 @@ class RoutedGPT2MLP(nn.Module):
         config = vllm_config.model_config.hf_config
         self.c_fc = ExpertInputs(config.hidden_size, config.prunepath, glu=False, bias=True)
         self.c_proj = ExpertOutputs(config.hidden_size, config.prunepath, bias=True)
-        self.ffn, self.router = build_routed_ffn(vllm_config, layer, activation=config.activation_function, glu=False)
+        self.ffn, self.router = build_routed_ffn(vllm_config, layer)
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, H]; returns the same shape."""

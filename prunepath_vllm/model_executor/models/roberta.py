@@ -17,7 +17,7 @@ class RoutedIntermediate(nn.Module):
         super().__init__()
         config = vllm_config.model_config.hf_config
         self.dense = ExpertInputs(config.hidden_size, config.prunepath, glu=False, bias=True)
-        self.ffn, self.router = build_routed_ffn(vllm_config, layer, activation=config.hidden_act, glu=False)
+        self.ffn, self.router = build_routed_ffn(vllm_config, layer)
 
 
 class RoutedRobertaLayer(nn.Module):

@@ -10,7 +10,7 @@ from prunepath_vllm.checkpoint import check_finite
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import CheckpointError
 from prunepath_vllm.model_executor.compat import VllmConfig
-from prunepath_vllm.model_executor.layers.routed_ffn import ExpertRouter, RoutedFFN
+from prunepath_vllm.model_executor.layers.routed_ffn import ExpertRouter, RoutedFFN, StepState
 from prunepath_vllm.model_executor.tau import TokenTaus
 
 _Model: Any = nn.Module if TYPE_CHECKING else object
@@ -43,25 +43,14 @@ class PrunePathModelMixin(_Model):
         return loaded
 
 
-def build_routed_ffn(
-    vllm_config: VllmConfig, layer: int, *, activation: str, glu: bool
-) -> tuple[RoutedFFN, ExpertRouter]:
+def build_routed_ffn(vllm_config: VllmConfig, layer: int) -> tuple[RoutedFFN, ExpertRouter]:
     """The routed layer and the router of one feed-forward block; `layer` counts through the whole model."""
     config = vllm_config.model_config.hf_config
     prunepath: PrunePathConfig = config.prunepath
     taus = TokenTaus.of(vllm_config)
     active_counts, experts_read = taus.counts.buffers(layer)
-    ffn = RoutedFFN(
-        prunepath,
-        activation=activation,
-        glu=glu,
-        tau=taus.values,
-        dense_step=taus.dense_step,
-        active_counts=active_counts,
-        experts_read=experts_read,
-        dense_runs=taus.counts.dense_runs,
-    )
-    return ffn, ExpertRouter(config.hidden_size, prunepath)
+    step = StepState(taus.values, taus.dense_step, active_counts, experts_read, taus.counts.dense_runs)
+    return RoutedFFN(taus.spec, step), ExpertRouter(config.hidden_size, prunepath)
 
 
 def present_layers(layers: nn.ModuleList) -> Iterator[tuple[int, Any]]:

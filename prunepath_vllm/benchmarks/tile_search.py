@@ -31,12 +31,11 @@ from prunepath_vllm.kernels.ffn import (
     heuristic_tuning,
     routed_ffn,
     shape_key,
-    table_name,
     tuning_to_json,
 )
 from prunepath_vllm.kernels.grouped import GroupedConfig
+from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, RoutingRule, Weights
 from prunepath_vllm.kernels.routing import LIBRARY_TOKENS, RouterConfig
-from prunepath_vllm.kernels.weights import Weights
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 2048, 8192)
 """Batch sizes of a table."""
@@ -61,56 +60,44 @@ TOO_LARGE = (triton.runtime.errors.OutOfResources, RuntimeError)
 """Raised by tiles that do not fit the GPU."""
 
 
-@dataclass(frozen=True)
-class Shape:
-    """A feed-forward layer; H hidden units, E experts of D neurons."""
-
-    hidden: int
-    experts: int
-    size: int
-    glu: bool = True
-    activation: str = "silu"
-    bias: bool = False
-
-
 @dataclass
 class Layer:
     """One layer's weights, the second linear also in the usual layout [H, F]."""
 
     weights: Weights
     w_out: Tensor
-    router: Tensor
+    router: RouterWeights
     others: tuple[Tensor, Tensor]
     """Two [H, H] projections, for what an engine runs between two of these layers."""
 
 
-def make_layer(shape: Shape, seed: int, dtype: torch.dtype = torch.bfloat16) -> Layer:
-    """Random weights; the router's logits have unit variance for inputs that do."""
+def make_layer(spec: LayerSpec, seed: int) -> Layer:
+    """Random weights; the router's logits have unit variance for inputs that do.
+
+    Linears of a layer without a gate half have biases, as in the families that have such layers.
+    """
     gen = torch.Generator("cuda").manual_seed(seed)
 
     def rand(*sizes: int, scale: float) -> Tensor:
-        return torch.randn(*sizes, generator=gen, device="cuda", dtype=dtype).mul_(scale)
+        return torch.randn(*sizes, generator=gen, device="cuda", dtype=spec.dtype).mul_(scale)
 
-    neurons = shape.experts * shape.size
-    rows = neurons * (2 if shape.glu else 1)
-    w_out_t = rand(neurons, shape.hidden, scale=0.02)
+    hidden, bias = spec.hidden, not spec.glu
+    w_out_t = rand(spec.neurons, hidden, scale=0.02)
     weights = Weights(
-        rand(rows, shape.hidden, scale=shape.hidden**-0.5),
-        rand(rows, scale=0.1) if shape.bias else None,
+        rand(spec.input_rows, hidden, scale=hidden**-0.5),
+        rand(spec.input_rows, scale=0.1) if bias else None,
         w_out_t,
-        rand(shape.hidden, scale=0.1) if shape.bias else None,
-        shape.activation,
-        shape.glu,
+        rand(hidden, scale=0.1) if bias else None,
     )
-    router = rand(shape.experts, shape.hidden, scale=shape.hidden**-0.5)
-    first, second = (rand(shape.hidden, shape.hidden, scale=0.02) for _ in range(2))
+    router = RouterWeights(rand(spec.num_experts, hidden, scale=hidden**-0.5))
+    first, second = (rand(hidden, hidden, scale=0.02) for _ in range(2))
     return Layer(weights, w_out_t.t().contiguous(), router, (first, second))
 
 
-def plain_dense(x: Tensor, layer: Layer) -> Tensor:
+def plain_dense(x: Tensor, layer: Layer, spec: LayerSpec) -> Tensor:
     """What a dense engine runs: two linears in their usual layouts around one activation kernel."""
     w = layer.weights
-    return F.linear(gated_activation(F.linear(x, w.w_in, w.b_in), w), layer.w_out, w.b_out)
+    return F.linear(gated_activation(F.linear(x, w.w_in, w.b_in), spec), layer.w_out, w.b_out)
 
 
 def between(x: Tensor, layer: Layer) -> Tensor:
@@ -223,9 +210,9 @@ def variants(num_tokens: int, path: str) -> Iterator[tuple[str, list[Any]]]:
         yield "pdl", [0, 1, 2]
 
 
-def start_choice(shape: Shape, num_tokens: int, path: str) -> Choice:
+def start_choice(spec: LayerSpec, num_tokens: int, path: str) -> Choice:
     """Where the search on a path begins."""
-    tuning = heuristic_tuning(shape.hidden, shape.size, shape.glu)
+    tuning = heuristic_tuning(spec)
     found = tuning.choice({"fused": 1, "split": min(max(num_tokens, 2), 8), "dense": 256, "grouped": 8192}[path])
     if path == "dense" or (path == "split" and num_tokens == 1):
         found = replace(found, router=dict(variants(num_tokens, path))["router"][0])
@@ -235,10 +222,9 @@ def start_choice(shape: Shape, num_tokens: int, path: str) -> Choice:
 class Bench:
     """One shape's layers and inputs."""
 
-    def __init__(self, shape: Shape, layers: int, dtype: torch.dtype = torch.bfloat16) -> None:
-        self.shape = shape
-        self.dtype = dtype
-        self.layers = [make_layer(shape, seed, dtype) for seed in range(layers)]
+    def __init__(self, spec: LayerSpec, layers: int) -> None:
+        self.spec = spec
+        self.layers = [make_layer(spec, seed) for seed in range(layers)]
         self.sweeps: list[dict[str, Any]] = []
         self.broken: set[str] = set()
         """Paths to leave out: their results are wrong here."""
@@ -251,33 +237,35 @@ class Bench:
         alike: correlation of two tokens, and so of their router logits.
         """
         gen = torch.Generator("cuda").manual_seed(num_tokens)
-        active = max(1, round(share * self.shape.experts))
+        active = max(1, round(share * self.spec.num_experts))
 
         def rand(*sizes: int) -> Tensor:
             return torch.randn(*sizes, generator=gen, device="cuda")
 
-        hidden = self.shape.hidden
+        hidden = self.spec.hidden
         xs = [
-            (alike**0.5 * rand(1, hidden) + (1 - alike) ** 0.5 * rand(num_tokens, hidden)).to(self.dtype)
+            (alike**0.5 * rand(1, hidden) + (1 - alike) ** 0.5 * rand(num_tokens, hidden)).to(self.spec.dtype)
             for _ in self.used(num_tokens)
         ]
-        return xs, [taus_for(x, layer.router, active) for x, layer in zip(xs, self.layers, strict=False)]
+        return xs, [taus_for(x, layer.router.weight, active) for x, layer in zip(xs, self.layers, strict=False)]
 
     def used(self, num_tokens: int) -> list[Layer]:
         """The layers a step runs through: two are enough where one takes milliseconds."""
         return self.layers if num_tokens < 1024 else self.layers[:2]
 
-    def run(self, i: int, x: Tensor, tau: Tensor, choice: Choice, **options: Any) -> Tensor:
+    def run(
+        self, i: int, x: Tensor, tau: Tensor, choice: Choice, gate: str = "sigmoid", active_counts: Tensor | None = None
+    ) -> Tensor:
         """Layer i by one choice."""
-        rule: dict[str, Any] = {"selection": "cumulative_mass", "threshold": None, "gate": "sigmoid"} | options
-        layer = self.layers[i]
-        return routed_ffn(x, tau, layer.router, None, layer.weights, **rule, tuning=Tuning(((1, choice),)))
+        layer, spec = self.layers[i], replace(self.spec, rule=RoutingRule(gate=gate))
+        counters, tuning = Counters(active_counts), Tuning(((1, choice),))
+        return routed_ffn(x, tau, layer.router, layer.weights, spec, tuning=tuning, counters=counters)
 
-    def time(self, choice: Choice, data: tuple[list[Tensor], list[Tensor]], **options: Any) -> float:
+    def time(self, choice: Choice, data: tuple[list[Tensor], list[Tensor]], gate: str = "sigmoid") -> float:
         """Microseconds of a layer; infinite where the tiles do not fit."""
         xs, taus = data
         try:
-            return self.time_between(xs, lambda i: self.run(i, xs[i], taus[i], choice, **options))
+            return self.time_between(xs, lambda i: self.run(i, xs[i], taus[i], choice, gate))
         except TOO_LARGE as error:
             if "out of resource" not in str(error) and "shared memory" not in str(error):
                 raise
@@ -289,7 +277,7 @@ class Bench:
     def time_dense(self, num_tokens: int) -> float:
         """Microseconds of the dense layer."""
         xs, _ = self.inputs(num_tokens, 1.0)
-        return self.time_between(xs, lambda i: plain_dense(xs[i], self.layers[i]))
+        return self.time_between(xs, lambda i: plain_dense(xs[i], self.layers[i], self.spec))
 
     def time_between(self, xs: list[Tensor], step: Callable[[int], Tensor]) -> float:
         """Microseconds that `step` (layer index) adds to what an engine runs between its layers anyway."""
@@ -303,7 +291,7 @@ class Bench:
         self, num_tokens: int, path: str, dense: float, begin: Choice | None = None, sweep: bool = True
     ) -> Choice:
         """The fastest choice on a path, one field at a time; first those that `dense` us seldom beats."""
-        best = begin or start_choice(self.shape, num_tokens, path)
+        best = begin or start_choice(self.spec, num_tokens, path)
         data = [self.inputs(num_tokens, share) for share in SHARES]
         for name, values in variants(num_tokens, path) if sweep else ():
             times = {}
@@ -335,70 +323,31 @@ def pick(times: dict[str, list[float]], dense: float) -> str:
     return min(safe, key=lambda p: sum(safe[p])) if safe else min(times, key=lambda p: max(times[p]))
 
 
-def precompile(shape: Shape, num_tokens: int, choice: Choice) -> None:
-    """Compile one choice's kernels into Triton's cache by running them over zeros."""
-    neurons = shape.experts * shape.size
-
-    def zeros(*sizes: int) -> Tensor:
-        return torch.zeros(*sizes, dtype=torch.bfloat16, device="cuda")
-
-    rows = neurons * (2 if shape.glu else 1)
-    bias = (zeros(rows), zeros(shape.hidden)) if shape.bias else (None, None)
-    weights = Weights(
-        zeros(rows, shape.hidden), bias[0], zeros(neurons, shape.hidden), bias[1], shape.activation, shape.glu
+def precompile(spec: LayerSpec, num_tokens: int, choice: Choice) -> None:
+    """Compile one choice's kernels into Triton's cache by running them."""
+    layer = make_layer(spec, 0)
+    x, tau = (
+        torch.zeros(num_tokens, spec.hidden, dtype=spec.dtype, device="cuda"),
+        torch.zeros(num_tokens, device="cuda"),
     )
+    spec = replace(spec, rule=RoutingRule(gate="sigmoid"))
     with suppress(*TOO_LARGE):  # the search meets it again
-        routed_ffn(
-            zeros(num_tokens, shape.hidden), torch.zeros(num_tokens, device="cuda"),
-            zeros(shape.experts, shape.hidden), None, weights,
-            selection="cumulative_mass", threshold=None, gate="sigmoid", tuning=Tuning(((1, choice),)),
-        )  # fmt: skip
+        routed_ffn(x, tau, layer.router, layer.weights, spec, tuning=Tuning(((1, choice),)))
 
 
-def precompile_all(shape: Shape, tokens: tuple[int, ...], processes: int) -> None:
+def precompile_all(spec: LayerSpec, tokens: tuple[int, ...], processes: int) -> None:
     """Compile what a search at these batch sizes will run, in several processes."""
     jobs: list[tuple[int, Choice]] = []
     for num_tokens in tokens:
         for path in paths_for(num_tokens):
-            begin = start_choice(shape, num_tokens, path)
+            begin = start_choice(spec, num_tokens, path)
             jobs += [
                 (num_tokens, replace(begin, **{name: value}))
                 for name, values in variants(num_tokens, path)
                 for value in values
             ]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:
-        list(pool.map(precompile, [shape] * len(jobs), *zip(*jobs, strict=True), chunksize=2))
-
-
-def tune(
-    hidden: int,
-    num_experts: int,
-    expert_size: int,
-    glu: bool,
-    dtype: torch.dtype,
-    output: str | None = None,
-    *,
-    processes: int = 8,
-    layers: int = 8,
-) -> Tuning:
-    """Measure every path on this GPU and add the shape's table to a file.
-
-    Args:
-        hidden, num_experts, expert_size, glu: the layer's shape.
-        dtype: bf16 or fp16.
-        output: a JSON file, made or added to; None: ``<gpu>.json`` in the current directory.
-        processes: compilers at a time.
-        layers: layers with weights of their own.
-
-    Returns:
-        the table.
-    """
-    shape = Shape(hidden, num_experts, expert_size, glu, "silu" if glu else "gelu_new")
-    precompile_all(shape, SWEEP_AT, processes)
-    bench = Bench(shape, layers, dtype)
-    tuning = tune_bench(bench)
-    write_table(output or table_name(torch.cuda.get_device_name()), shape, tuning)
-    return tuning
+        list(pool.map(precompile, [spec] * len(jobs), *zip(*jobs, strict=True), chunksize=2))
 
 
 def tune_bench(
@@ -443,13 +392,13 @@ def tune_bench(
     return Tuning(tuple(chosen))
 
 
-def write_table(path: str, shape: Shape, tuning: Tuning) -> None:
+def write_table(path: str, spec: LayerSpec, tuning: Tuning) -> None:
     """Add a shape's table to a JSON file of one GPU's tables."""
     tables = {}
     if os.path.exists(path):
         with open(path) as file:
             tables = json.load(file)
-    tables[shape_key(shape.hidden, shape.experts, shape.size, shape.glu)] = tuning_to_json(tuning)
+    tables[shape_key(spec)] = tuning_to_json(tuning)
     with open(path, "w") as file:
         json.dump(tables, file, indent=1, sort_keys=True)
         file.write("\n")

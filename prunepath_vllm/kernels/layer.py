@@ -1,0 +1,216 @@
+"""What a routed layer is: the description that every path takes and checks, and the named groups of its tensors.
+
+Shapes: T tokens, H hidden size, E experts, D neurons per expert, F = E * D. Under tensor parallelism D is what one rank
+holds of every expert.
+"""
+
+import functools
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import StrEnum
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from prunepath_vllm.errors import ConfigError
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+"""Of activations and weights."""
+
+
+class Activation(StrEnum):
+    """The non-linearities that every path knows. Called with a tensor, the PyTorch function."""
+
+    SILU = "silu"
+    GELU = "gelu"
+    GELU_TANH = "gelu_tanh"
+    RELU = "relu"
+
+    @classmethod
+    def named(cls, name: str) -> "Activation":
+        """The activation that transformers calls `name`.
+
+        Raises:
+            ConfigError: no path computes it.
+        """
+        if name not in ACTIVATION_NAMES:
+            raise ConfigError(f"activation {name!r}; expected one of {', '.join(ACTIVATION_NAMES)}")
+        return ACTIVATION_NAMES[name]
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Apply it, in x's dtype."""
+        return _FUNCTIONS[self](x)
+
+
+ACTIVATION_NAMES = {
+    "silu": Activation.SILU,
+    "gelu": Activation.GELU,
+    "gelu_new": Activation.GELU_TANH,
+    "gelu_pytorch_tanh": Activation.GELU_TANH,
+    "relu": Activation.RELU,
+}
+"""transformers' names of the activations."""
+
+_FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
+    Activation.SILU: F.silu,
+    Activation.GELU: F.gelu,
+    Activation.GELU_TANH: functools.partial(F.gelu, approximate="tanh"),
+    Activation.RELU: F.relu,
+}
+
+
+@dataclass(frozen=True)
+class RoutingRule:
+    """How a token's experts follow from its router logits (eq. 7-10, or LTE's threshold).
+
+    Attributes:
+        selection: "cumulative_mass" or "threshold".
+        threshold: LTE's delta in (0, 1) with "threshold", else None.
+        gate: what an active expert's output is multiplied by: "sigmoid" of its logit, or "none" for 1.
+    """
+
+    selection: str = "cumulative_mass"
+    threshold: float | None = None
+    gate: str = "none"
+
+    def __post_init__(self) -> None:
+        if self.selection not in ("cumulative_mass", "threshold"):
+            raise ConfigError(f"selection {self.selection!r}; expected cumulative_mass or threshold")
+        if self.gate not in ("sigmoid", "none"):
+            raise ConfigError(f"gate {self.gate!r}; expected sigmoid or none")
+        if (self.threshold is not None) != (self.selection == "threshold"):
+            raise ConfigError(
+                f"threshold {self.threshold} with selection {self.selection!r}; expected one with the other"
+            )
+
+
+@dataclass(frozen=True)
+class LayerSpec:
+    """One routed feed-forward layer, or the part of it that one tensor-parallel rank holds.
+
+    Attributes:
+        hidden: H.
+        num_experts: E.
+        expert_size: D, any number from 1 up.
+        dtype: of activations and weights, one of DTYPES. Logits, gates and sums are float32 in every path.
+        activation: the non-linearity.
+        glu: whether the first linear has a gate half, multiplied by its other half.
+        rule: the routing rule.
+    """
+
+    hidden: int
+    num_experts: int
+    expert_size: int
+    dtype: torch.dtype
+    activation: Activation = Activation.SILU
+    glu: bool = True
+    rule: RoutingRule = RoutingRule()
+
+    def __post_init__(self) -> None:
+        for name in ("hidden", "num_experts", "expert_size"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} {getattr(self, name)}; expected at least 1")
+        if self.dtype not in DTYPES:
+            raise ConfigError(f"dtype {self.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+
+    @property
+    def neurons(self) -> int:
+        """F."""
+        return self.num_experts * self.expert_size
+
+    @property
+    def input_rows(self) -> int:
+        """Rows of the first linear: F, or 2 F for a GLU."""
+        return self.neurons * (2 if self.glu else 1)
+
+    @property
+    def weight_bytes(self) -> int:
+        """Bytes of both linears without their biases."""
+        return (self.input_rows + self.neurons) * self.hidden * self.dtype.itemsize
+
+    def encode(self) -> str:
+        """As a string, which a custom op takes where it takes no object; :meth:`decode` is the inverse."""
+        values = {name: getattr(self, name) for name in ("hidden", "num_experts", "expert_size", "activation", "glu")}
+        return json.dumps({**values, "dtype": str(self.dtype).removeprefix("torch."), "rule": vars(self.rule)})
+
+    @staticmethod
+    @functools.cache
+    def decode(text: str) -> "LayerSpec":
+        """The inverse of :meth:`encode`."""
+        values = json.loads(text)
+        values["dtype"] = getattr(torch, values["dtype"])
+        values["activation"] = Activation(values["activation"])
+        return LayerSpec(**{**values, "rule": RoutingRule(**values["rule"])})
+
+    def check(self, x: Tensor, tau: Tensor, router: "RouterWeights", weights: "Weights") -> None:
+        """Refuse tensors that are not this layer's: a kernel given others would read beside them.
+
+        Raises:
+            ConfigError: names the tensor, its shape or dtype, and what was expected.
+        """
+        tokens, hidden = x.shape[0], self.hidden
+        expected: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
+            ("x", x, (tokens, hidden)),
+            ("tau", tau, (tokens,)),
+            ("router weight", router.weight, (self.num_experts, hidden)),
+            ("router bias", router.bias, (self.num_experts,)),
+            ("first linear", weights.w_in, (self.input_rows, hidden)),
+            ("bias of the first linear", weights.b_in, (self.input_rows,)),
+            ("second linear, transposed", weights.w_out_t, (self.neurons, hidden)),
+            ("bias of the second linear", weights.b_out, (hidden,)),
+        )
+        for name, tensor, shape in expected:
+            if tensor is not None and tensor.shape != shape:
+                raise ConfigError(f"{name}: shape {list(tensor.shape)}; expected {list(shape)}")
+        if not x.dtype == weights.w_in.dtype == weights.w_out_t.dtype == self.dtype:
+            found = f"{x.dtype}, {weights.w_in.dtype} and {weights.w_out_t.dtype}"
+            raise ConfigError(f"x and both linears: {found}; expected {self.dtype}")
+
+
+@dataclass(frozen=True)
+class RouterWeights:
+    """What router logits are made of, contiguous.
+
+    Attributes:
+        weight: [E, H].
+        bias: [E] or None.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Weights:
+    """One layer's feed-forward weights, in the layout every kernel reads, contiguous.
+
+    Attributes:
+        w_in: [F, H], or [2 F, H] with the gate rows first for a GLU.
+        b_in: [F] or [2 F], or None.
+        w_out_t: [F, H], the second linear transposed: expert e is the rows [e D, (e + 1) D).
+        b_out: [H], or None. Added once, never gated.
+    """
+
+    w_in: Tensor
+    b_in: Tensor | None
+    w_out_t: Tensor
+    b_out: Tensor | None
+
+
+@dataclass(frozen=True)
+class Counters:
+    """Where a call adds what it did; None where nobody counts.
+
+    Attributes:
+        active: int32 [T]; each token's number of active experts.
+        read: int32 or int64 [1]; the number of experts whose weights were read: those that some token uses, or all
+            where a dense product computes them.
+    """
+
+    active: Tensor | None = None
+    read: Tensor | None = None
+
+
+NO_COUNTERS = Counters()
