@@ -14,7 +14,7 @@ from prunepath_vllm.benchmarks.float32 import layer_output
 from prunepath_vllm.benchmarks.shapes import randomise
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.kernels.layer import Weights
-from prunepath_vllm.model_executor.layers.routed_ffn import ExpertInputs, ExpertOutputs, ExpertRouter, RoutedFFN
+from prunepath_vllm.model_executor.layers.routed_ffn import first_layer
 
 CHECKED_TOKENS = (1, 4, 16, 64, 256)
 CHECKED_TAUS = (0.3, 1.0, 0.7, 0.05)
@@ -46,13 +46,10 @@ class BenchmarkProbe:
 
 def check_first_layer(model: nn.Module) -> list[float | str] | None:
     """See :meth:`BenchmarkProbe.prunepath_check_layer`. Tokens of one batch have taus of their own."""
-    for block in model.modules():
-        parts: dict[type, Any] = {type(child): child for child in block.children()}
-        if {ExpertInputs, ExpertOutputs, ExpertRouter, RoutedFFN} <= set(parts):
-            break
-    else:
+    layer = first_layer(model)
+    if not layer:
         return None
-    ffn, router, inputs, outputs = (parts[part] for part in (RoutedFFN, ExpertRouter, ExpertInputs, ExpertOutputs))
+    ffn, router, inputs, outputs = layer
     saved, weight = ffn.tau.clone(), inputs.weight
     weights = Weights(weight, inputs.bias, outputs.weight, outputs.bias)
     generator = torch.Generator(weight.device).manual_seed(0)
@@ -62,7 +59,7 @@ def check_first_layer(model: nn.Module) -> list[float | str] | None:
         taus = torch.tensor(CHECKED_TAUS, device=weight.device).repeat(1 + tokens // len(CHECKED_TAUS))[:tokens]
         ffn.tau[:tokens] = taus
         ffn.dense_step.fill_(False)
-        y = block(x).float()
+        y = ffn(x, router, inputs, outputs).float()
         gates = reference.expert_weights(
             reference.router_logits(x, router.weight, router.bias), taus, **asdict(ffn.spec.rule)
         )

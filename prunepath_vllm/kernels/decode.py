@@ -177,8 +177,8 @@ def down_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def reduce_kernel(
-    partial, b_out, y, num_tokens, parts, H: tl.constexpr, BIAS: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
-    PDL: tl.constexpr,
+    partial, b_out, y, num_tokens, parts, H: tl.constexpr, BIAS: tl.constexpr, BLOCK_P: tl.constexpr,
+    BLOCK: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """y [T * H] = the parts of partial [parts, T * H] added in a fixed order, plus the output bias."""
     numel = num_tokens * H  # whose divisors the compiler sees in H, for any number of tokens

@@ -96,6 +96,15 @@ class TokenTaus:
         self.counts.begin_step(taus, computed, scheduled, prompt_lens, reports)
         return dense_step, lens
 
+    def compile_kernels(self) -> None:
+        """Fill taus once as every kind of step does, so that no request waits for Triton."""
+        one = torch.ones(1, dtype=torch.float32, device=self.values.device)
+        slots = torch.zeros(1, dtype=torch.int32, device=one.device)
+        starts = torch.tensor([0, 1], dtype=torch.int32, device=one.device)
+        positions, prompt = slots.long(), None if self.prefill_tau is None else one.long()
+        for prompt_lens in {None, prompt}:
+            self.fill(one, slots, starts, positions, 1, dense_step=False, prompt_lens=prompt_lens)
+
     def fill(
         self,
         slot_taus: Tensor,

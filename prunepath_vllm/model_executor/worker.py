@@ -4,6 +4,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.worker.worker_base import WorkerBase
 
+from prunepath_vllm.model_executor.layers.routed_ffn import compile_kernels
 from prunepath_vllm.model_executor.tau import TokenTaus, attach_to_v1_runner
 
 _Worker: Any = WorkerBase if TYPE_CHECKING else object
@@ -18,9 +19,13 @@ class PrunePathWorkerMixin(_Worker):
         attach_to_v1_runner(self)
 
     def compile_or_warm_up_model(self) -> Any:
-        """Warm up, then count from 0."""
+        """Compile what vLLM's warm-up leaves out, warm up, then count from 0."""
+        token_taus = TokenTaus.of(self.vllm_config)
+        # First: vLLM's warm-up ends by watching for kernels compiled later.
+        token_taus.compile_kernels()
+        compile_kernels(self.get_model(), len(token_taus.values))
         times = super().compile_or_warm_up_model()
-        TokenTaus.of(self.vllm_config).counts.restart()
+        token_taus.counts.restart()
         return times
 
     def prunepath_report(self, name: str) -> list[tuple[list[int], int]] | None:

@@ -256,6 +256,36 @@ def dense_products(num_tokens: int, spec: LayerSpec) -> bool:
     return kernels is None or kernels.load_tuning(torch.cuda.get_device_name(), spec).choice(num_tokens).path == "dense"
 
 
+def first_layer(model: nn.Module) -> list[Any]:
+    """The first routed layer on this rank: its RoutedFFN, then what :meth:`RoutedFFN.forward` takes besides x.
+
+    Empty where there is none.
+    """
+    found: dict[type, Any] = {}
+    for module in model.modules():
+        found.setdefault(type(module), module)
+    kinds = (RoutedFFN, ExpertRouter, ExpertInputs, ExpertOutputs)
+    return [found[kind] for kind in kinds] if set(kinds) <= set(found) else []
+
+
+@torch.inference_mode()
+def compile_kernels(model: nn.Module, max_tokens: int) -> None:
+    """Run a GPU's layer once at every batch size from which on other kernels are compiled, up to `max_tokens`.
+
+    Graph capture and profiling see some sizes only; without this the first request of another would wait for Triton.
+    """
+    layer, kernels = first_layer(model), triton_kernels()
+    if not layer or kernels is None or not layer[0].tau.is_cuda:
+        return
+    ffn, *weights = layer
+    tuning = kernels.load_tuning(torch.cuda.get_device_name(), ffn.spec)
+    for tokens in kernels.warm_up_tokens(tuning, max_tokens):
+        x = torch.zeros(tokens, ffn.spec.hidden, dtype=ffn.spec.dtype, device=ffn.tau.device)
+        for dense_step in (True, False):
+            ffn.dense_step.fill_(dense_step)
+            ffn(x, *weights)
+
+
 def _packed(handle: Tensor | None, columns: int, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
     return None if handle is None else lambda x: packed_matmul(x, handle, columns, bias)
 
