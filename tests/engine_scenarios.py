@@ -230,6 +230,54 @@ def refusals():
     return {"said": said, "before": list(before), "after": list(after), "mine": mine.extra_args, "left": left}
 
 
+def reload():
+    """Tokens before and after weights are loaded again: the same, another checkpoint's, and back.
+
+    The options name the other checkpoints: `changed` has other weights, `refused` (a list) must not be taken.
+    """
+    llm = engine(enforce_eager=OPTIONS.get("eager", True), enable_prefix_caching=False)
+
+    def generate():
+        taus = TAUS[:4]
+        outputs = llm.generate(PROMPTS[:4], [params(tau) for tau in taus], use_tqdm=False)
+        return [row(output, tau) for output, tau in zip(outputs, taus, strict=True)]
+
+    results = {"before": generate()}
+    llm.collective_rpc("reload_weights")
+    results["same"] = generate()
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": OPTIONS["changed"]})
+    results["changed"] = generate()
+    refused = []
+    for path in OPTIONS["refused"]:
+        try:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+            refused.append(None)
+        except ValueError as error:
+            refused.append(str(error))
+    results["after refusals"] = generate()
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": CHECKPOINT})
+    results["back"] = generate()
+    llm.collective_rpc(send_weights, args=(OPTIONS["changed"],))
+    results["sent"] = generate()
+    return {"rows": results, "refused": refused}
+
+
+def send_weights(worker, checkpoint):
+    """What vLLM's weight transfer engines do with a trainer's tensors: one call of load_weights for each."""
+    from pathlib import Path
+
+    from safetensors.torch import load_file
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    model = worker.model_runner.get_model()
+    with set_current_vllm_config(worker.vllm_config):
+        initialize_layerwise_reload(model)
+        for name, tensor in load_file(Path(checkpoint) / "model.safetensors").items():
+            model.load_weights([(name, tensor)])
+        finalize_layerwise_reload(model, worker.vllm_config.model_config)
+
+
 def wait_for_a_scenario():
     """Return in a forked process for every line {"arguments", "output", "environment"}, and never in this one.
 
