@@ -40,8 +40,7 @@ class PrunePathWorkerMixin(_Worker):
         super().reload_weights(
             weights_iterator=weights_iterator, weights_path=weights_path, is_checkpoint_format=is_checkpoint_format
         )
-        if not is_checkpoint_format:  # vLLM has written over the weights themselves
-            model.pack_again()
+        model.pack_again()
 
     def prunepath_report(self, name: str) -> list[tuple[list[int], int]] | None:
         """See :meth:`ExpertCounts.take_report`."""
