@@ -115,10 +115,10 @@ def decode_block_key(request: Any, start: int, end: int) -> tuple[str, str] | No
     if not start <= first < end or request.sampling_params is None:
         return None
     extra = request.sampling_params.extra_args or {}
-    taus = [extra.get(name) for name in ("tau", PREFILL_KEY)]
-    if not all(isinstance(tau, float) for tau in taus):  # no prefill tau, or a request to another model
+    tau, prefill_tau = extra.get("tau"), extra.get(PREFILL_KEY)
+    if not isinstance(tau, float) or not isinstance(prefill_tau, float):  # no prefill tau, or another model's request
         return None
-    tau, prefill_tau = (min(tau, DENSE_TAU) for tau in taus)
+    tau, prefill_tau = min(tau, DENSE_TAU), min(prefill_tau, DENSE_TAU)
     return None if tau == prefill_tau else ("prunepath", f"tau={tau!r} from {first}")
 
 

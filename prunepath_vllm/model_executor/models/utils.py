@@ -58,12 +58,14 @@ class PrunePathModelMixin(_Model):
 
     def pack_again(self, names: Iterable[str] | None = None) -> None:
         """Make the CPU's packed copies those of the weights; `names` of modules, or all."""
-        modules = dict(self.named_modules())
+        modules: dict[str, Any] = dict(self.named_modules())
         # A head of its own that shares the embedding's weight: vLLM packs what has been loaded, and it has not.
-        if names is None and hasattr(head := modules.get("lm_head"), "cpu_linear"):
+        head: Any = modules.get("lm_head")
+        if names is None and hasattr(head, "cpu_linear"):
             head.quant_method.process_weights_after_loading(head)
-        for module in map(modules.get, modules if names is None else names):
-            if getattr(module, "packed", None) is not None and not module.weight.is_meta:
+        for name in modules if names is None else names:
+            module = modules.get(name)
+            if module is not None and getattr(module, "packed", None) is not None and not module.weight.is_meta:
                 module.quant_method.process_weights_after_loading(module)
 
     def expect_reloadable(self, path: str, served: PrunePathConfig) -> None:
