@@ -44,7 +44,8 @@ def register() -> None:
     from vllm import ModelRegistry
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
-    from prunepath_vllm.entrypoints.server.engine import ServedEngineConfig, install_in_engine_core
+    from prunepath_vllm.entrypoints.server.engine import ServedEngineConfig
+    from prunepath_vllm.model_executor.engine_core import install_in_engine_core
     from prunepath_vllm.modeling import register_configs
 
     register_configs()

@@ -33,6 +33,7 @@ if RUNNER == "v2":
 from prometheus_client import CollectorRegistry, multiprocess  # noqa: E402
 from vllm import LLM, PoolingParams, SamplingParams  # noqa: E402
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
+from vllm.v1.engine import EngineCoreRequest  # noqa: E402
 
 TAUS = (1.0, 0.9, 0.5, 0.3, 0.7, 1.05)
 PROMPTS = [f"{i}: " + "the quick brown fox jumps over the lazy dog; " * (1 + i % 3) for i in range(9)]
@@ -227,7 +228,88 @@ def refusals():
     ranges = {"auto": params("auto"), "range": params({"min": 0.3, "max": 0.5}), "dense": params(1.0)}
     offline = {name: llm.generate([PROMPTS[0]], one, use_tqdm=False)[0] for name, one in ranges.items()}
     left = {name: list(output.outputs[0].token_ids) for name, output in offline.items()}
-    return {"said": said, "before": list(before), "after": list(after), "mine": mine.extra_args, "left": left}
+    return {
+        "said": said, "before": list(before), "after": list(after), "mine": mine.extra_args, "left": left,
+        "around": around_the_front_end(llm),
+    }  # fmt: skip
+
+
+def around_the_front_end(llm):
+    """Requests straight to the engine core, as a front end that knows nothing of tau sends them; the last is bad."""
+    core = llm.llm_engine.engine_core
+    prompt = llm.generate([SHARED_PREFIX], params(0.9), use_tqdm=False)[0].prompt_token_ids
+
+    def generate(name, tau):
+        core.add_request(
+            EngineCoreRequest(
+                request_id=name, prompt_token_ids=list(prompt), mm_features=None, sampling_params=params(tau),
+                pooling_params=None, arrival_time=0.0, lora_request=None, cache_salt=None, data_parallel_rank=None,
+            )
+        )  # fmt: skip
+        tokens, finished = [], False
+        while not finished:
+            for output in core.get_output().outputs:
+                tokens += output.new_token_ids
+                finished = output.finished
+        return tokens
+
+    taus = (0.3, 1.0, 0.3, None)
+    rows = [
+        {"tau": tau, "prompt": list(prompt), "tokens": [generate(f"around-{i}", tau)]} for i, tau in enumerate(taus)
+    ]
+    try:
+        said = generate("bad", 3.0)
+    except ValueError as error:
+        said = str(error)
+    return {"rows": rows, "said": said}
+
+
+def reload():
+    """Tokens before and after weights are loaded again: the same, another checkpoint's, and back.
+
+    The options name the other checkpoints: `changed` has other weights, `refused` (a list) must not be taken.
+    """
+    llm = engine(enforce_eager=OPTIONS.get("eager", True), enable_prefix_caching=False)
+
+    def generate():
+        taus = TAUS[:4]
+        outputs = llm.generate(PROMPTS[:4], [params(tau) for tau in taus], use_tqdm=False)
+        return [row(output, tau) for output, tau in zip(outputs, taus, strict=True)]
+
+    results = {"before": generate()}
+    llm.collective_rpc("reload_weights")
+    results["same"] = generate()
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": OPTIONS["changed"]})
+    results["changed"] = generate()
+    refused = []
+    for path in OPTIONS["refused"]:
+        try:
+            llm.collective_rpc("reload_weights", kwargs={"weights_path": path})
+            refused.append(None)
+        except ValueError as error:
+            refused.append(str(error))
+    results["after refusals"] = generate()
+    llm.collective_rpc("reload_weights", kwargs={"weights_path": CHECKPOINT})
+    results["back"] = generate()
+    llm.collective_rpc(send_weights, args=(OPTIONS["changed"],))
+    results["sent"] = generate()
+    return {"rows": results, "refused": refused}
+
+
+def send_weights(worker, checkpoint):
+    """What vLLM's weight transfer engines do with a trainer's tensors: one call of load_weights for each."""
+    from pathlib import Path
+
+    from safetensors.torch import load_file
+    from vllm.config import set_current_vllm_config
+    from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+    model = worker.model_runner.get_model()
+    with set_current_vllm_config(worker.vllm_config):
+        initialize_layerwise_reload(model)
+        for name, tensor in load_file(Path(checkpoint) / "model.safetensors").items():
+            model.load_weights([(name, tensor)])
+        finalize_layerwise_reload(model, worker.vllm_config.model_config)
 
 
 def wait_for_a_scenario():

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -167,6 +168,33 @@ def test_tau_1_gives_the_dense_engines_tokens(prunepath_checkpoint, dense_checkp
     assert sparse["tokens"] == run_engine("dense", dense_checkpoint(family))["tokens"]
 
 
+@pytest.mark.parametrize(
+    ("family", "runner", "eager"),
+    [("llama", "v1", True), ("gpt2", "v1", False), ("llama", "v2", True)],
+    ids=["llama", "gpt2-compiled", "llama-v2"],
+)
+def test_weights_loaded_again_are_the_checkpoints(prunepath_checkpoint, tmp_path, family, runner, eager):
+    checkpoint = prunepath_checkpoint(family, default_tau=0.6)
+    # It has router biases, and the first has none, also when it is loaded after it.
+    changed = prunepath_checkpoint(family, default_tau=0.6, seed=7, router_bias=True)
+    other = prunepath_checkpoint(family, default_tau=0.6, gate="sigmoid")
+    torn = shutil.copytree(checkpoint, tmp_path / "torn")
+    os.truncate(torn / "model.safetensors", 5000)
+    refused = [str(other), str(torn), str(tmp_path / "nowhere")]
+    result = run_engine("reload", checkpoint, runner, changed=str(changed), refused=refused, eager=eager)
+    rows = result["rows"]
+    assert_naive(rows["before"], checkpoint)
+    assert rows["same"] == rows["before"]
+    assert_naive(rows["changed"], changed)
+    assert [row["tokens"] for row in rows["changed"]] != [row["tokens"] for row in rows["before"]]
+    for said, expected in zip(result["refused"], ("gate", "model.safetensors", "no such"), strict=True):
+        assert expected in (said or ""), result["refused"]
+    assert rows["after refusals"] == rows["changed"]
+    assert rows["back"] == rows["before"]
+    if family != "gpt2":  # trainers send to GPUs, where a tied head has no packed copy of its own
+        assert rows["sent"] == rows["changed"]
+
+
 def test_refusals_name_the_parameter_the_value_and_the_range(prunepath_checkpoint):
     result = run_engine("refusals", prunepath_checkpoint("llama", default_tau=0.6))
     said = result["said"]
@@ -191,3 +219,6 @@ def test_refusals_name_the_parameter_the_value_and_the_range(prunepath_checkpoin
     }
     assert result["left"]["dense"] != result["before"]
     assert result["mine"] == {"tau": 0.5}
+    # A front end that checks nothing and salts nothing: the engine core does.
+    assert_naive(result["around"]["rows"], prunepath_checkpoint("llama", default_tau=0.6), default_tau=0.6)
+    assert result["around"]["said"] == "tau must be a number in (0, 1.05], got 3.0"

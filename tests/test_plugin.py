@@ -116,6 +116,82 @@ def test_unsupported_engine_settings_are_refused_by_name(prunepath_checkpoint, a
         EngineArgs(model=str(checkpoint), **arguments).create_engine_config()
 
 
+def connector(name: str, **extra) -> dict:
+    return {"kv_connector": name, "kv_role": "kv_both", "kv_connector_extra_config": extra}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (dict(kv_transfer_config=connector("ExampleConnector")), "ExampleConnector"),
+        (dict(kv_transfer_config=connector("NixlConnector")), "NixlConnector"),
+        (
+            dict(kv_transfer_config={**connector("OffloadingConnector"), "kv_connector_module_path": "mine"}),
+            "OffloadingConnector of mine",
+        ),
+        (
+            dict(kv_transfer_config=connector("OffloadingConnector", spec_name="TieringOffloadingSpec")),
+            "OffloadingConnector with spec_name TieringOffloadingSpec",
+        ),
+        (
+            dict(
+                kv_transfer_config=connector(
+                    "MultiConnector", connectors=[connector("OffloadingConnector"), connector("HF3FSKVConnector")]
+                )
+            ),
+            "HF3FSKVConnector",
+        ),
+        (dict(kv_offloading_size=1, kv_offloading_backend="lmcache"), "of kv_offloading_backend lmcache"),
+        (
+            dict(
+                kv_offloading_size=1,
+                kv_transfer_config=connector("OffloadingConnector", spec_name="TieringOffloadingSpec"),
+            ),
+            "OffloadingConnector with spec_name TieringOffloadingSpec",
+        ),
+    ],
+    ids=["example", "nixl", "out-of-tree", "tiering", "in-multi", "lmcache", "native-tiering"],
+)
+def test_kv_connectors_that_may_mix_taus_are_refused_by_name(prunepath_checkpoint, arguments, named):
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    if "kv_transfer_config" in arguments:
+        arguments = arguments | {"kv_transfer_config": KVTransferConfig(**arguments["kv_transfer_config"])}
+    checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
+    with pytest.raises(ValueError, match=re.escape(f"do not support the KV connector {named}, which is not known")):
+        EngineArgs(model=str(checkpoint), **arguments).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        dict(kv_offloading_size=1),
+        dict(kv_transfer_config=connector("SimpleCPUOffloadConnector")),
+        dict(kv_transfer_config=connector("MultiConnector", connectors=[connector("OffloadingConnector")])),
+    ],
+    ids=["native", "simple", "multi"],
+)
+def test_kv_connectors_that_go_by_block_hashes_are_accepted(prunepath_checkpoint, arguments):
+    from vllm.config import KVTransferConfig
+    from vllm.engine.arg_utils import EngineArgs
+
+    if "kv_transfer_config" in arguments:
+        arguments = arguments | {"kv_transfer_config": KVTransferConfig(**arguments["kv_transfer_config"])}
+    checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
+    config = EngineArgs(model=str(checkpoint), **arguments).create_engine_config()
+    assert config.kv_transfer_config.kv_connector
+
+
+def test_a_front_end_that_checks_nothing_is_refused_by_name(prunepath_checkpoint, monkeypatch):
+    from vllm.engine.arg_utils import EngineArgs
+
+    monkeypatch.setenv("VLLM_USE_RUST_FRONTEND", "1")
+    checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
+    with pytest.raises(ValueError, match="Rust front end"):
+        EngineArgs(model=str(checkpoint)).create_engine_config()
+
+
 def test_prunepath_links_in_the_root_lead_to_the_rooms():
     root = Path(__file__).parents[1]
     for name in ("kernels", "model_executor"):

@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from vllm import envs
+
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import ConfigError, TauError, UnsupportedFeatureError
@@ -17,8 +19,13 @@ _WORKERS = {
 }
 
 
-PREFILL_KEY = "prunepath_prefill_tau"
-"""Key of the engine core's copy of a request's extra arguments; overwritten whatever a user sends under it."""
+KV_CONNECTORS = ("OffloadingConnector", "SimpleCPUOffloadConnector")
+"""KV connectors of vLLM that store keys and values under its block hashes, which differ between taus, and nothing else.
+Others go by token ids alone, or hand over what a request elsewhere computed, at a tau that nobody compares."""
+
+_CONNECTOR_SETTINGS = ("kv_connector", "kv_connector_module_path", "kv_connector_extra_config")
+_OFFLOADING_SPEC = "CPUOffloadingSpec"
+"""What OffloadingConnector stores to unless told otherwise; other specs share with other engines."""
 
 REPORT_KEY = "prunepath_report"
 """Key of a request's extra arguments: a name under which its experts are counted. Offline the caller's own; over HTTP
@@ -46,13 +53,18 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
         model_config = vllm_config.model_config
         server_options(vllm_config)
         _refuse_unsupported(vllm_config)
+        _refuse_connectors(vllm_config)
         if os.path.isdir(model_config.model) and vllm_config.load_config.load_format != "dummy":
             validate_checkpoint(model_config.model)
         _choose_worker(vllm_config)
 
+        import vllm.v1.engine.core  # noqa: F401  this process may be the engine core too
+
+        from prunepath_vllm.model_executor.engine_core import install_in_engine_core
         from prunepath_vllm.model_executor.requests import install_request_hooks
 
         install_request_hooks()
+        install_in_engine_core()
 
 
 @dataclass(frozen=True)
@@ -213,10 +225,43 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
         "dual-batch overlap (--enable-dbo)": parallel.enable_dbo or getattr(parallel, "ubatch_size", 0) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "a PrunePath draft model in speculative decoding": drafts_with_us,
+        "vLLM's Rust front end (VLLM_USE_RUST_FRONTEND), which checks no tau": envs.VLLM_USE_RUST_FRONTEND,
     }
     for feature, used in refused.items():
         if used:
             raise UnsupportedFeatureError(f"PrunePath models do not support {feature}; expected it to be off")
+
+
+def _refuse_connectors(vllm_config: VllmConfig) -> None:
+    cache, transfer = vllm_config.cache_config, vllm_config.kv_transfer_config
+    settings = {} if transfer is None else {name: getattr(transfer, name) for name in _CONNECTOR_SETTINGS}
+    if cache.kv_offloading_size is not None:  # vLLM writes the connector's name later
+        native = cache.kv_offloading_backend == "native"
+        settings["kv_connector"] = (
+            KV_CONNECTORS[0] if native else f"of kv_offloading_backend {cache.kv_offloading_backend}"
+        )
+    if settings.get("kv_connector") is not None:
+        _refuse_connector(settings)
+
+
+def _refuse_connector(settings: Mapping[str, Any]) -> None:
+    name, module, extra = (settings.get(key) for key in _CONNECTOR_SETTINGS)
+    extra = extra or {}
+    if name == "MultiConnector" and not module:
+        for child in extra.get("connectors", []):
+            _refuse_connector(child)
+        return
+    what = f"the KV connector {name}"
+    if module:
+        what += f" of {module}"
+    elif name == "OffloadingConnector" and (spec := extra.get("spec_name", _OFFLOADING_SPEC)) != _OFFLOADING_SPEC:
+        what += f" with spec_name {spec}"
+    elif name in KV_CONNECTORS:
+        return
+    raise UnsupportedFeatureError(
+        f"PrunePath models do not support {what}, which is not known to keep taus apart; "
+        f"expected vLLM's own {' or '.join(KV_CONNECTORS)}"
+    )
 
 
 def _choose_worker(vllm_config: VllmConfig) -> None:

@@ -1,7 +1,6 @@
-"""The front end: a request's tau is validated before it is admitted, and its prefix-cache blocks are its tau's own.
+"""The front end: a request's tau is validated before it is admitted, so that a bad one is answered with HTTP 400.
 
-With a prefill tau, keys and values at positions below the prompt's length are computed at it, and those after at the
-request's. So prompts of every tau share one salt; blocks that hold generated tokens are told apart in the engine core.
+What keeps taus apart is in the engine core (engine_core.py), which sees every request, whatever brought it.
 
 Offline, tau rides on the engine's parameter objects. Over HTTP, a middleware reads ``tau`` / ``sparsity`` from the
 body, at the top level or under ``vllm_xargs``, before the engine's schemas drop the first and turn booleans into
@@ -28,7 +27,8 @@ from prunepath_vllm.model_executor.compat import (
     expect_parameters,
     wrap_once,
 )
-from prunepath_vllm.model_executor.engine_config import PREFILL_KEY, Service
+from prunepath_vllm.model_executor.engine_config import Service
+from prunepath_vllm.model_executor.engine_core import extra_arguments, refuse_sessions, set_extra_arguments
 from prunepath_vllm.model_executor.load import expect_scheduler_stats, waiting_requests
 from prunepath_vllm.tau import DENSE_TAU, PARAMETERS, is_adaptive, parse_tau_range, resolve_tau
 
@@ -77,14 +77,6 @@ def observe_admissions(observer: Observer) -> None:
         _observers.append(observer)
 
 
-def tau_cache_salt(cache_salt: str | None, tau: float) -> str:
-    """The prefix-cache salt of a request: the user's own, then the tau. Every dense tau shares one.
-
-    The tau always comes last, so that no salt a user may choose passes for another request's.
-    """
-    return f"{cache_salt or ''}|prunepath:tau={min(tau, DENSE_TAU)!r}"
-
-
 def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(process_inputs)
     def wrapped(self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -93,28 +85,24 @@ def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
         service = _services[self]
         if service is None:
             return process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        pooling = hasattr(params, "extra_kwargs")
         # The body's own values win over the copies that the engine's schema has coerced.
-        requested = {**((params.extra_kwargs if pooling else params.extra_args) or {}), **(_http_knob.get() or {})}
+        requested = {**extra_arguments(params), **(_http_knob.get() or {})}
         try:
             tau = service.tau_of(requested)
         except TauError as error:
             raise TauRequestError(error) from None
         request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        # Workers read the resolved tau alone. The engine's copy is written, never the caller's parameters.
-        extra = {name: value for name, value in requested.items() if name not in (*PARAMETERS, PREFILL_KEY)}
+        refuse_sessions(request)
+        # The engine's copy is written, never the caller's parameters.
+        extra = {name: value for name, value in requested.items() if name not in PARAMETERS}
         extra["tau"] = tau
-        if service.options.prefill_tau is not None:
-            extra[PREFILL_KEY] = service.options.prefill_tau
         for observer in _observers:
             observer(service, tau, extra)
-        if pooling:
-            request.pooling_params = params.clone() if request.pooling_params is params else request.pooling_params
-            request.pooling_params.extra_kwargs = extra
-        else:
-            request.sampling_params = params.clone() if request.sampling_params is params else request.sampling_params
-            request.sampling_params.extra_args = extra
-        request.cache_salt = tau_cache_salt(request.cache_salt, service.prompt_tau(tau))
+        for name in ("sampling_params", "pooling_params"):
+            if (own := getattr(request, name)) is not None:
+                own = own.clone() if own is params else own
+                set_extra_arguments(own, extra)
+                setattr(request, name, own)
         return request
 
     return wrapped

@@ -16,9 +16,9 @@ from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.kernels.tau import expand_taus
 from prunepath_vllm.model_executor.compat import VllmConfig, async_tensor_h2d, forward_hook
 from prunepath_vllm.model_executor.counts import ExpertCounts
-from prunepath_vllm.model_executor.engine_config import REPORT_KEY, server_options
+from prunepath_vllm.model_executor.engine_config import REPORT_KEY, Service, server_options
 from prunepath_vllm.model_executor.layers.routed_ffn import dense_products, layer_spec, triton_kernels
-from prunepath_vllm.tau import DENSE_TAU, resolve_tau
+from prunepath_vllm.tau import DENSE_TAU
 
 _CONTEXT_KEY = "prunepath.token_taus"
 
@@ -35,9 +35,8 @@ class TokenTaus:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.prunepath: PrunePathConfig = vllm_config.model_config.hf_config.prunepath
-        options = server_options(vllm_config)
-        self.default_tau = options.default_tau
-        self.prefill_tau = options.prefill_tau
+        self.service = Service(self.prunepath, server_options(vllm_config))
+        self.prefill_tau = self.service.options.prefill_tau
         # Dense until the first step: profiling then measures the peak that serving can reach.
         max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.values = torch.ones(max_tokens, dtype=torch.float32)
@@ -55,9 +54,12 @@ class TokenTaus:
         return context[_CONTEXT_KEY]
 
     def resolve(self, sampling_params: Any, pooling_params: Any) -> float:
-        """A request's tau, from the parameters the engine core received (validated at the front end)."""
-        requested = _extra_arguments(sampling_params, pooling_params)
-        return resolve_tau(requested, default_tau=self.default_tau, tau_curve=self.prunepath.tau_curve)
+        """A request's tau, which the engine core has settled; the default of vLLM's own warm-up requests.
+
+        Raises:
+            TauError: the engine core was gone around with a tau that no request may have.
+        """
+        return self.service.tau_of(_extra_arguments(sampling_params, pooling_params) or {})
 
     def report_name(self, sampling_params: Any, pooling_params: Any) -> str | None:
         """The name under which a request's experts are to be counted, where it asked for that."""

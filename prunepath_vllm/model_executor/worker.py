@@ -1,5 +1,6 @@
 """What our worker classes add to vLLM's: taus under the V1 model runner, and answers about what was counted."""
 
+import os
 from typing import TYPE_CHECKING, Any
 
 from vllm.v1.worker.worker_base import WorkerBase
@@ -27,6 +28,24 @@ class PrunePathWorkerMixin(_Worker):
         times = super().compile_or_warm_up_model()
         token_taus.counts.restart()
         return times
+
+    def reload_weights(
+        self, weights_iterator: Any = None, weights_path: str | None = None, is_checkpoint_format: bool = True
+    ) -> None:
+        """Load weights again, in place: vLLM's method, as level-2 sleep and trainers call it.
+
+        Raises:
+            CheckpointError, ConfigError: the checkpoint is not one that the running model can become; it is as before.
+        """
+        model: Any = self.model_runner.get_model()
+        path = weights_path or self.vllm_config.model_config.model
+        if weights_iterator is None and (weights_path is not None or os.path.isdir(path)):
+            model.expect_reloadable(path, TokenTaus.of(self.vllm_config).prunepath)
+            model.forget_router_biases()
+        super().reload_weights(
+            weights_iterator=weights_iterator, weights_path=weights_path, is_checkpoint_format=is_checkpoint_format
+        )
+        model.pack_again()
 
     def prunepath_report(self, name: str) -> list[tuple[list[int], int]] | None:
         """See :meth:`ExpertCounts.take_report`."""

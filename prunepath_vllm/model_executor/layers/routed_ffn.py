@@ -67,10 +67,17 @@ class _PackForCPU(QuantizeMethodBase):
         raise AssertionError("expert weights are applied by the routed op")
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Pack the weight of an expert linear."""
-        if layer.weight.device.type == "cpu":
-            layer.packer = pack_for_cpu(layer.weight.t() if isinstance(layer, ExpertInputs) else layer.weight)
-            layer.packed = None if layer.packer is None else layer.packer.handler_tensor
+        """Pack the weight of an expert linear; weights that are loaded again into a running engine come here, too."""
+        if layer.weight.device.type != "cpu":
+            return
+        packer = pack_for_cpu(layer.weight.t() if isinstance(layer, ExpertInputs) else layer.weight)
+        if packer is None:
+            layer.packed = None
+        elif layer.packed is None:
+            layer.packed = packer.handler_tensor.clone()
+        else:  # in place: a compiled graph may hold the tensor
+            layer.packed.copy_(packer.handler_tensor)
+        layer.packer = packer  # the one before it is freed only now
 
 
 class ExpertRouter(nn.Module):
@@ -98,10 +105,13 @@ class ExpertInputs(nn.Module):
         if self.bias is not None:
             set_weight_attrs(self.bias, {"weight_loader": self._load})
 
-    def _load(self, parameter: nn.Parameter, loaded: Any) -> None:
-        """Copy one dense tensor. vLLM's weight mapper marks gate and up with shard_id 0 and 1."""
+    def _load(self, param: nn.Parameter, loaded: Any) -> None:
+        """Copy one dense tensor. vLLM's weight mapper marks gate and up with shard_id 0 and 1.
+
+        vLLM binds the parameter of every weight loader by the name ``param`` when it loads weights again.
+        """
         start = loaded.shard_id * self._shard.neurons if self._glu else 0
-        parameter.data[start : start + self._shard.neurons].copy_(self._shard.rows(loaded))
+        param.data[start : start + self._shard.neurons].copy_(self._shard.rows(loaded))
 
 
 class ExpertOutputs(nn.Module):
@@ -118,13 +128,13 @@ class ExpertOutputs(nn.Module):
         if self.bias is not None:
             set_weight_attrs(self.bias, {"weight_loader": self._load_bias})
 
-    def _load_weight(self, parameter: nn.Parameter, loaded: Tensor) -> None:
+    def _load_weight(self, param: nn.Parameter, loaded: Tensor) -> None:
         """Copy the dense [H, d_ff] weight."""
-        parameter.data.copy_(self._shard.rows(loaded.t()))
+        param.data.copy_(self._shard.rows(loaded.t()))
 
-    def _load_bias(self, parameter: nn.Parameter, loaded: Tensor) -> None:
+    def _load_bias(self, param: nn.Parameter, loaded: Tensor) -> None:
         """The output bias belongs to no expert: one rank adds it before the all-reduce."""
-        parameter.data.copy_(loaded if self._shard.rank == 0 else torch.zeros_like(loaded))
+        param.data.copy_(loaded if self._shard.rank == 0 else torch.zeros_like(loaded))
 
 
 @dataclass(frozen=True)

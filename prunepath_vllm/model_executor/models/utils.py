@@ -6,14 +6,17 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 from vllm.model_executor.models.utils import PPMissingLayer
 
-from prunepath_vllm.checkpoint import check_finite
+from prunepath_vllm.checkpoint import check_finite, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
-from prunepath_vllm.errors import CheckpointError
+from prunepath_vllm.errors import CheckpointError, ConfigError
 from prunepath_vllm.model_executor.compat import VllmConfig
 from prunepath_vllm.model_executor.layers.routed_ffn import ExpertRouter, RoutedFFN, StepState
 from prunepath_vllm.model_executor.tau import TokenTaus
 
 _Model: Any = nn.Module if TYPE_CHECKING else object
+
+_BUILT_IN = ("num_experts", "expert_size", "selection", "threshold", "gate", "dense_positions")
+"""Fields of ``prunepath_config`` that a model is built from: other weights do not change them."""
 
 
 class PrunePathModelMixin(_Model):
@@ -25,13 +28,23 @@ class PrunePathModelMixin(_Model):
 
         return PrunePathEncoderModelState if getattr(self, "is_pooling_encoder", False) else PrunePathModelState
 
+    checkpoint_names: frozenset[str] = frozenset()
+    """The tensors that the model was first loaded from; none before that."""
+
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint's tensors by vLLM's own loaders.
 
+        The first call brings them all. Later ones, into a running engine, may bring a part: trainers send one tensor
+        at a time.
+
         Raises:
-            CheckpointError: a tensor is missing or holds NaN or infinity.
+            CheckpointError: a tensor holds NaN or infinity, or one is missing from the first call.
         """
-        loaded = super().load_weights(_finite(weights))
+        names: set[str] = set()
+        loaded = super().load_weights(_finite(weights, names))
+        if self.checkpoint_names:
+            self.pack_again({name.rpartition(".")[0] for name in loaded})
+            return loaded
         router_biases = {name for name, _ in self.named_parameters() if name.endswith(".router.bias")}
         missing = {name for name, _ in self.named_parameters()} - loaded
         missing -= _tied_to(self, loaded)
@@ -40,7 +53,48 @@ class PrunePathModelMixin(_Model):
             loaded |= router_biases
         if missing:
             raise CheckpointError(f"{min(missing)}: not in the checkpoint ({len(missing)} missing in all)")
+        self.checkpoint_names = frozenset(names)
         return loaded
+
+    def pack_again(self, names: Iterable[str] | None = None) -> None:
+        """Make the CPU's packed copies those of the weights; `names` of modules, or all."""
+        modules: dict[str, Any] = dict(self.named_modules())
+        # A head of its own that shares the embedding's weight: vLLM packs what has been loaded, and it has not.
+        head: Any = modules.get("lm_head")
+        if names is None and hasattr(head, "cpu_linear"):
+            head.quant_method.process_weights_after_loading(head)
+        for name in modules if names is None else names:
+            module = modules.get(name)
+            if module is not None and getattr(module, "packed", None) is not None and not module.weight.is_meta:
+                module.quant_method.process_weights_after_loading(module)
+
+    def expect_reloadable(self, path: str, served: PrunePathConfig) -> None:
+        """Refuse a checkpoint that this model cannot become, before any weight is touched.
+
+        Args:
+            path: the checkpoint's directory.
+            served: the block that the model was built from.
+
+        Raises:
+            CheckpointError: names the tensor that is missing or wrong.
+            ConfigError: names the field in which the checkpoint differs from the one that is served.
+        """
+        summary = validate_checkpoint(path)
+        for name in _BUILT_IN:
+            found, expected = getattr(summary.prunepath, name), getattr(served, name)
+            if found != expected:
+                raise ConfigError(
+                    f"{path}: prunepath_config.{name} is {found!r}; the engine was built for {expected!r}"
+                )
+        biases = {name for name in self.checkpoint_names if name.endswith(".router.bias")}
+        if missing := self.checkpoint_names - biases - set(summary.tensors):
+            raise CheckpointError(f"{path}: tensor {min(missing)} is missing ({len(missing)} in all)")
+
+    def forget_router_biases(self) -> None:
+        """Zero them, for a checkpoint that may have none."""
+        for name, parameter in self.named_parameters():
+            if name.endswith(".router.bias"):
+                parameter.data.zero_()
 
 
 def build_routed_ffn(vllm_config: VllmConfig, layer: int) -> tuple[RoutedFFN, ExpertRouter]:
@@ -58,9 +112,10 @@ def present_layers(layers: nn.ModuleList) -> Iterator[tuple[int, Any]]:
     return ((index, layer) for index, layer in enumerate(layers) if not isinstance(layer, PPMissingLayer))
 
 
-def _finite(weights: Iterable[tuple[str, Tensor]]) -> Iterator[tuple[str, Tensor]]:
+def _finite(weights: Iterable[tuple[str, Tensor]], names: set[str]) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in weights:
         check_finite(name, tensor)
+        names.add(name)
         yield name, tensor
 
 
