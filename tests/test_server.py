@@ -272,7 +272,7 @@ def test_a_knob_in_the_wrong_place_is_http_400_saying_the_right_one(llama, body,
         name = path.split(".")[-1]
         assert error["param"] == name
         right = f"expected '{name}' at the top level of the body or under 'vllm_xargs'"
-        assert error["message"] == f"{path} is not read; {right}"
+        assert error["message"].startswith(f"{path} is not read; {right}")
 
 
 @pytest.mark.parametrize(

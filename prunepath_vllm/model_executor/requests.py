@@ -148,7 +148,7 @@ class KnobMiddleware:
         """Handle one request."""
         try:
             body, receive = await json_body(scope, receive)
-            knob = knob_of_body(body or {})
+            knob: dict[str, Any] = {}
             if body is not None and (service := app_service(scope["app"])) is not None:
                 knob = settled_knob(body, service, scope["app"].state.engine_client)
                 receive = _without_range(body, knob, receive)
