@@ -8,7 +8,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prunepath_vllm.errors import ConfigError
-from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, shown, tau_for_sparsity
+from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, MIN_FLOAT32, float32, parse_tau, shown, tau_for_sparsity
 
 FORMAT_VERSION = 1
 SPARSE_TAU = 0.5
@@ -39,18 +39,23 @@ class PrunePathConfig(BaseModel):
     selection: Literal["cumulative_mass", "threshold"] = "cumulative_mass"
     """Eq. 8-9, or LTE's rule: expert e is active when sigmoid(g_e) > threshold."""
     threshold: float | None = None
-    """LTE's delta in (0, 1); null under cumulative_mass."""
+    """LTE's delta, in float32 too above 0 and below 1; null under cumulative_mass."""
     gate: Literal["sigmoid", "none"]
     """Whether an expert's output is multiplied by sigmoid(g_e) (eq. 10)."""
     dense_positions: int = Field(default=0, ge=0)
     """Tokens at sequence positions below it use every expert."""
-    default_tau: float = Field(default=1.0, gt=0, le=MAX_TAU)
+    default_tau: float = Field(default=1.0, ge=MIN_FLOAT32, le=MAX_TAU)
     """The tau of requests that name none."""
     tau_curve: list[tuple[float, float]] | None = None
     """Measured (tau, FFN sparsity) pairs, ascending tau."""
     split: Split
     base_model: str | None = None
     """Name of the dense checkpoint this one was converted from."""
+
+    @field_validator("default_tau")
+    @classmethod
+    def _dense_where_workers_see_dense(cls, tau: float) -> float:
+        return parse_tau(tau)
 
     @field_validator("tau_curve", mode="before")
     @classmethod
@@ -67,8 +72,10 @@ class PrunePathConfig(BaseModel):
         if not curve:
             raise ValueError("is empty; expected [tau, sparsity] pairs or null")
         for tau, sparsity in curve:
-            if not (0 < tau <= MAX_TAU and 0 <= sparsity < 1):  # NaN fails both
-                raise ValueError(f"[{tau}, {sparsity}]: expected tau in (0, {MAX_TAU}] and sparsity in [0, 1)")
+            if not (MIN_FLOAT32 <= tau <= MAX_TAU and 0 <= sparsity < 1):  # NaN fails both
+                raise ValueError(
+                    f"[{tau}, {sparsity}]: expected tau in [{MIN_FLOAT32}, {MAX_TAU}] and sparsity in [0, 1)"
+                )
         for (tau0, s0), (tau1, s1) in itertools.pairwise(curve):
             if tau1 <= tau0 or s1 > s0:
                 raise ValueError(
@@ -79,9 +86,10 @@ class PrunePathConfig(BaseModel):
     @model_validator(mode="after")
     def _threshold_goes_with_selection(self) -> "PrunePathConfig":
         if self.selection == "threshold":
-            if self.threshold is None or not 0 < self.threshold < 1:
+            if self.threshold is None or not is_threshold(self.threshold):
                 raise ValueError(
-                    f"threshold is {self.threshold}; expected a number in (0, 1) with selection 'threshold'"
+                    f"threshold is {self.threshold}; expected a number in (0, 1), in float32 too, "
+                    "with selection 'threshold'"
                 )
         elif self.threshold is not None:
             raise ValueError(f"threshold is {self.threshold}; expected null with selection 'cumulative_mass'")
@@ -146,6 +154,11 @@ class PrunePathConfig(BaseModel):
     def to_json(self) -> dict[str, Any]:
         """The block as plain JSON values."""
         return self.model_dump(mode="json")
+
+
+def is_threshold(value: float) -> bool:
+    """Whether LTE's delta can be `value`: in (0, 1) in float32 too, which has 0 for 1e-50 and 1 for 1 - 1e-9."""
+    return MIN_FLOAT32 <= value < 1 and float32(value) < 1
 
 
 def sparsity_curve(prunepath: PrunePathConfig) -> np.ndarray | None:

@@ -5,14 +5,20 @@ Pure Python, so that the server front end, the workers and the transformers side
 
 import math
 import reprlib
+import struct
 from bisect import bisect_left
 from collections.abc import Iterable, Mapping, Sequence
+from numbers import Real
 from typing import Any
 
 from prunepath_vllm.errors import TauError
 
 MAX_TAU = 1.05
 """Upper end of the accepted range; the paper's warm-up writes 1.05 for "every expert"."""
+
+MIN_FLOAT32 = 2.0**-126
+"""The smallest normal float32, about 1.18e-38. Workers hold taus and thresholds in float32, where less is 0, or
+may be taken for 0, and a tau of 0 marks padding, for which no expert runs."""
 
 DENSE_TAU = 1.0
 """From here on a token uses every expert, by definition (not by comparing a cumulative sum)."""
@@ -25,15 +31,32 @@ PARAMETERS = ("tau", "sparsity")
 
 
 def parse_tau(value: Any, parameter: str = "tau") -> float:
-    """Return `value` as a float in (0, 1.05].
+    """Return `value` as a float in (0, 1.05]; 1.0 where it is so close to 1 that workers, in float32, see 1.
+
+    Args:
+        value: a number of Python, numpy or torch (of the latter two a scalar or 0-d array or tensor).
+        parameter: what the error calls it.
 
     Raises:
-        TauError: `value` is not a plain number in range (bool, string, NaN and infinity are not).
+        TauError: `value` is not a number in range (bool, string, NaN and infinity are not), or so small that float32
+            has no normal number for it.
     """
     number = _parse_number(value)
     if number is None or not 0 < number <= MAX_TAU:
         raise _out_of_range(parameter, value, f"a number in (0, {MAX_TAU}]")
-    return number
+    if number < MIN_FLOAT32:
+        raise _out_of_range(parameter, value, f"at least {MIN_FLOAT32}, the smallest normal float32")
+    return _dense_as_workers_see_it(number)
+
+
+def float32(number: float) -> float:
+    """`number`, rounded to the nearest float32."""
+    return struct.unpack("f", struct.pack("f", number))[0]
+
+
+def _dense_as_workers_see_it(tau: float) -> float:
+    """`tau`; 1.0 where float32 has nothing between, so that whoever asks whether a tau is dense hears the same."""
+    return DENSE_TAU if float32(tau) == DENSE_TAU else tau
 
 
 def parse_tau_list(text: str) -> list[float]:
@@ -77,10 +100,10 @@ def parse_tau_range(value: str | Mapping[str, Any], parameter: str = "tau") -> t
 
 
 def parse_sparsity(value: Any, parameter: str = "sparsity") -> float:
-    """Return `value` as a float in [0, 1), the share of experts to leave out.
+    """Return `value`, any number that :func:`parse_tau` would take as one, as a float in [0, 1): experts to leave out.
 
     Raises:
-        TauError: `value` is not a plain number in range.
+        TauError: `value` is not a number in range.
     """
     number = _parse_number(value)
     if number is None or not 0 <= number < 1:
@@ -101,12 +124,10 @@ def tau_for_sparsity(tau_curve: Sequence[tuple[float, float]], sparsity: float) 
         if not points or measured > points[-1][0]:
             points.append((measured, tau))
     upper = bisect_left(points, (sparsity, 0.0))
-    if upper == 0:
-        return points[0][1]
-    if upper == len(points):
-        return points[-1][1]
+    if upper in (0, len(points)):
+        return _dense_as_workers_see_it(points[0 if upper == 0 else -1][1])
     (s0, tau0), (s1, tau1) = points[upper - 1], points[upper]
-    return tau0 + (tau1 - tau0) * ((sparsity - s0) / (s1 - s0))
+    return _dense_as_workers_see_it(tau0 + (tau1 - tau0) * ((sparsity - s0) / (s1 - s0)))
 
 
 def level_curve(measured: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -164,11 +185,13 @@ def shown(value: Any) -> str:
 
 
 def _parse_number(value: Any) -> float | None:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
     try:
-        number = float(value)
-    except OverflowError:
+        # Scalars of numpy, 0-d arrays and tensors: told by their shape, as neither library is imported here.
+        number = value.item() if getattr(value, "shape", None) == () else value
+        if isinstance(number, bool) or not isinstance(number, Real):
+            return None
+        number = float(number)
+    except (OverflowError, RuntimeError):  # too large; a tensor without a value, on the meta device
         return None
     return number if math.isfinite(number) else None
 

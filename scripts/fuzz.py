@@ -38,6 +38,8 @@ COSTS = {"n": 2, "best_of": 2, "max_tokens": 4, "max_completion_tokens": 4, "max
 FASTAPI_REFUSAL = '{"detail":"There was an error parsing the body"}'
 DEEP = 900
 """Python's limit is near here, and FastAPI reads the body further down the stack than the plugin."""
+LEAST_TAU = 2.0**-126
+"""The smallest normal float32, as the documentation has it."""
 MAX_LISTED = 20
 PROBE_EVERY = 1000
 
@@ -111,9 +113,9 @@ def _is_tau(value: Any) -> bool:
         return True
     if isinstance(value, dict):
         ends = [value.get("min"), value.get("max")]
-        numbers = all(_is_number(end) and 0 < end <= 1.05 for end in ends)
+        numbers = all(_is_number(end) and LEAST_TAU <= end <= 1.05 for end in ends)
         return numbers and len(value) == 2 and ends[0] <= ends[1]
-    return _is_number(value) and 0 < value <= 1.05
+    return _is_number(value) and LEAST_TAU <= value <= 1.05
 
 
 def _is_number(value: Any) -> bool:

@@ -65,12 +65,17 @@ def test_optional_fields_have_defaults():
         (dict(gate=...), "gate: Field required"),
         (dict(dense_positions=-1), "dense_positions: .*got -1"),
         (dict(default_tau=0.0), r"default_tau: .*got 0\.0"),
+        (dict(default_tau=1e-300), r"default_tau: .*got 1e-300"),
+        (dict(default_tau=1e-40), r"default_tau: .*got 1e-40"),
         (dict(default_tau=1.06), r"default_tau: .*got 1\.06"),
         (dict(default_tau=float("nan")), "default_tau: .*got nan"),
         (dict(threshold=0.5), "threshold is 0.5; expected null with selection 'cumulative_mass'"),
         (dict(selection="threshold"), "threshold is None; expected a number in"),
         (dict(selection="threshold", threshold=1.0), r"threshold is 1\.0; expected"),
         (dict(selection="threshold", threshold=float("nan")), "threshold is nan; expected"),
+        (dict(selection="threshold", threshold=1e-50), r"threshold is 1e-50; expected .* in float32 too"),
+        (dict(selection="threshold", threshold=1 - 1e-9), r"threshold is 0\.999999999; expected .* in float32 too"),
+        (dict(tau_curve=[[1e-300, 0.5], [0.5, 0.1]]), r"\[1e-300, 0\.5\]: expected tau in \[1\.17"),
         (dict(tau_curve=[]), "tau_curve: is empty"),
         (dict(tau_curve=[[0.5, 0.5], [0.4, 0.3]]), "ascending tau"),
         (dict(tau_curve=[[0.4, 0.3], [0.5, 0.5]]), "non-increasing sparsity"),
@@ -90,6 +95,10 @@ def test_a_bad_field_is_named(changes, message):
         PrunePathConfig.parse(block(**changes))
     assert str(caught.value).startswith("prunepath_config")
     assert "\n" not in str(caught.value)
+
+
+def test_a_default_that_is_1_in_float32_is_1():
+    assert PrunePathConfig.parse(block(default_tau=0.99999999)).default_tau == 1.0
 
 
 @pytest.mark.parametrize("data", [None, [], "x", 3], ids=repr)

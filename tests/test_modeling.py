@@ -2,13 +2,19 @@
 
 import threading
 
+import numpy as np
 import pytest
 import torch
 from naive import load_naive, naive_generate, naive_logits, naive_sparsity
-from tiny_models import CAUSAL_FAMILY_NAMES, FAMILY_NAMES, LAYERS, build_dense
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from tiny_models import CAUSAL_FAMILY_NAMES, FAMILY_NAMES, LAYERS, build_dense, build_tokenizer
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    TextClassificationPipeline,
+    pipeline,
+)
 
-from prunepath_vllm.errors import TauError
+from prunepath_vllm.errors import TauError, UnsupportedFeatureError
 from prunepath_vllm.modeling import register_auto_classes
 
 TAUS = (0.05, 0.4, 0.6, 0.8, 0.95, 1.0)
@@ -114,6 +120,9 @@ def test_tau_left_out(prunepath_checkpoint, options, same_as):
         ("0.5", "got '0.5'"),
         (float("nan"), "got nan"),
         ([0.5, -1.0], r"tau\[1\] must be .*got -1.0"),
+        (1e-300, "tau must be at least .*got 1e-300"),
+        (np.bool_(True), "got "),
+        ([0.5, 1e-300], r"tau\[1\] must be at least .*got 1e-300"),
         ([0.5], r"one per sequence \(2\), got 1"),
         ([], r"one per sequence \(2\), got 0"),
         (torch.full((2, 1), 0.5), r"tau\[0\] must be"),
@@ -125,6 +134,19 @@ def test_a_bad_tau_is_named(prunepath_checkpoint, tau, message):
     model = load(prunepath_checkpoint("llama"), "llama")
     with pytest.raises(TauError, match=message):
         model(tokens(2, 4), tau=tau)
+
+
+@pytest.mark.parametrize(
+    "tau",
+    [np.float32(0.6), np.array(0.6), torch.tensor(0.6), np.array([0.6, 0.6]), [np.float64(0.6), torch.tensor(0.6)]],
+    ids=repr,
+)
+def test_numbers_of_numpy_and_torch_are_numbers(prunepath_checkpoint, tau):
+    model = load(prunepath_checkpoint("llama"), "llama")
+    ids = tokens(2, 8)
+    assert torch.equal(logits(model, ids, tau=tau), logits(model, ids, tau=0.6))
+    assert not torch.equal(logits(model, ids, tau=tau), logits(model, ids))
+    assert torch.equal(model.generate(ids, tau=tau, max_new_tokens=3), model.generate(ids, tau=0.6, max_new_tokens=3))
 
 
 @pytest.mark.parametrize("bad", [[0.5, 2.0], "x", [0.5, 0.5, 0.5]], ids=str)
@@ -211,6 +233,75 @@ def test_beam_search_equals_lone_runs(prunepath_checkpoint):
             together[row].tolist()
             == model.generate(ids[row : row + 1], tau=tau, max_new_tokens=6, num_beams=3)[0].tolist()
         )
+
+
+@pytest.mark.parametrize("draft", ["dense", "prunepath"])
+@pytest.mark.parametrize("tau", [0.4, [0.4]], ids=str)
+def test_a_draft_runs_at_its_default_and_the_model_at_its_tau(prunepath_checkpoint, draft, tau):
+    model = load(prunepath_checkpoint("llama"), "llama")
+    assistant = (
+        build_dense("llama") if draft == "dense" else load(prunepath_checkpoint("llama", default_tau=0.6), "llama")
+    )
+    seen: list = []
+    if draft == "prunepath":
+        assistant.base_model.register_forward_pre_hook(
+            lambda _, args, kwargs: seen.append(kwargs["tau"]), with_kwargs=True
+        )
+    ids = tokens(1, 12)
+    alone = model.generate(ids, tau=tau, max_new_tokens=12, do_sample=False)
+    assert torch.equal(
+        model.generate(ids, tau=tau, max_new_tokens=12, do_sample=False, assistant_model=assistant), alone
+    )
+    assert not torch.equal(model.generate(ids, max_new_tokens=12, do_sample=False), alone)
+    assert set(seen) <= {None}
+
+
+def test_a_classification_pipeline_takes_tau(prunepath_checkpoint):
+    path = prunepath_checkpoint("roberta")
+    model, naive = load(path, "roberta"), load_naive(path)
+    text = "the quick brown fox"
+    ids = build_tokenizer()(text)["input_ids"]
+
+    def right(tau):
+        return naive_logits(naive, ids, tau).softmax(-1).tolist()
+
+    def scores(classify, texts, **options):
+        answers = classify(texts, **options)
+        return [[row["score"] for row in sorted(answer, key=lambda row: row["label"])] for answer in answers]
+
+    built = pipeline("text-classification", model=str(path), top_k=None, tau=0.4)
+    with torch.no_grad():
+        assert scores(built, [text] * 3, batch_size=2) == [pytest.approx(right(0.4), abs=1e-4)] * 3
+        assert scores(built, [text], tau=0.6) == [pytest.approx(right(0.6), abs=1e-4)]
+        plain = TextClassificationPipeline(model=model, tokenizer=build_tokenizer(), top_k=None)
+        assert scores(plain, [text]) == [pytest.approx(right(1.0), abs=1e-4)]
+        assert scores(plain, [text], tau=np.float64(0.4)) == [pytest.approx(right(0.4), abs=1e-4)]
+    assert abs(right(0.4)[0] - right(1.0)[0]) > 1e-3
+    with pytest.raises(TauError, match="got 7"):
+        plain(text, tau=7)
+    with pytest.raises(TauError, match=r"got '0\.5'"):
+        pipeline("text-classification", model=str(path), tau="0.5")
+
+
+def test_other_pipelines_take_tau_or_refuse_it(prunepath_checkpoint):
+    model = load(prunepath_checkpoint("llama"), "llama")
+    text = pipeline("text-generation", model=model, tokenizer=build_tokenizer(), do_sample=False, return_tensors=True)
+    ids = build_tokenizer()("a b c", return_tensors="pt")["input_ids"]
+    for tau in (0.4, 1.0):
+        want = model.generate(ids, tau=tau, max_new_tokens=6, do_sample=False)[0].tolist()
+        assert text("a b c", tau=tau, max_new_tokens=6)[0]["generated_token_ids"] == want
+    classifier = load(prunepath_checkpoint("roberta"), "roberta")
+    for name in ("zero-shot-classification", "feature-extraction"):
+        with pytest.raises(
+            UnsupportedFeatureError, match=r"Pipeline does not take tau, got 0\.4; expected it left out"
+        ):
+            pipeline(name, model=classifier, tokenizer=build_tokenizer(), tau=0.4)
+        assert pipeline(name, model=classifier, tokenizer=build_tokenizer()) is not None
+
+
+def test_pipelines_of_other_models_stay_as_they_are():
+    dense = pipeline("text-classification", model=build_dense("roberta"), tokenizer=build_tokenizer(), top_k=None)
+    assert dense("a") == dense("a", tau=0.4)  # the tokenizer drops it, as it always did
 
 
 def test_two_models_and_two_threads_do_not_mix_taus(prunepath_checkpoint):

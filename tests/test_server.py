@@ -24,6 +24,12 @@ MODEL = "tiny"
 START_SECONDS = 600  # 15 where the machine has nothing else to do
 PROMPTS = ["hello world", "the quick brown fox " * 6, "1 2 3 4 5 6 7 8", "x", "to be or not to be, " * 3]
 TAUS = (1.0, 0.8, 0.6, 0.4)
+ENVIRONMENT = {
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "OMP_NUM_THREADS": "1",
+    "HF_HUB_OFFLINE": "1",
+    "VLLM_ENABLE_RESPONSES_API_STORE": "1",  # responses in the background are fetched from it
+}
 CURVE = [[0.2, 0.9], [0.5, 0.7], [0.8, 0.3], [1.0, 0.0]]
 
 
@@ -60,7 +66,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
             [*command, str(checkpoint), *common, *flags],
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
-            env={**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, **ENVIRONMENT},
             start_new_session=True,
         )
         running.append(process)
@@ -89,7 +95,7 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
 @pytest.fixture(scope="module")
 def llama(serve, prunepath_checkpoint) -> Server:
     checkpoint = prunepath_checkpoint("llama", default_tau=0.6, tau_curve=CURVE)
-    return serve(checkpoint, "--additional-config", '{"prunepath": {"default_tau": 0.7}}')
+    return serve(checkpoint, "--additional-config", '{"prunepath": {"default_tau": 0.7}}', "--enable-scale-out")
 
 
 @pytest.fixture(scope="module")
@@ -177,7 +183,155 @@ def test_n_greater_than_1_runs_every_choice_at_the_tau(llama):
         assert (logits.max(-1).values - chosen).max() < 0.3
 
 
+@pytest.mark.parametrize(
+    ("knob", "tau"),
+    [
+        ({}, 0.7),
+        ({"tau": 0.4}, 0.4),
+        ({"vllm_xargs": {"tau": 0.4}}, 0.4),
+        ({"sparsity": 0.5}, 0.65),
+        ({"tau": {"min": 0.4, "max": 0.8}}, 0.8),
+        ({"vllm_xargs": {"tau": {"min": 0.4, "max": 0.8}}}, 0.8),
+        ({"tau": "auto", "prunepath_report": True}, 1.0),
+    ],
+    ids=str,
+)
+def test_a_rendered_request_keeps_its_knob(llama, knob, tau):
+    body = {"model": MODEL, "prompt": PROMPTS[1], "max_tokens": 10, "temperature": 0, "ignore_eos": True, **knob}
+    response = llama.post("/v1/completions/render", body)
+    assert response.status_code == 200, response.text
+    (rendered,) = response.json()
+    asked = {name: value for name, value in {**knob, **knob.get("vllm_xargs", {})}.items() if name != "vllm_xargs"}
+    assert (rendered["sampling_params"].get("extra_args") or {}) == asked
+    answer = llama.post("/inference/v1/generate", rendered).json()
+    assert answer["choices"][0]["token_ids"] == complete(llama, PROMPTS[1], tau=tau)
+    assert ("prunepath" in answer) == ("prunepath_report" in knob)
+    if "prunepath_report" in knob:
+        assert answer["prunepath"]["tau"] == tau
+        stream = llama.post("/inference/v1/generate", {**rendered, "stream": True}).text
+        *_, chunk, done, _ = stream.split("\n\n")
+        assert done == "data: [DONE]"
+        assert json.loads(chunk.removeprefix("data: "))["prunepath"]["tau"] == tau
+
+
+@pytest.mark.parametrize("endpoint", ["/v1/chat/completions", "/v1/responses", "/v1/messages"])
+def test_every_kind_of_body_is_rendered_with_its_knob(llama, endpoint):
+    body = {"model": MODEL, "max_tokens": 2, "tau": 0.4} | {"messages": [{"role": "user", "content": "a"}]}
+    if endpoint == "/v1/responses":
+        body = ENDPOINTS[endpoint] | {"tau": 0.4}
+    response = llama.post(endpoint + "/render", body)
+    assert response.status_code == 200, response.text
+    assert response.json()["sampling_params"]["extra_args"]["tau"] == 0.4
+    assert llama.post(endpoint + "/render", {**body, "tau": 2}).status_code == 400
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["", "stream"])
+def test_generate_takes_the_knob_as_others_do(llama, stream):
+    prompt = build_tokenizer()(PROMPTS[1])["input_ids"]
+    parameters = {"max_tokens": 10, "temperature": 0, "ignore_eos": True}
+    body = {"token_ids": prompt, "sampling_params": parameters, "stream": stream}
+
+    def with_extra(**extra):
+        return {**body, "sampling_params": {**parameters, "extra_args": extra}}
+
+    want = complete(llama, PROMPTS[1], tau=0.4)
+    for asked in ({**body, "tau": 0.4}, {**body, "vllm_xargs": {"tau": 0.4}}, with_extra(tau=0.4)):
+        answer = llama.post("/inference/v1/generate", asked)
+        chunks = [line.removeprefix("data: ") for line in answer.text.split("\n\n")][:-2] if stream else [answer.text]
+        choices = [json.loads(chunk)["choices"][0] for chunk in chunks]
+        assert [token for choice in choices for token in choice["token_ids"] or []] == want
+    for bad in (True, 2, "x", 1e-300):
+        refused = llama.post("/inference/v1/generate", with_extra(tau=bad))
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, "tau")
+    assert llama.post("/inference/v1/generate", {**with_extra(tau=0.4), "tau": 0.5}).status_code == 400
+    assert llama.post("/inference/v1/generate", with_extra(prunepath_report="mine")).status_code == 400
+    misplaced = llama.post("/inference/v1/generate", {**body, "sampling_params": {**parameters, "tau": 0.4}})
+    assert "sampling_params.tau is not read" in misplaced.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("body", "path"),
+    [
+        ({"extra_body": {"tau": 0.4}}, "extra_body.tau"),
+        ({"extra_body": {"sparsity": 0.4}, "tau": 0.5}, "extra_body.sparsity"),
+        ({"extra_body": {"prunepath_report": True}}, "extra_body.prunepath_report"),
+        ({"extra_body": {"vllm_xargs": {"tau": 0.4}}}, "extra_body.vllm_xargs.tau"),
+        ({"extra_args": {"tau": 0.4}}, "extra_args.tau"),
+        ({"extra_kwargs": {"tau": 0.4}}, "extra_kwargs.tau"),
+        ({"sampling_params": {"extra_args": {"tau": 0.4}}}, "sampling_params.extra_args.tau"),
+        ({"vllm_args": {"tau": 0.4}}, "vllm_args.tau"),
+        ({"vllm_xargs": {"extra_args": {"tau": 0.4}}}, "vllm_xargs.extra_args.tau"),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_knob_in_the_wrong_place_is_http_400_saying_the_right_one(llama, body, path):
+    for endpoint in ENDPOINTS:
+        response = llama.post(endpoint, {**ENDPOINTS[endpoint], **body})
+        assert response.status_code == 400
+        error = response.json()["error"]
+        name = path.split(".")[-1]
+        assert error["param"] == name
+        right = f"expected '{name}' at the top level of the body or under 'vllm_xargs'"
+        assert error["message"].startswith(f"{path} is not read; {right}")
+
+
+@pytest.mark.parametrize(
+    "body", [{"metadata": {"tau": "0.4"}}, {"extra_body": {"a": 1}}, {"extra_body": {"tau": None}}]
+)
+def test_what_is_no_knob_stays_the_users(llama, body):
+    response = llama.post("/v1/chat/completions", {**ENDPOINTS["/v1/chat/completions"], **body})
+    assert response.status_code == 200, response.text
+
+
+BATCH = {
+    "low": ({"tau": 0.4}, 0.4),
+    "high": ({"tau": 1.0}, 1.0),
+    "nested": ({"vllm_xargs": {"tau": 0.4}}, 0.4),
+    "sparsity": ({"sparsity": 0.5}, 0.65),
+    "default": ({}, 0.7),
+    "named": ({"model": "coarse"}, 0.5),
+    "range": ({"vllm_xargs": {"tau": {"min": 0.4, "max": 0.8}}}, 0.8),
+    "bool": ({"vllm_xargs": {"tau": True}}, r"tau must be a number in (0, 1.05], got True"),
+    "text": ({"tau": "0.4"}, r"tau must be a number in (0, 1.05], got '0.4'"),
+    "outside": ({"tau": 0.3}, "tau must be in [0.4, 1.05] (this server's min_tau and max_tau), got 0.3"),
+    "misplaced": ({"extra_body": {"tau": 0.4}}, "extra_body.tau is not read"),
+    "report": ({"prunepath_report": 1}, "prunepath_report must be true or false, got 1"),
+}
+
+
+def test_a_batch_file_takes_the_knob_in_each_line(llama, tmp_path):
+    chat = {"model": MODEL, "messages": [{"role": "user", "content": "hi"}], "max_tokens": 10, "temperature": 0}
+    lines = []
+    for name, (knob, _) in BATCH.items():
+        body = {**chat, "return_token_ids": True, "ignore_eos": True, "prunepath_report": name != "nested", **knob}
+        lines.append({"custom_id": name, "method": "POST", "url": "/v1/chat/completions", "body": body})
+    (tmp_path / "in.jsonl").write_text("\n".join(map(json.dumps, lines)) + "\n")
+    policy = {"default_tau": 0.7, "min_tau": 0.4, "default_tau_by_model": {"coarse": 0.5}}
+    command = [str(BIN / "vllm"), "run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--model", str(llama.checkpoint)]
+    command += ["--served-model-name", MODEL, "coarse", "--dtype", "float32", "--max-model-len", "256"]
+    command += ["--enforce-eager", "--additional-config", json.dumps({"prunepath": policy})]
+    run = subprocess.run(command, cwd=tmp_path, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
+    assert {answer["custom_id"] for answer in answers} == set(BATCH)
+    for answer in answers:
+        knob, right = BATCH[answer["custom_id"]]
+        if isinstance(right, str):
+            assert answer["response"]["status_code"] == 400
+            assert answer["error"]["error"]["message"].startswith(right)
+            continue
+        told = {**chat, "tau": right, "return_token_ids": True, "ignore_eos": True}
+        want = llama.post("/v1/chat/completions", told).json()["choices"][0]["token_ids"]
+        assert answer["response"]["body"]["choices"][0]["token_ids"] == want, answer["custom_id"]
+        report = answer["response"]["body"].get("prunepath")
+        assert (report is None) == (answer["custom_id"] == "nested")
+        if report:
+            assert report["tau"] == right
+            assert report["ffn_sparsity"] == pytest.approx(0 if right == 1 else 0.5, abs=0 if right == 1 else 0.5)
+
+
 BAD_TAUS = ["true", "false", '"0.8"', "NaN", "Infinity", "-Infinity", "[0.8]", '{"a": 1}', "0", "-1", "1.06", "1e999"]
+TINY_TAUS = ["1e-300", "1e-40"]
 BAD_SPARSITIES = ["true", '"0.5"', "NaN", "1", "1.0", "-0.1", "[]"]
 ENDPOINTS = {
     "/v1/completions": {"model": MODEL, "prompt": "a", "max_tokens": 2},
@@ -191,6 +345,7 @@ ENDPOINTS = {
 def test_bad_values_are_http_400_naming_parameter_and_range(llama, endpoint, nested):
     before = complete(llama, tau=0.6)
     cases = [("tau", value, "(0, 1.05]") for value in BAD_TAUS]
+    cases += [("tau", value, "at least 1.1754943508222875e-38") for value in TINY_TAUS]
     cases += [("sparsity", value, "[0, 1)") for value in BAD_SPARSITIES]
     for name, value, accepted in cases:
         knob = f'"{name}": {value}'

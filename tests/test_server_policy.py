@@ -8,6 +8,7 @@ import re
 import time
 from pathlib import Path
 
+import anthropic
 import httpx
 import openai
 import pytest
@@ -434,6 +435,55 @@ def test_a_stream_of_responses_reports_in_its_last_event(server):
     *_, last = stream
     assert last.type == "response.completed"
     assert last.response.model_extra["prunepath"] == REPORT
+
+
+def there(server: Server, response_id: str) -> bool:
+    return server.client.responses.retrieve(response_id).status not in ("queued", "in_progress")
+
+
+def in_the_background(server: Server, **options):
+    told = {**WANTED, "ignore_eos": True}
+    body = dict(model=MODEL, input="later", max_output_tokens=40, background=True, store=True)
+    return server.client.responses.create(**body, **options, extra_body=told)
+
+
+def test_a_response_in_the_background_reports_when_it_is_there(server):
+    queued = in_the_background(server)
+    assert queued.status in ("queued", "in_progress")
+    assert "prunepath" not in queued.model_extra
+    until(lambda: there(server, queued.id))
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        fetched = [pool.submit(server.client.responses.retrieve, queued.id) for _ in range(4)]
+    assert [one.result().model_extra["prunepath"] for one in fetched] == [REPORT] * 4
+    plain = server.client.responses.create(model=MODEL, input="later", max_output_tokens=2, background=True)
+    until(lambda: there(server, plain.id))
+    assert "prunepath" not in server.client.responses.retrieve(plain.id).model_extra
+
+
+def test_a_streamed_response_in_the_background_reports_to_who_comes_back(server):
+    *_, last = events = list(in_the_background(server, stream=True))
+    assert last.response.model_extra["prunepath"] == REPORT
+    again = server.client.responses.retrieve(events[0].response.id)
+    assert again.model_extra["prunepath"] == last.response.model_extra["prunepath"]
+    *_, last = server.client.responses.retrieve(again.id, stream=True)
+    assert last.response.model_extra["prunepath"] == REPORT
+
+
+def test_messages_report_in_the_body_or_the_last_event(server):
+    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    asked = {"temperature": 0, "sparsity": 0.3}
+    told = {**asked, "prunepath_report": True}
+    body = dict(model=MODEL, max_tokens=6, messages=[{"role": "user", "content": "hi"}])
+    assert client.messages.create(**body, extra_body=told).model_extra["prunepath"] == REPORT
+    *events, last = client.messages.create(**body, stream=True, extra_body=told)
+    assert last.type == "message_stop"
+    assert last.model_extra["prunepath"] == REPORT
+    assert not any("prunepath" in (event.model_extra or {}) for event in events)
+    with client.messages.stream(**body, extra_body=told) as stream:
+        text = stream.get_final_text()
+    assert text == client.messages.create(**body, extra_body=asked).content[0].text
+    *_, plain = client.messages.create(**body, stream=True, extra_body=asked)
+    assert "prunepath" not in (plain.model_extra or {})
 
 
 @pytest.mark.parametrize("value", [1, "yes", []], ids=repr)

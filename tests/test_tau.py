@@ -1,16 +1,32 @@
 """The knob: which values are valid, what a target sparsity means, and what the errors say."""
 
 import math
+import subprocess
+import sys
+from fractions import Fraction
 
+import numpy as np
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from prunepath_vllm.errors import PrunePathError, TauError
-from prunepath_vllm.tau import MAX_TAU, parse_sparsity, parse_tau, resolve_tau, tau_for_sparsity
+from prunepath_vllm.tau import (
+    MAX_TAU,
+    MIN_FLOAT32,
+    parse_sparsity,
+    parse_tau,
+    parse_tau_list,
+    parse_tau_range,
+    resolve_tau,
+    tau_for_sparsity,
+)
 
 CURVE = [(0.4, 0.9), (0.6, 0.7), (0.8, 0.4), (1.0, 0.0)]
 NOT_NUMBERS = [True, False, None, "0.5", [0.5], (0.5,), {}, 1j, float("nan"), float("inf"), -float("inf"), 10**400]
+NOT_NUMBERS += [np.bool_(True), np.array(True), np.array([0.5]), np.array("0.5"), np.complex64(0.5), np.float32("nan")]
+NOT_NUMBERS += [torch.tensor(True), torch.tensor([0.5]), torch.tensor(0.5, device="meta"), torch.tensor(float("inf"))]
 
 
 @st.composite
@@ -22,15 +38,69 @@ def curves(draw):
     return list(zip(taus, sparsities, strict=True))
 
 
-@given(st.floats(0, MAX_TAU, exclude_min=True))
+@given(st.floats(MIN_FLOAT32, MAX_TAU))
 def test_taus_in_range_are_kept(value):
-    assert parse_tau(value) == value
+    """Where float32 tells them from 1."""
+    assert parse_tau(value) == (1.0 if np.float32(value) == 1 else value)
 
 
-@pytest.mark.parametrize("value", [1, 1.0, 1.05, 5e-324, 0.8])
-def test_tau_is_a_float(value):
-    assert parse_tau(value) == value
+@pytest.mark.parametrize(
+    ("value", "number"),
+    [
+        (1, 1.0),
+        (1.05, 1.05),
+        (0.8, 0.8),
+        (Fraction(4, 5), 0.8),
+        (np.float64(0.8), 0.8),
+        (np.float32(0.8), float(np.float32(0.8))),
+        (np.float16(0.5), 0.5),
+        (np.float32(1.05), float(np.float32(1.05))),
+        (np.int64(1), 1.0),
+        (np.array(0.8), 0.8),
+        (torch.tensor(0.8), float(np.float32(0.8))),
+        (torch.tensor(0.8, dtype=torch.float64, requires_grad=True), 0.8),
+        (torch.tensor(1), 1.0),
+    ],
+    ids=repr,
+)
+def test_tau_is_a_float(value, number):
+    assert parse_tau(value) == resolve_tau({"tau": value}, default_tau=0.5, tau_curve=None) == number
     assert type(parse_tau(value)) is float
+
+
+@pytest.mark.parametrize("sparsity", [np.float32(0.5), np.float64(0.5), np.array(0.5), torch.tensor(0.5)], ids=repr)
+def test_a_sparsity_is_any_number_too(sparsity):
+    assert parse_sparsity(sparsity) == 0.5
+    assert resolve_tau({"sparsity": sparsity}, default_tau=1.0, tau_curve=CURVE) == pytest.approx(0.7333, abs=1e-4)
+
+
+def test_neither_numpy_nor_torch_is_imported_to_know_their_numbers():
+    code = "import sys, prunepath_vllm.tau; sys.exit(bool({'numpy', 'torch'} & set(sys.modules)))"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "value", [5e-324, 1e-300, 1e-40, math.nextafter(MIN_FLOAT32, 0), np.float32(1e-45), torch.tensor(1e-40)], ids=repr
+)
+def test_what_float32_may_take_for_padding_is_refused(value):
+    """Workers hold taus in float32; one of 0 marks padding, for which no expert runs."""
+    message = r"^tau must be at least 1.1754943508222875e-38, the smallest normal float32, got "
+    with pytest.raises(TauError, match=message):
+        parse_tau(value)
+    with pytest.raises(TauError, match=message):
+        parse_tau_list(f"0.5,{float(value)!r}")
+    with pytest.raises(TauError, match=r"tau\.min must be at least"):
+        parse_tau_range({"min": value, "max": 0.5})
+    assert parse_tau(MIN_FLOAT32) == MIN_FLOAT32 == np.finfo(np.float32).tiny
+    assert resolve_tau({"sparsity": 1e-300}, default_tau=0.5, tau_curve=CURVE) == 1.0
+
+
+@pytest.mark.parametrize("value", [0.99999999, 1 - 2**-25, math.nextafter(1, 0), 1 + 1e-12], ids=repr)
+def test_what_is_1_in_float32_is_dense_for_everybody(value):
+    assert parse_tau(value) == 1.0
+    assert parse_tau(1 - 2**-24) == 1 - 2**-24 == np.float32(1 - 2**-24)
+    assert tau_for_sparsity([(0.5, 0.5), (1.0, 0.0)], 1e-9) == 1.0
+    assert tau_for_sparsity([(0.5, 0.5), (value, 0.0)], 0.0) == 1.0
 
 
 @given(st.one_of(st.floats(max_value=0), st.floats(min_value=math.nextafter(MAX_TAU, 2)), st.integers(2), st.just(0)))

@@ -67,6 +67,9 @@ def test_a_saved_recipe_is_the_same_recipe(tmp_path):
         ("data.train.1.path=x", r"'1'; expected an item's number, 0 to 0"),
         ("output.x=1", r"output is 'out'; expected a section"),
         ("nonsense", r"expected key=value"),
+        ("stages=[{tau_end: 1.0e-300}]", r"stages\.0\.tau_end: .*got 1e-300"),
+        ("evaluation.taus=[0.5, 1.0e-300]", r"tau must be at least .*got 1e-300"),
+        ("stages=[{selection: threshold, threshold: 1.0e-50}]", r"threshold is 1e-50; expected .* in float32 too"),
         ("stages=[{selection: threshold}]", r"stages\.0: threshold is null"),
     ],
 )

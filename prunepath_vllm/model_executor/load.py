@@ -52,8 +52,10 @@ def waiting_requests(engine: Any) -> float:
     """Requests waiting per engine after its last step; 0 before the first, and with statistics turned off.
 
     Args:
-        engine: vLLM's ``AsyncLLM``, which is listened to from the first call on.
+        engine: vLLM's ``AsyncLLM``, which is listened to from the first call on; None in a server that only renders.
     """
+    if engine is None:
+        return 0.0
     manager: StatLoggerManager | None = getattr(engine, "logger_manager", None)
     if manager is None:
         logger.warning_once("--disable-log-stats hides the queue: requests that leave their tau to it get the highest")

@@ -10,7 +10,8 @@ numbers in the second; a context variable carries what it read to where the engi
 import functools
 import json
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -27,7 +28,7 @@ from prunepath_vllm.model_executor.compat import (
     expect_parameters,
     wrap_once,
 )
-from prunepath_vllm.model_executor.engine_config import Service
+from prunepath_vllm.model_executor.engine_config import REPORT_KEY, Service
 from prunepath_vllm.model_executor.engine_core import extra_arguments, refuse_sessions, set_extra_arguments
 from prunepath_vllm.model_executor.load import expect_scheduler_stats, waiting_requests
 from prunepath_vllm.tau import DENSE_TAU, PARAMETERS, is_adaptive, parse_tau_range, resolve_tau
@@ -41,6 +42,9 @@ arguments, which may be added to."""
 
 _observers: list[Observer] = []
 _services: WeakKeyDictionary[InputProcessor, Service | None] = WeakKeyDictionary()
+
+KNOBS = (*PARAMETERS, REPORT_KEY)
+"""What a body may ask of this package."""
 
 _BODY = "prunepath.body"
 """Key of an ASGI scope: its JSON body, parsed."""
@@ -132,23 +136,44 @@ class KnobMiddleware:
         """Handle one request."""
         try:
             body, receive = await json_body(scope, receive)
-            knob = knob_of_body(body or {})
+            knob: dict[str, Any] = {}
             if body is not None and (service := app_service(scope["app"])) is not None:
-                if not knob and (tau := service.options.default_tau_by_model.get(str(body.get("model")))) is not None:
-                    knob = {"tau": tau}
-                # For every body: the queue is listened to from the first on.
-                tau = service.tau_of(knob, waiting_requests(scope["app"].state.engine_client))
-                if is_adaptive(knob.get("tau")):  # chosen once, for all prompts and choices of the body
-                    knob["tau"] = tau
-                    receive = _without_range(body, tau, receive)
+                knob = settled_knob(body, service, scope["app"].state.engine_client)
+                receive = _without_range(body, knob, receive)
         except TauError as error:
             await refusal(error)(scope, receive, send)
             return
-        token = _http_knob.set(knob)
-        try:
+        with request_knob(knob):
             await self.app(scope, receive, send)
-        finally:
-            _http_knob.reset(token)
+
+
+@contextmanager
+def request_knob(knob: dict[str, Any]) -> Iterator[None]:
+    """What is admitted within, here and in tasks begun here, has this ``tau`` or ``sparsity``."""
+    token = _http_knob.set(knob)
+    try:
+        yield
+    finally:
+        _http_knob.reset(token)
+
+
+def settled_knob(body: dict[str, Any], service: Service, engine: Any) -> dict[str, Any]:
+    """``tau`` or ``sparsity`` of a JSON body, with what it leaves to the server chosen; empty where nothing is asked.
+
+    Args:
+        body: a request's.
+        service: what the engine serves.
+        engine: vLLM's client of it, whose queue is listened to from the first body on.
+
+    Raises:
+        TauError: see :func:`knob_of_body`; or a tau outside the operator's bounds.
+    """
+    knob = knob_of_body(body)
+    if not knob and (tau := service.options.default_tau_by_model.get(str(body.get("model")))) is not None:
+        knob = {"tau": tau}
+    tau = service.tau_of(knob, waiting_requests(engine))
+    # Chosen once, for all prompts and choices of the body.
+    return {"tau": tau} if is_adaptive(knob.get("tau")) else knob
 
 
 def expect_served_names(args: Any) -> None:
@@ -209,18 +234,17 @@ async def json_body(scope: Scope, receive: Receive) -> tuple[dict[str, Any] | No
 
 
 def body_values(body: dict[str, Any], name: str) -> list[Any]:
-    """What a body has under `name`, at the top level and under ``vllm_xargs``; null counts as absent."""
-    xargs = body.get("vllm_xargs")
-    places = (body, xargs) if isinstance(xargs, dict) else (body,)
-    return [place[name] for place in places if place.get(name) is not None]
+    """What a body has under `name`, in each place where it is read; null counts as absent."""
+    return [place[name] for place in _places(body) if place.get(name) is not None]
 
 
 def knob_of_body(body: dict[str, Any]) -> dict[str, Any]:
     """``tau`` and ``sparsity`` of a JSON body, whichever spelling was used.
 
     Raises:
-        TauError: a value out of range, or one parameter with two values.
+        TauError: a value out of range, one parameter with two values, or one in a place where nobody would read it.
     """
+    _refuse_misplaced(body)
     knob: dict[str, Any] = {}
     for name in PARAMETERS:
         values = body_values(body, name)
@@ -229,15 +253,55 @@ def knob_of_body(body: dict[str, Any]) -> dict[str, Any]:
                 parse_tau_range(value)
             else:
                 resolve_tau({name: value}, default_tau=DENSE_TAU, tau_curve=[(DENSE_TAU, 0.0)])
-        if len(values) == 2 and values[0] != values[1]:
-            raise TauError(
-                f"{name} is {values[0]!r} in the body and {values[1]!r} in vllm_xargs; expected one value",
-                parameter=name,
-                value=values[0],
-            )
+            if value != values[0]:
+                raise TauError(
+                    f"{name} is {values[0]!r} in one place of the body and {value!r} in another; expected one value",
+                    parameter=name,
+                    value=values[0],
+                )
         if values:
             knob[name] = values[0]
     return knob
+
+
+def _places(body: dict[str, Any]) -> list[dict[str, Any]]:
+    """Where a body's knob is read: in itself and under ``vllm_xargs``; of token ids, among the sampling parameters too,
+    which are the engine's own there (``/inference/v1/generate``)."""
+    places = [body, body.get("vllm_xargs")]
+    if "token_ids" in body and isinstance(parameters := body.get("sampling_params"), dict):
+        places.append(parameters.get("extra_args"))
+    return [place for place in places if isinstance(place, dict)]
+
+
+_NESTED = 4
+"""Levels at which a knob in the wrong place is looked for: client options within client options."""
+
+
+def _refuse_misplaced(body: dict[str, Any]) -> None:
+    """Refuse a knob among options that a client would have unpacked, or under a name like that of the right place.
+
+    What users keep in a body for themselves (``metadata``, messages, tools) is none of our business.
+    """
+    for name, value in body.items():
+        if name.startswith(("extra_", "vllm_")) or name in _OTHER_PLACES:
+            _refuse_knobs_in(value, name, _places(body), _NESTED)
+
+
+_OTHER_PLACES = ("sampling_params", "pooling_params", "xargs", "additional_config", "prunepath")
+
+
+def _refuse_knobs_in(value: Any, path: str, places: list[dict[str, Any]], levels: int) -> None:
+    if not isinstance(value, dict) or not levels:
+        return
+    read = any(value is place for place in places)
+    for name, inner in value.items():
+        if name in KNOBS and inner is not None and not read:
+            raise TauError(
+                f"{path}.{name} is not read; expected {name!r} at the top level of the body or under 'vllm_xargs'",
+                parameter=name,
+                value=inner,
+            )
+        _refuse_knobs_in(inner, f"{path}.{name}", places, levels - 1)
 
 
 def _is_json(scope: Scope) -> bool:
@@ -245,12 +309,12 @@ def _is_json(scope: Scope) -> bool:
     return b"json" in content_type.lower()
 
 
-def _without_range(body: dict[str, Any], tau: float, receive: Receive) -> Receive:
+def _without_range(body: dict[str, Any], knob: dict[str, Any], receive: Receive) -> Receive:
     """What the engine is to read where ``vllm_xargs`` holds a range of taus, for which its schema has no type."""
     xargs = body.get("vllm_xargs")
     if not isinstance(xargs, dict) or not isinstance(xargs.get("tau"), dict):
         return receive
-    content = json.dumps({**body, "vllm_xargs": {**xargs, "tau": tau}}).encode()
+    content = json.dumps({**body, "vllm_xargs": {**xargs, **knob}}).encode()
     return _replay([{"type": "http.request", "body": content, "more_body": False}], receive)
 
 

@@ -36,13 +36,16 @@ def register_configs() -> None:
 
 
 def register_auto_classes() -> None:
-    """Teach AutoConfig, AutoTokenizer and each family's Auto model class the PrunePath classes. Idempotent."""
+    """Teach each Auto class the PrunePath classes, and pipelines their tau. Idempotent."""
     import transformers
+
+    from prunepath_vllm.modeling.pipelines import teach_pipelines
 
     register_configs()
     for family in FAMILIES:
         auto_class = getattr(transformers, family.auto_class)
         auto_class.register(_load(family.config_class), _load(family.model_class), exist_ok=True)
+    teach_pipelines()
 
 
 def _load(reference: str) -> Any:

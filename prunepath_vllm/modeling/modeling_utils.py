@@ -256,12 +256,21 @@ class RoutedCausalLM(RoutedModel):
     def generate(self, *args: Any, tau: Tau | None = None, **kwargs: Any) -> Any:
         """transformers' ``generate``, with ``tau``: a number, or one per prompt (its beams and samples share it).
 
+        A draft model (``assistant_model``), dense or PrunePath, runs at its own default.
+
         Raises:
             TauError: `tau` is out of range, or has not one value per prompt.
         """
         if tau is not None:
             kwargs["tau"] = parse_taus(tau)  # a tensor, where there are several, is expanded along with the prompts
         return super().generate(*args, **kwargs)
+
+    def _get_candidate_generator(self, **kwargs: Any) -> Any:
+        # Assisted generation hands the draft what it hands this model; a dense draft knows no tau, and a PrunePath one
+        # has its own default. Which tokens are accepted is this model's word, at its tau.
+        if kwargs.get("assistant_model") is not None:
+            kwargs["model_kwargs"] = {name: value for name, value in kwargs["model_kwargs"].items() if name != "tau"}
+        return super()._get_candidate_generator(**kwargs)
 
 
 def exactly_one(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:

@@ -5,6 +5,7 @@ Shapes: B sequences, S tokens each, E experts, H hidden size, L layers.
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -13,8 +14,8 @@ from prunepath_vllm.errors import TauError
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.tau import MAX_TAU, parse_tau
 
-Tau = float | Sequence[float] | Tensor
-"""One tau for all, or one per sequence (a list or a 1-D tensor [B])."""
+Tau = float | Sequence[float] | np.ndarray | Tensor
+"""One tau for all (also a 0-d array or tensor), or one per sequence (a list, or a 1-D array or tensor [B])."""
 
 
 class Router(nn.Module):
@@ -100,12 +101,12 @@ def _(logits: Tensor, tau: Tensor) -> Tensor:
 
 
 def parse_taus(tau: Tau) -> float | Tensor:
-    """Validate `tau`: a number stays one, a list or 1-D tensor becomes a float32 tensor [B] on the same device.
+    """Validate `tau`: a number stays one, a list, or a 1-D array or tensor, becomes a float32 tensor [B] on its device.
 
     Raises:
         TauError: a value out of range; for a list, the message says which.
     """
-    values = tau.tolist() if isinstance(tau, Tensor) else tau
+    values = tau.tolist() if isinstance(tau, Tensor | np.ndarray) else tau
     if not isinstance(values, list | tuple):
         return parse_tau(values)
     parsed = [parse_tau(value, f"tau[{index}]") for index, value in enumerate(values)]

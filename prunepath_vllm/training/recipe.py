@@ -8,8 +8,9 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from prunepath_vllm.config import is_threshold
 from prunepath_vllm.errors import UsageError
-from prunepath_vllm.tau import MAX_TAU
+from prunepath_vllm.tau import MAX_TAU, MIN_FLOAT32, parse_tau
 
 RECIPE_FILE = "recipe.yaml"
 
@@ -104,8 +105,10 @@ class Stage(Section):
         default="uniform",
         description="tau_start throughout; from tau_start to tau_end in `rounds`; or drawn per sequence between them",
     )
-    tau_start: float = Field(default=1.0, gt=0, le=MAX_TAU, description="highest tau; 1 and above is every expert")
-    tau_end: float = Field(default=0.25, gt=0, le=MAX_TAU, description="lowest tau")
+    tau_start: float = Field(
+        default=1.0, ge=MIN_FLOAT32, le=MAX_TAU, description="highest tau; 1 and above is every expert"
+    )
+    tau_end: float = Field(default=0.25, ge=MIN_FLOAT32, le=MAX_TAU, description="lowest tau")
     rounds: int = Field(default=10, gt=0, description="T of the sparsity path")
     full: float = Field(
         default=0.0, ge=0, lt=1, description="share of a batch's sequences that use every expert, with tau 'uniform'"
@@ -125,6 +128,8 @@ class Stage(Section):
     def _threshold_goes_with_selection(self) -> "Stage":
         if (self.selection == "threshold" or self.losses.separation) and self.threshold is None:
             raise ValueError("threshold is null; expected LTE's delta with selection 'threshold' or a separation loss")
+        if self.threshold is not None and not is_threshold(self.threshold):
+            raise ValueError(f"threshold is {self.threshold}; expected a number in (0, 1), in float32 too")
         return self
 
 
@@ -210,6 +215,11 @@ class Evaluation(Section):
     @classmethod
     def _from_path(cls, value: Any) -> Any:
         return {"path": value} if isinstance(value, str) else value
+
+    @field_validator("taus")
+    @classmethod
+    def _in_range(cls, taus: list[float]) -> list[float]:
+        return [parse_tau(tau) for tau in taus]  # here, not when the run measures first
 
 
 class Recipe(Section):

@@ -2,31 +2,38 @@
 
 An ASGI middleware adds one object, ``prunepath``, to what the engine answers: to the JSON body; in a stream of chunks,
 to one more chunk without choices before ``[DONE]``, as OpenAI's usage chunk is; in a stream of the responses API, to
-the response of its last event.
+the response of its last event; in a stream of Anthropic's messages API, to its last event, ``message_stop``. Of a
+response in the background, to the answer that brings it when it is there.
 
 The workers count under a name that the request carries among its extra arguments; at the end of the answer one
 ``collective_rpc`` brings the counts. vLLM's outputs have no room for them: what a model runner may return beside tokens
 is the experts of its own mixture layers, a fixed number per token.
 """
 
+import asyncio
 import json
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from starlette.datastructures import MutableHeaders
-from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.logger import init_logger
 
 from prunepath_vllm.config import expected_sparsity, sparsity_curve
+from prunepath_vllm.entrypoints.server.answers import AnswerSender, dump
 from prunepath_vllm.errors import TauError
+from prunepath_vllm.model_executor.counts import MAX_REPORTS
 from prunepath_vllm.model_executor.engine_config import REPORT_KEY, Service
 from prunepath_vllm.model_executor.requests import body_values, json_body, refusal
 from prunepath_vllm.tau import shown
 
 FIELD = "prunepath"
+
+_COUNTED = ("prompt_ffn_sparsity", "ffn_sparsity")
 
 logger = init_logger("vllm.prunepath")
 
@@ -42,6 +49,8 @@ class Report:
 
     name: str = field(default_factory=lambda: uuid.uuid4().hex)
     content: dict[str, Any] = field(default_factory=dict)
+    asking: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Workers tell a count once, and a response in the background may be fetched twice at a time."""
 
     async def complete(self, engine: Any) -> dict[str, Any]:
         """Add what was counted, and return the whole.
@@ -49,22 +58,25 @@ class Report:
         Args:
             engine: vLLM's client of the engine.
         """
-        names = ("prompt_ffn_sparsity", "ffn_sparsity")
-        if self.content and names[0] not in self.content:
-            try:
-                counts = await engine.collective_rpc("prunepath_report", args=(self.name,))
-            except Exception as error:  # the answer itself is there, and worth more than its report
-                logger.warning("No count for a report: %s", error)
-                counts = []
-            for name in names:
-                self.content[name] = self.content[f"{name}_by_layer"] = None
-            # A pipeline's stages each speak for their layers.
-            for name, stages in zip(names, zip(*filter(None, counts), strict=True), strict=False):
-                if stages[0][1]:
-                    layers = [1 - active / possible for counted, possible in stages for active in counted]
-                    self.content[name] = sum(layers) / len(layers)
-                    self.content[f"{name}_by_layer"] = [round(sparsity, 4) for sparsity in layers]
+        async with self.asking:
+            if self.content and _COUNTED[0] not in self.content:
+                await self._count(engine)
         return self.content
+
+    async def _count(self, engine: Any) -> None:
+        try:
+            counts = await engine.collective_rpc("prunepath_report", args=(self.name,))
+        except Exception as error:  # the answer itself is there, and worth more than its report
+            logger.warning("No count for a report: %s", error)
+            counts = []
+        for name in _COUNTED:
+            self.content[name] = self.content[f"{name}_by_layer"] = None
+        # A pipeline's stages each speak for their layers.
+        for name, stages in zip(_COUNTED, zip(*filter(None, counts), strict=True), strict=False):
+            if stages[0][1]:
+                layers = [1 - active / possible for counted, possible in stages for active in counted]
+                self.content[name] = sum(layers) / len(layers)
+                self.content[f"{name}_by_layer"] = [round(sparsity, 4) for sparsity in layers]
 
 
 _report: ContextVar[Report | None] = ContextVar("prunepath_report", default=None)
@@ -84,6 +96,16 @@ def fill_report(service: Service, tau: float, extra: dict[str, Any]) -> None:
     report.content["expected_ffn_sparsity"], report.content["expected_prompt_ffn_sparsity"] = shares
 
 
+@contextmanager
+def report_to(report: Report | None) -> Iterator[None]:
+    """What is admitted within, here and in tasks begun here, is told to `report`."""
+    token = _report.set(report)
+    try:
+        yield
+    finally:
+        _report.reset(token)
+
+
 class ReportMiddleware:
     """Adds the report to the answers of requests that ask for it; every other request passes untouched."""
 
@@ -98,15 +120,12 @@ class ReportMiddleware:
         except TauError as error:
             await refusal(error)(scope, receive, send)
             return
-        if not wanted:
+        report = Report() if wanted else None
+        told = report or _kept(scope)
+        if told is not None:
+            send = _Reporter(send, told, scope["app"].state.engine_client)
+        with report_to(report):
             await self.app(scope, receive, send)
-            return
-        report = Report()
-        token = _report.set(report)
-        try:
-            await self.app(scope, receive, _Reporter(send, report, scope["app"].state.engine_client))
-        finally:
-            _report.reset(token)
 
 
 def asks_for_report(body: dict[str, Any]) -> bool:
@@ -122,48 +141,26 @@ def asks_for_report(body: dict[str, Any]) -> bool:
     return any(values)
 
 
-class _Reporter:
+class _Reporter(AnswerSender):
     """An ASGI ``send`` that adds the report."""
 
     def __init__(self, send: Send, report: Report, engine: Any) -> None:
-        self.send, self.report, self.engine = send, report, engine
-        self.start: Message = {}
-        self.kind = ""
-        self.pending = b""
+        super().__init__(send)
+        self.report, self.engine = report, engine
         self.chunk: dict[str, Any] = {}
         """The stream's first chunk: what an added one must agree with."""
 
-    async def __call__(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.start = message
-            content_type = MutableHeaders(raw=message["headers"]).get("content-type", "")
-            if message["status"] == 200:
-                self.kind = content_type.split(";")[0]
-            if self.kind == "application/json":  # its length is about to change
-                return
-        elif message["type"] == "http.response.body" and self.kind == "text/event-stream":
-            message = {**message, "body": await self._events(message)}
-        elif message["type"] == "http.response.body" and self.kind == "application/json":
-            self.pending += message.get("body", b"")
-            if message.get("more_body", False):
-                return
-            body = await self._object(self.pending)
-            MutableHeaders(raw=self.start["headers"])["content-length"] = str(len(body))
-            await self.send(self.start)
-            message = {"type": "http.response.body", "body": body}
-        await self.send(message)
+    async def changed_body(self, body: bytes) -> bytes:
+        data = json.loads(body)
+        if not isinstance(data, dict):
+            return body
+        if data.get("object") == "response" and data.get("status") in _RUNNING:
+            _keep(data["id"], self.report)
+            return body
+        content = await self.report.complete(self.engine)
+        return dump({**data, FIELD: content}) if content else body
 
-    async def _object(self, body: bytes) -> bytes:
-        data, content = json.loads(body), await self.report.complete(self.engine)
-        return _dump({**data, FIELD: content}) if isinstance(data, dict) and content else body
-
-    async def _events(self, message: Message) -> bytes:
-        """The whole events that have come so far; the rest waits."""
-        *events, self.pending = (self.pending + message.get("body", b"")).split(b"\n\n")
-        done = b"".join([await self._event(event) + b"\n\n" for event in events])
-        return done if message.get("more_body", False) else done + self.pending
-
-    async def _event(self, event: bytes) -> bytes:
+    async def changed_event(self, event: bytes) -> bytes:
         mark = b"data: "
         at = 0 if event.startswith(mark) else event.find(b"\n" + mark) + 1  # JSON has no raw line breaks
         head, data = event[:at], event[at:].removeprefix(mark)
@@ -173,16 +170,42 @@ class _Reporter:
             content = await self.report.complete(self.engine)
             if "choices" not in self.chunk or not content:
                 return event
-            same = {name: self.chunk[name] for name in ("id", "object", "created", "model") if name in self.chunk}
-            return mark + _dump({**same, "choices": [], FIELD: content}) + b"\n\n" + event
+            same = {name: self.chunk[name] for name in _CHUNK_NAMES if name in self.chunk}
+            return mark + dump({**same, "choices": [], FIELD: content}) + b"\n\n" + event
         if b'"choices"' in data and not self.chunk:
             self.chunk = json.loads(data)
+        elif head.startswith(b"event: response.created"):
+            response = json.loads(data)["response"]
+            if response.get("background"):
+                _keep(response["id"], self.report)
         elif head.startswith(b"event: response.completed"):
             completed = json.loads(data)
             completed["response"][FIELD] = await self.report.complete(self.engine)
-            return head + mark + _dump(completed)
+            return head + mark + dump(completed)
+        elif head.startswith(b"event: message_stop"):
+            return head + mark + dump({**json.loads(data), FIELD: await self.report.complete(self.engine)})
         return event
 
 
-def _dump(data: Any) -> bytes:
-    return json.dumps(data, ensure_ascii=False, separators=(",", ":")).encode()
+_RUNNING = ("queued", "in_progress")
+"""Status of a response in the background that is not there yet."""
+
+_CHUNK_NAMES = ("id", "request_id", "object", "created", "model")
+"""What all chunks of a stream have in common."""
+
+_background: dict[str, Report] = {}
+"""Reports of responses in the background, by the response's id: as many as the workers keep counts of."""
+
+
+def _keep(response_id: str, report: Report) -> None:
+    """Remember the report of a response in the background, for whoever comes back for it."""
+    if response_id not in _background and len(_background) >= MAX_REPORTS:
+        del _background[next(iter(_background))]
+    _background[response_id] = report
+
+
+def _kept(scope: Scope) -> Report | None:
+    """The report of the response that a request asks for again: ``/v1/responses/{id}``, or ``.../cancel``."""
+    if scope["type"] != "http" or "/v1/responses/" not in scope["path"]:
+        return None
+    return _background.get(scope["path"].rpartition("/v1/responses/")[2].split("/")[0])

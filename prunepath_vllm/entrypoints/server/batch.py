@@ -1,0 +1,107 @@
+"""``vllm run-batch``: it builds no app and so has no middleware; each line's body meets the same rules here.
+
+A line is parsed twice, because vLLM's schemas turn booleans under ``vllm_xargs`` into numbers. A body that is refused
+becomes an error in its line of the output file; the other lines are untouched.
+"""
+
+import functools
+import json
+import sys
+from collections.abc import Callable
+from contextvars import ContextVar
+from typing import Any, NoReturn
+
+from prunepath_vllm.entrypoints.server.report import FIELD, Report, asks_for_report, report_to
+from prunepath_vllm.errors import TauError
+from prunepath_vllm.model_executor.compat import expect_parameters, wrap_once
+from prunepath_vllm.model_executor.engine_config import Service
+from prunepath_vllm.model_executor.requests import (
+    KNOBS,
+    TauRequestError,
+    expect_served_names,
+    request_knob,
+    settled_knob,
+)
+
+RUNNER = "vllm.entrypoints.launchers.run_batch"
+
+_BODY = "prunepath_body"
+"""Attribute of vLLM's parsed line: the body as it was written."""
+
+_serving: ContextVar[tuple[Service, Any] | None] = ContextVar("prunepath_batch", default=None)
+"""What the engine of the batch serves, and vLLM's client of it; None where its model is not a PrunePath one."""
+
+
+def install_in_batch_runner() -> None:
+    """Hook ``run-batch``, where this process runs it: it imports its runner before it reads the model's configuration.
+
+    Raises:
+        EngineVersionError: the runner has moved inside.
+    """
+    main = sys.modules.get("__main__")
+    runner = main if getattr(getattr(main, "__spec__", None), "name", None) == RUNNER else sys.modules.get(RUNNER)
+    if runner is None:
+        return
+    expect_parameters(runner.run_batch, "engine_client", "args")
+    expect_parameters(runner.BatchRequestInput.model_validate_json, "json_data")
+    expect_parameters(runner.run_request, "serving_engine_func", "request", "tracker")
+    wrap_once(runner, "run_batch", _with_service)
+    wrap_once(runner.BatchRequestInput, "model_validate_json", _with_written_body)
+    wrap_once(runner, "run_request", _with_knob)
+
+
+def _with_service(run_batch: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(run_batch)
+    async def wrapped(engine_client: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
+        if service := Service.of(engine_client.vllm_config):
+            expect_served_names(args)
+            _serving.set((service, engine_client))  # seen by the tasks of all lines
+        return await run_batch(engine_client, args, *rest, **kwargs)
+
+    return wrapped
+
+
+def _with_written_body(model_validate_json: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(model_validate_json)
+    def wrapped(json_data: Any, *args: Any, **kwargs: Any) -> Any:
+        try:
+            line = json.loads(json_data)
+        except (ValueError, RecursionError):
+            line = None
+        body = line.get("body") if isinstance(line, dict) else None
+        if _serving.get() is None or not isinstance(body, dict):
+            return model_validate_json(json_data, *args, **kwargs)
+        if isinstance(xargs := body.get("vllm_xargs"), dict):
+            # One value that the schema has no type for, such as a range, would end the whole batch.
+            left = {name: value for name, value in xargs.items() if name not in KNOBS}
+            json_data = json.dumps({**line, "body": {**body, "vllm_xargs": left}})
+        request = model_validate_json(json_data, *args, **kwargs)
+        setattr(request, _BODY, body)
+        return request
+
+    return wrapped
+
+
+def _with_knob(run_request: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(run_request)
+    async def wrapped(serving_engine_func: Any, request: Any, tracker: Any, *args: Any, **kwargs: Any) -> Any:
+        serving, body = _serving.get(), getattr(request, _BODY, None)
+        if serving is None or body is None:
+            return await run_request(serving_engine_func, request, tracker, *args, **kwargs)
+        service, engine = serving
+        try:
+            knob, report = settled_knob(body, service, engine), Report() if asks_for_report(body) else None
+        except TauError as error:
+            return await run_request(functools.partial(_refuse, error), request, tracker, *args, **kwargs)
+        with request_knob(knob), report_to(report):
+            output = await run_request(serving_engine_func, request, tracker, *args, **kwargs)
+        if report and output.response is not None and output.response.body is not None:
+            setattr(output.response.body, FIELD, await report.complete(engine))
+        return output
+
+    return wrapped
+
+
+async def _refuse(error: TauError, body: Any) -> NoReturn:
+    """In the place of the endpoint's function: vLLM makes an error of the line's output of it."""
+    raise TauRequestError(error)
