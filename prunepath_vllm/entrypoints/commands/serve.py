@@ -33,7 +33,9 @@ def add_parser(
 def run(args: argparse.Namespace) -> int:
     """Run the server in this process until it is told to stop."""
     require_engine()
-    if os.path.isdir(args.checkpoint):
+    # With another load format the files may be others; the engine's own check knows which.
+    other_format = any(flag.replace("_", "-").startswith("--load-format") for flag in args.engine_args)
+    if os.path.isdir(args.checkpoint) and not other_format:
         from prunepath_vllm.checkpoint import validate_checkpoint
 
         validate_checkpoint(args.checkpoint)
