@@ -22,7 +22,7 @@ def numbers(kind: Callable[[str], Number]) -> Callable[[str], list[Number]]:
             values = []
         if not values or not all(0 < value <= MAX_WHOLE for value in values):
             raise argparse.ArgumentTypeError(
-                f"expected positive numbers, at most {MAX_WHOLE}, separated by commas, got {text!r}"
+                f"expected positive numbers separated by commas, each at most {MAX_WHOLE}, got {text!r}"
             )
         return values
 
