@@ -14,7 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.config import PrunePathConfig, check_quantization_config
 from prunepath_vllm.errors import CheckpointError, ConfigError
 from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.tau import shown
@@ -99,6 +99,7 @@ def load_prunepath_config(path: str | Path) -> tuple[Family, PrunePathConfig, di
     config = read_config(path)
     try:
         family = family_of(config, converted=True)
+        check_quantization_config(config)
         prunepath = PrunePathConfig.parse(config.get("prunepath_config"))
         prunepath.check_intermediate_size(family.intermediate_size(config))
         family.hidden_size(config)

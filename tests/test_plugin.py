@@ -1,7 +1,9 @@
 """Registration: light to import, idempotent, refused outside the tested engine range, never a silent dense fallback."""
 
+import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from prunepath_vllm import plugin
-from prunepath_vllm.errors import EngineVersionError
+from prunepath_vllm.errors import ConfigError, EngineVersionError
 from prunepath_vllm.families import FAMILIES
 
 
@@ -105,8 +107,12 @@ def test_an_engine_without_the_plugin_refuses_the_checkpoint(prunepath_checkpoin
         (dict(additional_config={"prunepath": {"tau": 0.5}}), "unknown key 'tau'"),
         (dict(worker_cls="vllm.v1.worker.xpu_worker.XPUWorker"), "worker_cls"),
         (dict(quantization="fp8"), "quantization"),
+        (dict(load_format="sharded_state"), "weights in another layout (load_format sharded_state)"),
+        (dict(load_format="tensorizer"), "load_format tensorizer"),
+        (dict(load_format="gguf"), "load_format gguf"),
+        (dict(hf_overrides={"model_type": "llama"}), "another model_type (--hf-overrides)"),
     ],
-    ids=["lora", "default-tau", "unknown-option", "worker-class", "quantization"],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )
 def test_unsupported_engine_settings_are_refused_by_name(prunepath_checkpoint, arguments, named):
     from vllm.engine.arg_utils import EngineArgs
@@ -190,6 +196,24 @@ def test_a_front_end_that_checks_nothing_is_refused_by_name(prunepath_checkpoint
     checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
     with pytest.raises(ValueError, match="Rust front end"):
         EngineArgs(model=str(checkpoint)).create_engine_config()
+
+
+@pytest.mark.parametrize("value", ["fp8", ["fp8"], 8], ids=repr)
+def test_a_quantization_config_that_is_no_object_is_one_clear_error(prunepath_checkpoint, tmp_path, value):
+    from transformers import AutoConfig
+
+    import prunepath_vllm
+    from prunepath_vllm.checkpoint import validate_checkpoint
+
+    prunepath_vllm.register()
+    checkpoint = shutil.copytree(prunepath_checkpoint("llama", default_tau=0.6), tmp_path / "checkpoint")
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps({**config, "quantization_config": value}))
+    for read in (validate_checkpoint, AutoConfig.from_pretrained):
+        with pytest.raises(
+            ConfigError, match=re.escape(f"quantization_config: expected an object or null, got {value!r}")
+        ):
+            read(checkpoint)
 
 
 def test_prunepath_links_in_the_root_lead_to_the_rooms():

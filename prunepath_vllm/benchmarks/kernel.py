@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from prunepath_vllm.arguments import OneLineErrors, check_output_file, check_plot, whole
 from prunepath_vllm.benchmarks import layer, options, report, shapes
 from prunepath_vllm.benchmarks.report import BenchmarkError
 from prunepath_vllm.benchmarks.tile_search import Bench
@@ -17,7 +18,7 @@ from prunepath_vllm.kernels.ffn import load_tuning
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrors(
         prog="prunepath bench kernel", description="The routed layer alone against the dense one, on a CUDA GPU."
     )
     parser.add_argument(
@@ -31,8 +32,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--share", type=options.shares, default=[1.0, 0.5, 0.2, 0.1, 0.05], metavar="LIST",
         help="active shares of experts (default: 1.0,0.5,0.2,0.1,0.05)",
     )  # fmt: skip
-    parser.add_argument("--expert-size", type=int, default=32, metavar="N", help="of a shape (default: 32)")
-    parser.add_argument("--layers", type=int, default=8, metavar="N", help="with weights of their own (default: 8)")
+    parser.add_argument("--expert-size", type=whole(1), default=32, metavar="N", help="of a shape (default: 32)")
+    parser.add_argument(
+        "--layers", type=whole(1), default=8, metavar="N", help="with weights of their own (default: 8)"
+    )
     options.add_output(parser)
     options.add_debug(parser)
     return parser.parse_args(argv)
@@ -41,9 +44,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(argv: Sequence[str]) -> int:
     """Check, time, print; exit code 1, and no speed, where a choice is wrong."""
     args = parse(argv)
+    check_output_file(args.output, "--output")
+    check_plot(args.plot)
     layer.require_gpu()
-    if args.plot:
-        report.check_plot(dense=True)
     bandwidth = layer.copy_bandwidth()
     torch.cuda.empty_cache()
     result: dict[str, Any] = {"copy_TBps": bandwidth * 1e-6, "models": {}, "versions": report.versions()}

@@ -32,6 +32,7 @@ from vllm.benchmarks import latency as vllm_latency
 from vllm.engine.arg_utils import EngineArgs
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from prunepath_vllm.arguments import OneLineErrors, check_output_file, whole
 from prunepath_vllm.benchmarks import options, report, shapes
 from prunepath_vllm.entrypoints.engine_defaults import runs_on_cpu, set_server_defaults
 from prunepath_vllm.errors import UsageError
@@ -43,13 +44,17 @@ Point = dict[str, float | None]
 """{"tau", "share"}: where on the dial to measure, and the share of active experts expected there (None: unknown)."""
 
 
+class _Parser(OneLineErrors, FlexibleArgumentParser):
+    """The engine's parser, whose flags it adds; underscores do for dashes."""
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Our arguments and every flag of ``vllm bench latency``, under vLLM's names.
 
     Raises:
         UsageError: arguments that make no sense together.
     """
-    parser = FlexibleArgumentParser(
+    parser = _Parser(
         prog="prunepath bench latency",
         conflict_handler="resolve",
         description="The engine's own latency benchmark, dense and at several taus in one run.",
@@ -57,15 +62,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     vllm_latency.add_cli_args(parser)
     parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="PrunePath checkpoint directory")
     parser.add_argument("--shape", choices=shapes.SHAPES, help="random weights of a published shape, instead of CKPT")
-    parser.add_argument("--expert-size", type=int, default=32, metavar="N", help="with --shape (default: 32)")
+    parser.add_argument("--expert-size", type=whole(1), default=32, metavar="N", help="with --shape (default: 32)")
     parser.add_argument("--dense", metavar="DIR", help="the dense model; --shape brings its own")
     parser.add_argument("--tau", type=options.taus, metavar="LIST", help="(default: 1.0,0.8,0.5)")
     parser.add_argument(
         "--share", type=options.shares, metavar="LIST", help="with --shape: active shares of experts, instead of --tau"
     )
     parser.add_argument("--batch-size", type=options.numbers(int), default=[1, 4, 16, 64], metavar="LIST")
-    parser.add_argument("--repeats", type=int, default=3, metavar="N", help="of the decode step (default: 3)")
-    parser.add_argument("--prefill", type=int, default=0, metavar="N", help="also time the prefill of N tokens")
+    parser.add_argument("--repeats", type=whole(1), default=3, metavar="N", help="of the decode step (default: 3)")
+    parser.add_argument("--prefill", type=whole(0), default=0, metavar="N", help="also time the prefill of N tokens")
     parser.add_argument(
         "--text", metavar="FILE", help="decode steps and prefill on pieces of this text, not on random tokens"
     )
@@ -73,7 +78,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--lock", metavar="FILE", help="start this run's engines together, and measure only while holding this file"
     )
     parser.add_argument(
-        "--num-iters", type=int, default=30, help="iterations of vLLM's loop; 0: decode steps and prefill alone"
+        "--num-iters", type=whole(0), default=30, help="iterations of vLLM's loop; 0: decode steps and prefill alone"
     )
     parser.add_argument("--output", "--output-json", dest="output", metavar="FILE", help="write the results as JSON")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the speed-up against the active share")
@@ -90,12 +95,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("--dense: expected with a checkpoint; --shape brings its own dense model")
     if args.use_beam_search or args.profile:
         raise UsageError("--use-beam-search (which carries no tau) and --profile: expected with `vllm bench latency`")
-    if args.output_len < 2 or args.repeats < 1 or args.num_iters < 0:
-        raise UsageError("expected --output-len of 2 or more, --repeats of 1 or more and --num-iters of 0 or more")
+    if args.output_len < 2 or args.input_len < 1:
+        raise UsageError("expected --output-len of 2 or more and --input-len of 1 or more")
     if args.text and (args.shape or not Path(args.text).is_file()):
         raise UsageError(f"--text {args.text}: expected a text file, with a checkpoint")
+    check_output_file(args.output, "--output")
+    check_output_file(args.lock, "--lock")
     if args.plot:
-        report.check_plot(dense=bool(args.shape or args.dense))
+        report.check_plot(args.plot, dense=bool(args.shape or args.dense))
     return args
 
 

@@ -4,6 +4,7 @@ import argparse
 from collections.abc import Callable
 from typing import Any, TypeVar
 
+from prunepath_vllm.arguments import MAX_WHOLE
 from prunepath_vllm.checkpoint import CheckpointSummary, validate_checkpoint
 from prunepath_vllm.errors import TauError, UsageError
 from prunepath_vllm.tau import parse_tau_list
@@ -19,8 +20,10 @@ def numbers(kind: Callable[[str], Number]) -> Callable[[str], list[Number]]:
             values = [kind(part) for part in text.split(",")]
         except ValueError:
             values = []
-        if not values or not all(0 < value < float("inf") for value in values):
-            raise argparse.ArgumentTypeError(f"expected positive numbers separated by commas, got {text!r}")
+        if not values or not all(0 < value <= MAX_WHOLE for value in values):
+            raise argparse.ArgumentTypeError(
+                f"expected positive numbers separated by commas, each at most {MAX_WHOLE}, got {text!r}"
+            )
         return values
 
     return parse

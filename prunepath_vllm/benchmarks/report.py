@@ -3,12 +3,11 @@
 import platform
 import subprocess
 from collections.abc import Iterable, Sequence
-from importlib.util import find_spec
 from pathlib import Path
 from shutil import which
 from typing import Any
 
-from prunepath_vllm import __version__
+from prunepath_vllm import __version__, arguments
 from prunepath_vllm.entrypoints.engine_defaults import runs_on_cpu
 from prunepath_vllm.errors import PrunePathError, UsageError
 
@@ -133,17 +132,16 @@ def plot_speedups(
     figure.savefig(path, dpi=150)
 
 
-def check_plot(*, dense: bool) -> None:
+def check_plot(path: str | Path, *, dense: bool) -> None:
     """Refuse --plot before anything is measured where it could not be drawn.
 
     Args:
+        path: the file.
         dense: whether a dense model is measured too.
 
     Raises:
-        UsageError: there is nothing to draw a speed-up over.
-        BenchmarkError: matplotlib is not installed.
+        UsageError: there is nothing to draw a speed-up over, or see :func:`prunepath_vllm.arguments.check_plot`.
     """
     if not dense:
         raise UsageError("--plot: expected --dense, which the speed-up is over")
-    if find_spec("matplotlib") is None:
-        raise BenchmarkError("--plot needs matplotlib; expected prunepath-vllm[eval]")
+    arguments.check_plot(path)

@@ -18,6 +18,7 @@ from typing import Any
 from vllm.benchmarks import serve as vllm_serve
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
+from prunepath_vllm.arguments import OneLineErrors, check_output_file
 from prunepath_vllm.benchmarks import options, report, server
 from prunepath_vllm.benchmarks.report import BenchmarkError
 from prunepath_vllm.benchmarks.shapes import share_on_curve
@@ -38,13 +39,17 @@ METRICS = {
 HIGHER_IS_BETTER = ("request_throughput", "output_throughput")
 
 
+class _Parser(OneLineErrors, FlexibleArgumentParser):
+    """The engine's parser, whose flags it adds; underscores do for dashes."""
+
+
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """Our arguments and every flag of ``vllm bench serve``, under vLLM's names.
 
     Raises:
         UsageError: arguments that make no sense together.
     """
-    parser = FlexibleArgumentParser(
+    parser = _Parser(
         prog="prunepath bench serve",
         conflict_handler="resolve",
         description="The engine's own benchmark of a server, dense and at several taus in one run.",
@@ -69,8 +74,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("--dense-url: expected with --dense, which its answers are compared with")
     if {"tau", "sparsity"} & set(args.extra_body or {}):
         raise UsageError("--extra-body: expected no tau or sparsity in it; --tau says which to measure")
+    check_output_file(args.output, "--output")
     if args.plot:
-        report.check_plot(dense=bool(args.dense))
+        report.check_plot(args.plot, dense=bool(args.dense))
     return args
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from prunepath_vllm.arguments import OneLineErrors, check_output_folder, number, whole
 from prunepath_vllm.benchmarks import layer, options, shapes
 from prunepath_vllm.benchmarks.report import BenchmarkError
 from prunepath_vllm.benchmarks.tile_search import (
@@ -26,7 +27,7 @@ from prunepath_vllm.kernels.ffn import TUNING_DIR, Choice, shape_key, table_name
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command's arguments."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrors(
         prog="prunepath bench tune", description="Make the table of tile choices and crossovers for this GPU."
     )
     parser.add_argument("models", nargs="+", metavar="CKPT|SHAPE", help=f"checkpoints or {', '.join(shapes.SHAPES)}")
@@ -35,10 +36,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help=f"where <gpu>.json is made or added to; the engine looks into ${TUNING_DIR} (default: that, or here)",
     )  # fmt: skip
     parser.add_argument("--tokens", type=options.numbers(int), default=list(TOKENS), metavar="LIST", help="batch sizes")
-    parser.add_argument("--expert-size", type=int, default=32, metavar="N", help="of a shape (default: 32)")
-    parser.add_argument("--layers", type=int, default=8, metavar="N", help="with weights of their own (default: 8)")
-    parser.add_argument("--processes", type=int, default=min(8, os.cpu_count() or 1), metavar="N", help="compilers")
-    parser.add_argument("--seconds", type=float, default=float("inf"), metavar="S", help="begin nothing after this")
+    parser.add_argument("--expert-size", type=whole(1), default=32, metavar="N", help="of a shape (default: 32)")
+    parser.add_argument(
+        "--layers", type=whole(1), default=8, metavar="N", help="with weights of their own (default: 8)"
+    )
+    parser.add_argument(
+        "--processes", type=whole(1), default=min(8, os.cpu_count() or 1), metavar="N", help="compilers"
+    )
+    parser.add_argument("--seconds", type=number(0), default=float("inf"), metavar="S", help="begin nothing after this")
     options.add_debug(parser)
     return parser.parse_args(argv)
 
@@ -46,6 +51,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def run(argv: Sequence[str]) -> int:
     """Search each shape's tiles and write them down; a path whose results are wrong is left out."""
     args = parse(argv)
+    check_output_folder(args.output, "--output")
     layer.require_gpu()
     deadline = time.monotonic() + args.seconds
     os.makedirs(args.output, exist_ok=True)

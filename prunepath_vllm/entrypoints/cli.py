@@ -6,6 +6,7 @@ import sys
 from collections.abc import Sequence
 
 from prunepath_vllm import __version__
+from prunepath_vllm.arguments import OneLineErrors
 from prunepath_vllm.errors import PrunePathError, TauError, UsageError
 
 COMMANDS = (
@@ -19,12 +20,12 @@ EXIT_USAGE = 2
 
 def build_parser() -> argparse.ArgumentParser:
     """The whole command line. Command modules import heavy packages only when they run."""
-    parser = argparse.ArgumentParser(
+    parser = OneLineErrors(
         prog="prunepath",
         description="Convert dense transformers into PrunePath checkpoints and serve them with a tau per request.",
     )
     parser.add_argument("--version", action="version", version=f"prunepath-vllm {__version__}")
-    common = argparse.ArgumentParser(add_help=False)
+    common = OneLineErrors(add_help=False)
     common.add_argument("--debug", action="store_true", help="show the traceback of an error")
     subparsers = parser.add_subparsers(dest="command", metavar="COMMAND", required=True)
     for name in COMMANDS:
@@ -46,14 +47,32 @@ def main(argv: Sequence[str] | None = None) -> int:
             raise
         print(f"prunepath {args.command}: {_one_line(error)}", file=sys.stderr)
         return EXIT_USAGE if isinstance(error, UsageError | TauError) else EXIT_FAILURE
+    except ModuleNotFoundError as error:
+        if args.debug:
+            raise
+        print(
+            f"prunepath {args.command}: {error.name} is not installed; prunepath check lists what is", file=sys.stderr
+        )
+        return EXIT_FAILURE
     except Exception as error:
         if args.debug:
             raise
+        if (reason := _refusal(error)) is not None:
+            print(f"prunepath {args.command}: {_one_line(reason)}", file=sys.stderr)
+            return EXIT_USAGE
         print(
             f"prunepath {args.command}: {type(error).__name__}: {_one_line(error)} (--debug shows where)",
             file=sys.stderr,
         )
         return EXIT_FAILURE
+
+
+def _refusal(error: Exception) -> Exception | None:
+    """This package's error inside a pydantic ValidationError, which vLLM's configuration classes make of it."""
+    errors = getattr(error, "errors", None)
+    details = errors() if callable(errors) else []
+    reasons = (detail.get("ctx", {}).get("error") for detail in details)
+    return next((reason for reason in reasons if isinstance(reason, PrunePathError)), None)
 
 
 def _one_line(error: BaseException) -> str:

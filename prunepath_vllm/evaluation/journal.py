@@ -20,6 +20,8 @@ class Journal:
     def __init__(self, path: Path | None, header: dict[str, Any]) -> None:
         self.path = path
         self.records: dict[str, Any] = {}
+        self.header: dict[str, Any] | None = None
+        """To be written before the first record: a run that is refused leaves no file."""
         if path is None:
             return
         try:
@@ -34,9 +36,8 @@ class Journal:
                 f"{path}: an unfinished run with another {differing}; expected the same run, another --output, or "
                 "the file removed"
             )
-        if found is None:
-            path.write_text(json.dumps(header) + "\n", encoding="utf-8")
-        elif (size := sum(len(line.encode()) + 1 for line in complete)) < path.stat().st_size:
+        self.header = header if found is None else None
+        if found is not None and (size := sum(len(line.encode()) + 1 for line in complete)) < path.stat().st_size:
             os.truncate(path, size)
 
     def get(self, key: str) -> Any:
@@ -48,6 +49,9 @@ class Journal:
         self.records[key] = value
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
+                if self.header is not None:
+                    file.write(json.dumps(self.header) + "\n")
+                    self.header = None
                 file.write(json.dumps({"key": key, "value": value}) + "\n")
                 file.flush()
                 os.fsync(file.fileno())

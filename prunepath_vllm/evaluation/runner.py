@@ -12,7 +12,9 @@ from tqdm import tqdm
 from transformers import AutoTokenizer
 
 from prunepath_vllm import __version__
+from prunepath_vllm.arguments import require_package
 from prunepath_vllm.conversion.text import read_sequences
+from prunepath_vllm.devices import check_device
 from prunepath_vllm.entrypoints.engine_defaults import runs_on_cpu
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.evaluation import tasks
@@ -103,6 +105,10 @@ class Run:
         checkpoint, task = self.checkpoint, self.task
         if self.backend not in BACKENDS:
             raise UsageError(f"--backend {self.backend!r}; expected one of {', '.join(BACKENDS)}")
+        if self.backend == "transformers":
+            check_device(self.device)
+        if task.kind == "generation":
+            require_package("rouge_score", "eval", f"--task {self.name}")
         for name, value, least in (("shots", options.shots, 0), ("max-tokens", options.max_tokens, 1)):
             if value < least:
                 raise UsageError(f"--{name} {value}; expected {least} or more")

@@ -26,6 +26,10 @@ Others go by token ids alone, or hand over what a request elsewhere computed, at
 _CONNECTOR_SETTINGS = ("kv_connector", "kv_connector_module_path", "kv_connector_extra_config")
 _OFFLOADING_SPEC = "CPUOffloadingSpec"
 """What OffloadingConnector stores to unless told otherwise; other specs share with other engines."""
+_LOAD_FORMATS = ("auto", "hf", "safetensors", "fastsafetensors", "instanttensor", "runai_streamer", "dummy")
+"""Those that read a checkpoint's safetensors by the names in it, and the one that reads nothing. Not pickles (pt,
+npcache), not what an engine saved in its own layout (sharded_state, tensorizer), not other names (mistral)."""
+
 
 REPORT_KEY = "prunepath_report"
 """Key of a request's extra arguments: a name under which its experts are counted. Offline the caller's own; over HTTP
@@ -214,12 +218,20 @@ class Service:
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:
+    load_format = vllm_config.load_config.load_format
+    if load_format not in _LOAD_FORMATS:
+        what = "pickled weights" if load_format in ("pt", "npcache") else "weights in another layout"
+        raise UnsupportedFeatureError(
+            f"PrunePath models do not support {what} (load_format {load_format}); expected one of "
+            + ", ".join(_LOAD_FORMATS)
+        )
     parallel = vllm_config.parallel_config
     speculative = vllm_config.speculative_config
     draft = getattr(speculative, "draft_model_config", None)
     drafts_with_us = draft is not None and draft is not vllm_config.model_config and _is_prunepath(draft.hf_config)
     refused = {
-        "pickled weights (load_format pt, npcache)": vllm_config.load_config.load_format in ("pt", "npcache"),
+        # Its own would take the requests' tau past every check, which goes by it.
+        "another model_type (--hf-overrides)": not _is_prunepath(vllm_config.model_config.hf_config),
         "quantization": vllm_config.model_config.quantization is not None,
         "LoRA adapters (--enable-lora)": vllm_config.lora_config is not None,
         "dual-batch overlap (--enable-dbo)": parallel.enable_dbo or getattr(parallel, "ubatch_size", 0) > 1,

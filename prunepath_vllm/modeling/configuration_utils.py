@@ -2,7 +2,7 @@
 
 from typing import Any, ClassVar, Self
 
-from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.config import PrunePathConfig, check_quantization_config
 from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.families import FAMILIES
 from prunepath_vllm.modeling import prunepath_config_of
@@ -39,8 +39,10 @@ class PrunePathConfigMixin:
         """Build the configuration from a parsed config.json.
 
         Raises:
-            ConfigError: ``prunepath_config`` is absent or does not describe this model.
+            ConfigError: ``prunepath_config`` is absent or does not describe this model, or ``quantization_config`` is
+                no object.
         """
+        check_quantization_config(config_dict)
         PrunePathConfig.parse(config_dict.get("prunepath_config"))
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 

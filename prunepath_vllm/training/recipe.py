@@ -8,6 +8,7 @@ from typing import Any, Literal
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
+from prunepath_vllm.arguments import MAX_SEED
 from prunepath_vllm.config import is_threshold
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.tau import MAX_TAU, MIN_FLOAT32, parse_tau
@@ -18,7 +19,7 @@ RECIPE_FILE = "recipe.yaml"
 class Section(BaseModel):
     """A part of a recipe: unknown keys are refused."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
 
 class Conversion(Section):
@@ -226,7 +227,7 @@ class Recipe(Section):
     """A whole training."""
 
     output: str = Field(description="directory of the run: checkpoints, reports, and the result in model/")
-    seed: int = Field(default=0, ge=0, description="of the split, the data's order and the tau draws")
+    seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of the split, the data's order and the tau draws")
     model: Model
     data: Data
     stages: list[Stage] = Field(default_factory=lambda: [Stage()], min_length=1)

@@ -4,6 +4,7 @@ import functools
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
+from prunepath_vllm.arguments import check_output_folder, require_package
 from prunepath_vllm.checkpoint import read_config, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.conversion.calibrate import CURVE_TAUS, calibrate
@@ -29,6 +31,7 @@ from prunepath_vllm.training.adapter import neuron_order, save_adapter
 from prunepath_vllm.training.data import (
     TEXT_SUFFIXES,
     Sequences,
+    check_source,
     labelled_texts,
     load_training_data,
     pack,
@@ -67,15 +70,43 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
         TrainingError: the training diverged; the last checkpoint written stays.
         ConfigError, CheckpointError: the model is not one of ours, or broken.
     """
+    require_package("accelerate", "train", "training")
+    output = Path(recipe.output)
+    _check_inputs(recipe, output, resume=resume)
+    there = output.exists()
+    try:
+        return _train(recipe, output, resume=resume)
+    except BaseException:
+        if not there:
+            with suppress(OSError):  # something has been made in it
+                output.rmdir()
+        raise
+
+
+def _check_inputs(recipe: Recipe, output: Path, *, resume: bool) -> None:
+    """Refuse what can be seen to be wrong before a model is made, converted or loaded, or anything written."""
+    check_output_folder(output, "output")
+    if not resume and (checkpoints(output) or (output / RESULT).exists() or (output / LOG_FILE).exists()):
+        raise UsageError(f"output {output}: holds another run; expected a new directory, or --resume")
+    held_out = recipe.evaluation.data
+    for source in [*recipe.data.train, *([held_out] if held_out else [])]:
+        check_source(source)
+    text = recipe.model.convert.text if recipe.model.convert is not None else None
+    if text is not None and not Path(text).is_file():
+        raise UsageError(f"model.convert.text: {text}: no such file; expected a text file")
+    if recipe.runtime.tensorboard:
+        require_package("tensorboard", "train", "runtime.tensorboard")
+
+
+def _train(recipe: Recipe, output: Path, *, resume: bool) -> Path:
     from accelerate import PartialState
 
-    output = Path(recipe.output)
     last = next(reversed(checkpoints(output)), None) if resume else None
     processes = PartialState(cpu=recipe.runtime.device == "cpu")
     with processes.main_process_first():
         if processes.is_main_process:
-            _prepare_output(output, resume=resume)
-            save_recipe(recipe, output)
+            output.mkdir(parents=True, exist_ok=True)
+            shutil.rmtree(output / PARTIAL, ignore_errors=True)
             if _is_made(recipe) and not (output / DENSE).exists():
                 _make_dense(recipe, output / DENSE)
             if recipe.model.convert is not None and not (output / START).exists():
@@ -112,19 +143,14 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
     trainer = PrunePathTrainer(recipe, training, data, tokenizer)
     wanted = recipe.evaluation.point_tokens if recipe.evaluation.points and processes.is_main_process else 0
     trainer.add_callback(Reports(trainer, held_out_batches(recipe, tokenizer, wanted) if wanted else []))
+    if processes.is_main_process:
+        save_recipe(recipe, output)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     result = output / RESULT
     with processes.main_process_first():
         if processes.is_main_process:
             _export(trainer, start, result, tokenizer)
     return result
-
-
-def _prepare_output(output: Path, *, resume: bool) -> None:
-    if not resume and (checkpoints(output) or (output / RESULT).exists() or (output / LOG_FILE).exists()):
-        raise UsageError(f"output {output}: holds another run; expected a new directory, or --resume")
-    output.mkdir(parents=True, exist_ok=True)
-    shutil.rmtree(output / PARTIAL, ignore_errors=True)
 
 
 def _is_made(recipe: Recipe) -> bool:

@@ -5,6 +5,7 @@ import importlib
 from collections.abc import Sequence
 from typing import Any
 
+from prunepath_vllm.arguments import OneLineErrors
 from prunepath_vllm.entrypoints.engine_defaults import require_engine
 
 BENCHMARKS = {
@@ -16,7 +17,7 @@ BENCHMARKS = {
 """Modules of ``prunepath_vllm.benchmarks``. They parse their own arguments: the engine's flags are slow to import."""
 
 
-class _Raw(argparse.ArgumentParser):
+class _Raw(OneLineErrors):
     """Keeps the arguments as they are in ``argv``, --help included; reads --debug."""
 
     def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> tuple[Any, list[str]]:  # type: ignore[override]

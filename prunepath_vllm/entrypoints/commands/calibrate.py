@@ -2,6 +2,8 @@
 
 import argparse
 
+from prunepath_vllm.arguments import seed, whole
+
 
 def add_parser(
     subparsers: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]
@@ -16,15 +18,17 @@ def add_parser(
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="PrunePath checkpoint directory")
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text (.gz too), like what will be served")
-    parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="(default: %(default)s)")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens per sequence (default: 512, or what fits)")
+    parser.add_argument("--max-tokens", type=whole(1), default=8192, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--context", type=whole(1), metavar="N", help="tokens per sequence (default: 512, or what fits)"
+    )
     parser.add_argument(
         "--dense-positions",
-        type=int,
+        type=whole(0),
         metavar="N",
         help="let the first N tokens of a sequence use every expert (default: as the checkpoint says)",
     )
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=seed, default=0)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     return parser
 

@@ -4,17 +4,22 @@ import argparse
 import json
 import os
 import platform
+from collections.abc import Callable, Sequence
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
 
-from prunepath_vllm import __version__
+from prunepath_vllm import __version__, plugin
+from prunepath_vllm.entrypoints.engine_defaults import require_engine
 from prunepath_vllm.errors import PrunePathError
 from prunepath_vllm.families import FAMILIES
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pydantic", "numpy")
+_REQUIRED = ("torch", "transformers", "safetensors", "pydantic", "numpy")
+"""Without one of them nothing but this command, --version and --help works."""
 _SETTINGS = ("VLLM_", "PRUNEPATH_", "CUDA_VISIBLE", "TRITON_", "TORCH_", "OMP_NUM_THREADS", "PROMETHEUS_MULTIPROC")
 """Beginnings of the names of environment variables that change what the engine does."""
+_ABSENT = "not installed"
 _NOT_INSTALLED = "not installed as a package: vLLM cannot find the plugin"
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "URL", "HOST")
 """A variable with one of these in its name is reported as set; its value is nobody's business."""
@@ -32,29 +37,54 @@ def add_parser(
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per fact; exit 1 where serving cannot work."""
-    facts = {"prunepath-vllm": f"{__version__}, {_installation()}", "python": platform.python_version()}
-    facts |= {name: _version(name) for name in _PACKAGES}
-    engine, serves = _engine()
-    serves &= facts["prunepath-vllm"] != f"{__version__}, {_NOT_INSTALLED}"
-    facts |= {"engine": engine, "system": _system(), "device": _device(), "kernels": _kernels()}
+    """Print one line per fact, those that take an import of torch or vLLM last; exit 1 where serving cannot work."""
+    facts: dict[str, str] = {}
+
+    def tell(name: str, value: str) -> None:
+        facts[name] = value
+        if not args.json:
+            print(f"{name:<16}{value}", flush=True)
+
+    tell("prunepath-vllm", f"{__version__}, {_installation()}")
+    tell("python", platform.python_version())
+    for name in _PACKAGES:
+        tell(name, _version(name))
+    tell("system", _system())
+    tell("environment", _environment())
+    missing = [name for name in _REQUIRED if facts[name] == _ABSENT]
+    tell("device", _tried(_device, missing))
+    tell("kernels", _tried(_kernels, missing))
+    engine, serves = _engine(missing)
+    tell("engine", engine)
     if serves:
-        facts["architectures"] = _architectures()
-    facts["environment"] = _environment()
+        tell("architectures", ", ".join(family.name for family in FAMILIES))
     if args.json:
         print(json.dumps({**facts, "serving": serves}, indent=2))
-        return 0 if serves else 1
-    for name, value in facts.items():
-        print(f"{name:<16}{value}")
-    print(f"\nserving: {'works here' if serves else 'does not work here'}")
+    else:
+        print(f"\nserving: {'works here' if serves else 'does not work here'}")
     return 0 if serves else 1
+
+
+def _tried(tell: Callable[[], str], missing: Sequence[str]) -> str:
+    """What `tell` says, or why it cannot: a broken installation is what this command is there to report."""
+    if missing:
+        return f"unknown: {', '.join(missing)} not installed"
+    try:
+        return tell()
+    except Exception as error:
+        return _reason(error)
+
+
+def _reason(error: Exception) -> str:
+    known = isinstance(error, PrunePathError)
+    return ("" if known else f"{type(error).__name__}: ") + " ".join(str(error).split())
 
 
 def _version(package: str) -> str:
     try:
         return version(package)
     except PackageNotFoundError:
-        return "not installed"
+        return _ABSENT
 
 
 def _installation() -> str:
@@ -79,18 +109,27 @@ def _environment() -> str:
     return " ".join(f"{name}={value}" for name, value in shown.items()) or "nothing that concerns the engine"
 
 
-def _engine() -> tuple[str, bool]:
-    from prunepath_vllm import plugin
-
+def _engine(missing: Sequence[str]) -> tuple[str, bool]:
+    """What the engine is, and whether all that ``prunepath serve`` needs of it is there: tried, not looked up."""
+    if missing:
+        return f"{', '.join(missing)} not installed: neither conversion nor serving works", False
     if find_spec("vllm") is None:
         return "vLLM is not installed: conversion, training and transformers work, serving does not", False
     try:
+        require_engine()
         import vllm
         from vllm.platforms import current_platform
 
         plugin.register()
-    except (PrunePathError, ImportError) as error:
-        return " ".join(str(error).split()), False
+        from vllm import ModelRegistry
+        from vllm.entrypoints.cli import serve  # noqa: F401
+
+        version("vllm")
+        known = ModelRegistry.get_supported_archs()
+    except Exception as error:
+        return _reason(error), False
+    if unknown := [family.architecture for family in FAMILIES if family.architecture not in known]:
+        return f"vLLM {vllm.__version__} does not know {', '.join(unknown)} after the plugin was registered", False
     device = current_platform.device_type
     if device not in ("cpu", "cuda"):
         return f"vLLM {vllm.__version__} on {device or 'no device'}; expected cpu or cuda", False
@@ -125,11 +164,3 @@ def _kernels() -> str:
     if not table.is_file():
         return "Triton, no table shipped for this GPU (see `prunepath bench tune`)"
     return f"Triton, tuned for {', '.join(json.loads(table.read_text()))}"
-
-
-def _architectures() -> str:
-    from vllm import ModelRegistry
-
-    known = ModelRegistry.get_supported_archs()
-    missing = [family.architecture for family in FAMILIES if family.architecture not in known]
-    return f"missing {', '.join(missing)}" if missing else ", ".join(family.name for family in FAMILIES)

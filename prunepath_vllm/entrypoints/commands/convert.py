@@ -2,6 +2,8 @@
 
 import argparse
 
+from prunepath_vllm.arguments import seed, whole
+
 
 def add_parser(subparsers, parents: list[argparse.ArgumentParser]) -> argparse.ArgumentParser:
     """Add this command to the command line."""
@@ -14,7 +16,9 @@ def add_parser(subparsers, parents: list[argparse.ArgumentParser]) -> argparse.A
     )
     parser.add_argument("src", metavar="SRC", help="directory of a dense model, or its Hugging Face name")
     parser.add_argument("dst", metavar="DST", help="directory to create")
-    parser.add_argument("--expert-size", type=int, default=32, metavar="N", help="neurons per expert (default: 32)")
+    parser.add_argument(
+        "--expert-size", type=whole(1), default=32, metavar="N", help="neurons per expert (default: 32)"
+    )
     parser.add_argument(
         "--split",
         choices=("kmeans", "coactivation", "random"),
@@ -33,7 +37,7 @@ def add_parser(subparsers, parents: list[argparse.ArgumentParser]) -> argparse.A
         help="multiply an expert's output by the sigmoid of its router logit, or not (default)",
     )
     parser.add_argument("--calibration-text", metavar="FILE", help="UTF-8 text file")
-    parser.add_argument("--seed", type=int, default=0, help="of the split and the calibration (default: 0)")
+    parser.add_argument("--seed", type=seed, default=0, help="of the split and the calibration (default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
     return parser
 

@@ -5,6 +5,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from prunepath_vllm.arguments import check_output_file, check_plot, whole
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.tau import parse_tau_list
 
@@ -37,10 +38,14 @@ def add_parser(
     )
     parser.add_argument("--engine", default="{}", metavar="JSON", help="more arguments of vLLM's LLM, an object")
     parser.add_argument("--dense", metavar="DIR", help="the dense model, to measure beside it with transformers")
-    parser.add_argument("--limit", type=int, metavar="N", help="only the first N items")
-    parser.add_argument("--shots", type=int, default=5, metavar="N", help="examples, for mmlu (default: %(default)s)")
-    parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="of wikitext (default: %(default)s)")
-    parser.add_argument("--context", type=int, metavar="N", help="of wikitext (default: 1024, or what fits)")
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="only the first N items")
+    parser.add_argument(
+        "--shots", type=whole(0), default=5, metavar="N", help="examples, for mmlu (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max-tokens", type=whole(1), default=8192, metavar="N", help="of wikitext (default: %(default)s)"
+    )
+    parser.add_argument("--context", type=whole(1), metavar="N", help="of wikitext (default: 1024, or what fits)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of transformers")
     parser.add_argument("--output", metavar="FILE", help="write the results as JSON; item by item beside it, as .jsonl")
     parser.add_argument("--plot", metavar="FILE", help="draw quality against sparsity (.png, .pdf, .svg)")
@@ -59,6 +64,10 @@ def run(args: argparse.Namespace) -> int:
     checkpoint, dense = open_checkpoint(args.checkpoint), open_checkpoint(args.dense) if args.dense else None
     engine, taus = parse_engine(args.engine), parse_tau_list(args.tau)
     outputs = {name: _named(args.output, name if names[1:] else "") for name in names}
+    plots = {name: _named(args.plot, name if names[1:] else "") for name in names}
+    for name in names:
+        check_plot(plots[name])
+        journal_path(outputs[name])
     evaluations: list[Run] = []
     for name in names:  # all of them first: what is wrong is named before an engine starts
         backend = args.backend or ("transformers" if name == "wikitext" else "vllm")
@@ -82,7 +91,7 @@ def run(args: argparse.Namespace) -> int:
         print_table(result, evaluation.task.metrics)
         if output := outputs[evaluation.name]:
             output.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-        if plot := _named(args.plot, evaluation.name if names[1:] else ""):
+        if plot := plots[evaluation.name]:
             from prunepath_vllm.evaluation.plots import plot_points
 
             plot_points(result, evaluation.task.metrics[0], plot)
@@ -118,15 +127,16 @@ def journal_path(output: Path | None) -> Path | None:
     """Where results go item by item: beside the output.
 
     Raises:
-        UsageError: the output would be that file, or its folder is missing.
+        UsageError: the output would be that file, or one of the two could not be written.
     """
     if output is None:
         return None
     if output.suffix == ".jsonl":
         raise UsageError(f"--output {output}: expected another suffix; .jsonl holds the single items")
-    if not output.parent.is_dir():
-        raise UsageError(f"--output {output}: no such folder; expected an existing one")
-    return output.with_suffix(".jsonl")
+    journal = output.with_suffix(".jsonl")
+    for file in (output, journal):
+        check_output_file(file, "--output")
+    return journal
 
 
 def print_table(result: dict[str, Any], metrics: tuple[str, ...]) -> None:

@@ -3,6 +3,8 @@
 import argparse
 from pathlib import Path
 
+from prunepath_vllm.arguments import check_output_folder
+
 MODELS_FOLDER, DATA_FOLDER = Path(".cache"), Path(".cache/data")
 
 
@@ -37,6 +39,7 @@ def run(args: argparse.Namespace) -> int:
     for name in args.names:
         if name not in builders:
             raise UsageError(f"name: {name!r}; expected one of {', '.join(builders)}")
+        check_output_folder(Path(args.to or (DATA_FOLDER if name in CORPORA else MODELS_FOLDER), name), "--to")
     for name in args.names:
         if name in CORPORA:
             print(fetch_corpus(name, args.to or DATA_FOLDER))

@@ -6,6 +6,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prunepath_vllm.arguments import check_output_file, check_plot, whole
 from prunepath_vllm.errors import UsageError
 
 NAMES = {
@@ -41,20 +42,23 @@ def add_parser(
         if name == "fig2":
             one.add_argument("--text", metavar="FILE", help="what the model reads; needed with CKPT")
             one.add_argument("--top-k", default="1,2,4,8", metavar="LIST", help="(default: %(default)s)")
-            one.add_argument("--max-tokens", type=int, default=4096, metavar="N", help="(default: %(default)s)")
-            one.add_argument("--context", type=int, metavar="N", help="tokens per sequence (default: 512)")
+            one.add_argument("--max-tokens", type=whole(1), default=4096, metavar="N", help="(default: %(default)s)")
+            one.add_argument("--context", type=whole(1), metavar="N", help="tokens per sequence (default: 512)")
             one.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
     """Write the data as JSON and the image beside it, and print the data as a Markdown table."""
+    output = Path(args.output)
+    if output.suffix != ".json":
+        raise UsageError(f"--output {output}: expected a .json file in an existing folder")
+    check_output_file(output, "--output")
+    image = output.with_suffix(".png")
+    check_plot(image, "--output")
+
     from prunepath_vllm.evaluation import figures
 
-    output = Path(args.output)
-    if output.suffix != ".json" or not output.parent.is_dir():
-        raise UsageError(f"--output {output}: expected a .json file in an existing folder")
-    image = output.with_suffix(".png")
     header: Sequence[str]
     rows: list[Sequence[str]]
     if args.figure == "fig2":

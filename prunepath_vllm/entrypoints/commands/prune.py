@@ -2,6 +2,8 @@
 
 import argparse
 
+from prunepath_vllm.arguments import whole
+
 
 def add_parser(
     subparsers: argparse._SubParsersAction, parents: list[argparse.ArgumentParser]
@@ -24,7 +26,7 @@ def add_parser(
     parser.add_argument("--sparsity", required=True, type=float, metavar="S", help="share to prune, in (0, 1)")
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text to calibrate on")
     parser.add_argument(
-        "--sequences", type=int, default=128, metavar="N", help="of 512 tokens, from its beginning (default: 128)"
+        "--sequences", type=whole(1), default=128, metavar="N", help="of 512 tokens, from its beginning (default: 128)"
     )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
     return parser

@@ -6,8 +6,8 @@ import os
 import sys
 import tempfile
 
-from prunepath_vllm.checkpoint import validate_checkpoint
-from prunepath_vllm.entrypoints.engine_defaults import set_server_defaults
+from prunepath_vllm.arguments import OneLineErrors
+from prunepath_vllm.entrypoints.engine_defaults import require_engine, set_server_defaults
 
 DRAIN_SECONDS = 10
 """How long a server that is told to stop goes on with the answers it has begun."""
@@ -32,7 +32,12 @@ def add_parser(
 
 def run(args: argparse.Namespace) -> int:
     """Run the server in this process until it is told to stop."""
-    if os.path.isdir(args.checkpoint):
+    require_engine()
+    # With another load format the files may be others; the engine's own check knows which.
+    other_format = any(flag.replace("_", "-").startswith("--load-format") for flag in args.engine_args)
+    if os.path.isdir(args.checkpoint) and not other_format:
+        from prunepath_vllm.checkpoint import validate_checkpoint
+
         validate_checkpoint(args.checkpoint)
     with tempfile.TemporaryDirectory(prefix="prunepath-metrics-") as metrics:
         # The workers' counters reach the server's /metrics through files; read when prometheus_client is imported.
@@ -40,6 +45,10 @@ def run(args: argparse.Namespace) -> int:
         set_server_defaults()
         _end_streams()
         from vllm.entrypoints.cli.main import main
+        from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+        # A wrong flag would print the usage, of 250 lines.
+        FlexibleArgumentParser.error = OneLineErrors.error  # type: ignore[method-assign,assignment]
 
         # Before the user's own: the last one counts.
         drain = ["--shutdown-timeout", str(DRAIN_SECONDS)]

@@ -5,7 +5,9 @@ import json
 from pathlib import Path
 from typing import Any
 
+from prunepath_vllm.arguments import check_output_file, check_plot, whole
 from prunepath_vllm.entrypoints.commands.eval import journal_path
+from prunepath_vllm.entrypoints.engine_defaults import require_engine
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.tau import parse_tau_list
 
@@ -29,9 +31,13 @@ def add_parser(
     parser.add_argument("--data", metavar="DIR", help="with --task: its folder or file")
     parser.add_argument("--tau", metavar="LIST", help="(default: the 15 that calibration measures)")
     parser.add_argument("--dense", metavar="DIR", help="the dense model, to measure the loss against (default: tau 1)")
-    parser.add_argument("--limit", type=int, metavar="N", help="with --task: only the first N items")
-    parser.add_argument("--max-tokens", type=int, default=8192, metavar="N", help="of the text (default: %(default)s)")
-    parser.add_argument("--context", type=int, metavar="N", help="tokens per sequence (default: 1024, or what fits)")
+    parser.add_argument("--limit", type=whole(1), metavar="N", help="with --task: only the first N items")
+    parser.add_argument(
+        "--max-tokens", type=whole(1), default=8192, metavar="N", help="of the text (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--context", type=whole(1), metavar="N", help="tokens per sequence (default: 1024, or what fits)"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of the quality (default: cpu)")
     parser.add_argument("--no-speed", action="store_true", help="do not start the engine to time it")
     parser.add_argument("--write", action="store_true", help="write tau_curve and the model card into CKPT")
@@ -51,9 +57,13 @@ def run(args: argparse.Namespace) -> int:
 
     max_loss = parse_loss(args.max_loss)
     output = Path(args.output) if args.output else None
+    journal = journal_path(output)
+    check_plot(args.plot)
     checkpoint = open_checkpoint(args.checkpoint)
     if checkpoint.prunepath is None or checkpoint.prunepath.selection != "cumulative_mass":
         raise UsageError(f"{args.checkpoint}: expected a PrunePath checkpoint with cumulative_mass selection, to sweep")
+    if args.write:
+        check_output_file(checkpoint.path / "config.json", "--write")
     if args.data and not args.task:
         raise UsageError(f"--data {args.data}: expected with --task; --text names its file itself")
     chosen = sorted({1.0, *(parse_tau_list(args.tau) if args.tau else CURVE_TAUS)}, reverse=True)
@@ -67,8 +77,10 @@ def run(args: argparse.Namespace) -> int:
         limit=args.limit,
         options=Options(max_tokens=args.max_tokens, context=args.context),
         device=args.device,
-        journal=journal_path(output),
+        journal=journal,
     )
+    if checkpoint.causal and not args.no_speed:
+        require_engine()
     metric = evaluation.task.metrics[0]
     result = sweep(evaluation, max_loss, speed=not args.no_speed)
     print_table(result, metric)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
+from prunepath_vllm.arguments import check_new_directory
 from prunepath_vllm.checkpoint import read_config
 from prunepath_vllm.conversion.calibrate import sequence_length
 from prunepath_vllm.conversion.text import read_sequences
@@ -24,15 +25,14 @@ RECORD_FILE = "pruning.json"
 
 
 def check_arguments(dst: Path, sparsity: float, device: str) -> None:
-    """Refuse a target that exists, a sparsity outside (0, 1) and a GPU that is not there.
+    """Refuse a target that exists or cannot be made, a sparsity outside (0, 1) and a GPU that is not there.
 
     Raises:
         UsageError: names the argument.
     """
     if not 0 < sparsity < 1:
         raise UsageError(f"sparsity: {sparsity}; expected a number in (0, 1)")
-    if dst.exists():
-        raise UsageError(f"{dst}: already there; expected a new directory")
+    check_new_directory(dst, "DST")
     check_device(device)
 
 
