@@ -263,7 +263,7 @@ def test_peak_memory_is_bounded_by_shards_not_by_the_model(tmp_path):
         source.mkdir()
         (source / "config.json").write_text(json.dumps(dict(
             architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=hidden, intermediate_size=ffn,
-            num_hidden_layers=layers, vocab_size=64, hidden_act="silu")))
+            num_hidden_layers=layers, vocab_size=64, tie_word_embeddings=True)))
         weight_map = {"model.embed_tokens.weight": "e.safetensors"}
         save_file({"model.embed_tokens.weight": torch.zeros(64, hidden)}, source / "e.safetensors")
         for layer in range(layers):

@@ -8,6 +8,8 @@ from typing import Any
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import ConfigError, TauError, UnsupportedFeatureError
+from prunepath_vllm.families import family_of
+from prunepath_vllm.fields import usable_positions
 from prunepath_vllm.model_executor.compat import VerifyAndUpdateConfig, VllmConfig, current_platform
 from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, is_adaptive, parse_tau, parse_tau_range, resolve_tau
 
@@ -33,6 +35,24 @@ _ROUNDING = 1e-9
 
 class PrunePathEngineConfig(VerifyAndUpdateConfig):
     """vLLM's per-architecture hook; registered for every PrunePath architecture."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Bound the length of a sequence by the positions that its tokens can take.
+
+        vLLM counts all rows of a position table, and lets users ask for more; reading beyond the last is undefined.
+
+        Raises:
+            ConfigError: ``max_model_len`` was given and is more.
+        """
+        config = model_config.hf_config.to_dict()
+        limit = usable_positions(family_of(config, converted=True), config)
+        if limit is None or model_config.max_model_len <= limit:
+            return
+        asked = model_config.original_max_model_len
+        if asked is not None and asked > limit:
+            raise ConfigError(f"max_model_len: {asked}; expected at most {limit}, the positions that the model has")
+        model_config.max_model_len = limit
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
