@@ -1,7 +1,7 @@
-"""What each field of a dense configuration means: followed, of no effect on what is computed, or refused unless ordinary.
+"""What each field of a dense configuration means: followed, of no effect on the result, or refused unless ordinary.
 
 A configuration whose function the engine or the transformers model would not reproduce is refused by name, before a
-conversion begins and again when a checkpoint is read. tests/test_fields.py holds the table against transformers' classes.
+conversion begins and again when a checkpoint is read. tests/test_fields.py holds the table against transformers.
 """
 
 from collections.abc import Mapping
@@ -41,9 +41,9 @@ _EVERY_FAMILY: dict[str, Meaning] = {
     "dtype": FOLLOWED,
     "chunk_size_feed_forward": NO_EFFECT,  # the same values, computed in pieces
     "is_encoder_decoder": Only((False, None), "the family has no encoder-decoder form"),
-    "id2label": FOLLOWED,
+    "id2label": NO_EFFECT,
     "label2id": NO_EFFECT,
-    "problem_type": FOLLOWED,
+    "problem_type": NO_EFFECT,
     "vocab_size": FOLLOWED,
     "initializer_range": NO_EFFECT,
     "use_cache": NO_EFFECT,
@@ -119,6 +119,8 @@ FIELDS: dict[str, dict[str, Meaning]] = {
         "type_vocab_size": FOLLOWED,
         "layer_norm_eps": FOLLOWED,
         "pad_token_id": FOLLOWED,  # positions start behind it
+        "id2label": FOLLOWED,
+        "problem_type": FOLLOWED,  # what the engine makes of logits
         "classifier_dropout": NO_EFFECT,
         "is_decoder": Only((False, None), "the engine attends to both sides"),
         "add_cross_attention": Only((False, None), "PrunePath models have no cross-attention"),
@@ -158,16 +160,15 @@ FOREIGN: dict[str, dict[str, Only]] = {
     "gpt2": _FOREIGN_TO_ALL | _NO_WINDOW,
     "roberta": _FOREIGN_TO_ALL
     | _NO_WINDOW
-    | {"position_embedding_type": Only((None, "absolute"), "both classes compute absolute positions, whatever it says")},
+    | {"position_embedding_type": Only((None, "absolute"), "both classes compute absolute positions, whatever it is")},
 }
-"""Keys of config.json that are no fields of the dense class, yet change what one of engine and transformers computes."""
+"""Keys of config.json that are no fields of the dense class, yet change what engine or transformers computes."""
 
 _ROPE_BASE = frozenset({"rope_type", "type", "rope_theta", "partial_rotary_factor"})
 ROPE_KINDS: dict[str, frozenset[str]] = {
     "default": _ROPE_BASE,
     "linear": _ROPE_BASE | {"factor"},
-    "llama3": _ROPE_BASE
-    | {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
+    "llama3": _ROPE_BASE | {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     "yarn": _ROPE_BASE
     | {"factor", "original_max_position_embeddings", "attention_factor"}
     | {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
@@ -195,8 +196,9 @@ def check_fields(family: Family, config: Mapping[str, Any]) -> None:
         _check_rope(config)
     if family.name == "qwen2":
         _check_window(family, config)
-        _check_head_dim(config)
-    if family.name == "roberta" and family.positions(config) is not None and (family.positions(config) or 0) < 1:
+        _check_head_dim(family, config)
+    positions = family.positions(config)
+    if positions is not None and positions < 1:
         raise ConfigError(
             f"max_position_embeddings: {shown(config['max_position_embeddings'])} leaves no position behind "
             f"pad_token_id {shown(config.get('pad_token_id', 1))}; expected more"
@@ -284,11 +286,11 @@ def _check_window(family: Family, config: Mapping[str, Any]) -> None:
         raise ConfigError(f"{said}; expected a window on every layer or on none (the engine has one for all)")
 
 
-def _check_head_dim(config: Mapping[str, Any]) -> None:
+def _check_head_dim(family: Family, config: Mapping[str, Any]) -> None:
     """Not a field of Qwen2's, but transformers' class follows it, and the engine's does not."""
     if "head_dim" not in config:
         return
-    hidden, heads = config.get("hidden_size"), config.get("num_attention_heads", 32)
+    hidden, heads = family.hidden_size(config), config.get("num_attention_heads", 32)
     if not isinstance(heads, int) or heads <= 0 or config["head_dim"] != hidden // heads:
         raise ConfigError(
             f"head_dim: {shown(config['head_dim'])}; expected hidden_size / num_attention_heads, "
