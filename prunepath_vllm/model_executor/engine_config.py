@@ -45,14 +45,10 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
         Raises:
             ConfigError: ``max_model_len`` was given and is more.
         """
-        config = model_config.hf_config.to_dict()
-        limit = usable_positions(family_of(config, converted=True), config)
-        if limit is None or model_config.max_model_len <= limit:
-            return
-        asked = model_config.original_max_model_len
-        if asked is not None and asked > limit:
-            raise ConfigError(f"max_model_len: {asked}; expected at most {limit}, the positions that the model has")
-        model_config.max_model_len = limit
+        limit = _position_limit(model_config)
+        if model_config.original_max_model_len in (None, -1):  # left to vLLM
+            model_config.max_model_len = min(model_config.max_model_len, limit)
+        _check_length(model_config)
 
     @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
@@ -65,6 +61,7 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
         """
         model_config = vllm_config.model_config
         server_options(vllm_config)
+        _check_length(model_config)
         _refuse_unsupported(vllm_config)
         if os.path.isdir(model_config.model) and vllm_config.load_config.load_format != "dummy":
             validate_checkpoint(model_config.model)
@@ -219,6 +216,21 @@ class Service:
     def prompt_tau(self, tau: float) -> float:
         """The tau that the prompt of a request at `tau` is computed at."""
         return tau if self.options.prefill_tau is None else self.options.prefill_tau
+
+
+def _position_limit(model_config: Any) -> int:
+    config = model_config.hf_config.to_dict()
+    limit = usable_positions(family_of(config, converted=True), config)
+    assert limit is not None, "transformers' classes have a default"
+    return limit
+
+
+def _check_length(model_config: Any) -> None:
+    limit = _position_limit(model_config)
+    if model_config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len: {model_config.max_model_len}; expected at most {limit}, the positions that the model has"
+        )
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:

@@ -124,8 +124,9 @@ class RoutedBackbone(PreTrainedModel):
             UsageError: names the number of tokens and the model's.
         """
         limit = self.position_rows
-        suspicious = limit is not None and (positions.shape[-1] > limit or positions.device.type == "cpu")
-        if not suspicious or torch.compiler.is_compiling() or positions.numel() == 0:
+        if limit is None or torch.compiler.is_compiling() or positions.numel() == 0:
+            return
+        if positions.device.type != "cpu" and positions.shape[-1] <= limit:
             return
         if (tokens := int(positions.max()) + 1) > limit:
             raise UsageError(
