@@ -17,6 +17,7 @@ from torch import Tensor
 from prunepath_vllm.config import PrunePathConfig, check_quantization_config
 from prunepath_vllm.errors import CheckpointError, ConfigError
 from prunepath_vllm.families import Family, family_of
+from prunepath_vllm.fields import check_fields
 from prunepath_vllm.tau import shown
 
 WEIGHTS_FILE = "model.safetensors"
@@ -104,6 +105,7 @@ def load_prunepath_config(path: str | Path) -> tuple[Family, PrunePathConfig, di
         prunepath.check_intermediate_size(family.intermediate_size(config))
         family.hidden_size(config)
         family.num_layers(config)
+        check_fields(family, config)
     except ConfigError as error:
         raise ConfigError(f"{Path(path) / 'config.json'}: {error}") from None
     return family, prunepath, config
@@ -221,7 +223,7 @@ def validate_checkpoint(path: str | Path, *, check_values: bool = False) -> Chec
     """Check that a directory is a PrunePath checkpoint that keeps what its configuration promises.
 
     Feed-forward and router tensors are checked for presence, shape and dtype, none may be unknown, and the embedding's
-    shape is checked; other tensors are left to the loaders. Reads headers only, unless `check_values`.
+    and the head's are checked too; other tensors are left to the loaders. Reads headers only, unless `check_values`.
 
     Args:
         path: checkpoint directory.
@@ -263,6 +265,7 @@ def validate_checkpoint(path: str | Path, *, check_values: bool = False) -> Chec
     if not isinstance(vocabulary, int):
         raise ConfigError(f"{path / 'config.json'}: vocab_size: expected a positive integer, got {vocabulary!r}")
     expected[family.embedding] = (vocabulary, family.hidden_size(config))
+    expected |= family.head(config)
     check_tensors(path, tensors, expected)
 
     if check_values:

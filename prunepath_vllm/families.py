@@ -38,10 +38,13 @@ class Family:
     """Weights stored [in, out] (GPT-2's Conv1D) instead of [out, in]."""
     base_prefix: str = ""
     """Prefix of the backbone; checkpoints saved from the bare backbone lack it and are renamed on conversion."""
+    tied: bool = False
+    """Whether the output embeddings are the word embeddings where config.json does not say."""
     hidden_size_field: str = "hidden_size"
     intermediate_size_field: str = "intermediate_size"
     num_layers_field: str = "num_hidden_layers"
     activation_field: str = "hidden_act"
+    positions_field: str = "max_position_embeddings"
 
     @property
     def model_type(self) -> str:
@@ -87,6 +90,37 @@ class Family:
         """Name of the activation function, in transformers' ACT2FN terms."""
         return str(config.get(self.activation_field, {"gpt2": "gelu_new", "roberta": "gelu"}.get(self.name, "silu")))
 
+    def positions(self, config: Mapping[str, Any]) -> int | None:
+        """How many tokens a sequence may have by the position table's rows; None where config.json does not say.
+
+        RoBERTa's positions start behind the padding's.
+        """
+        if config.get(self.positions_field) is None:
+            return None
+        rows = _positive_int(config, self.positions_field)
+        if self.name != "roberta":
+            return rows
+        padding = config.get("pad_token_id", 1)
+        if not isinstance(padding, int) or isinstance(padding, bool) or padding < 0:
+            raise ConfigError(f"pad_token_id: {shown(padding)}; expected a token's number, positions start behind it")
+        return rows - padding - 1
+
+    def head(self, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors between the backbone and the output."""
+        hidden = self.hidden_size(config)
+        if self.auto_class == "AutoModelForCausalLM":
+            if config.get("tie_word_embeddings", self.tied):
+                return {}
+            return {"lm_head.weight": (_positive_int(config, "vocab_size"), hidden)}
+        labels = config.get("id2label")
+        count = len(labels) if isinstance(labels, Mapping) and labels else config.get("num_labels", 2)
+        return {
+            "classifier.dense.weight": (hidden, hidden),
+            "classifier.dense.bias": (hidden,),
+            "classifier.out_proj.weight": (count, hidden),
+            "classifier.out_proj.bias": (count,),
+        }
+
     def router(self, layer: int) -> str:
         """Name of a layer's router, without ``.weight`` / ``.bias``."""
         return f"{self.ffn.format(layer)}.router"
@@ -128,6 +162,8 @@ FAMILIES: tuple[Family, ...] = (
         intermediate_size_field="n_inner",
         num_layers_field="n_layer",
         activation_field="activation_function",
+        positions_field="n_positions",
+        tied=True,
     ),
     Family(
         name="roberta",

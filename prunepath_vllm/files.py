@@ -1,41 +1,94 @@
 """Directories and files that appear complete or not at all."""
 
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+
+from prunepath_vllm.errors import UsageError
+
+MOUNTS = Path("/proc/self/mountinfo")
 
 
 @contextmanager
 def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """An empty directory to fill, put at `target` where the block ends well and removed where it does not.
 
-    It is named after the target and this process and lies beside it, so the last step is a rename. Weights become as
-    readable as the directory: safetensors writes them private to this user, but a server may run as another.
+    It is on the target's own file system (:func:`staging_directory`), so the last step renames and copies nothing.
+    Weights become as readable as the directory: safetensors writes them private to this user, but a server may run as
+    another.
 
     Args:
-        target: absent or an empty directory, unless `replace`; its parents are made.
+        target: absent or an empty directory, unless `replace`; its parents are made. A link stands for what it
+            points to, and the link stays.
         replace: put it in the place of whatever directory is there.
 
     Raises:
+        UsageError: no directory can be made there.
         OSError: `target` is in the way.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    staging = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    shutil.rmtree(staging, ignore_errors=True)
-    staging.mkdir()
+    target = Path(os.path.realpath(target))
+    staging = staging_directory(target)
     try:
         yield staging
         for weights in staging.rglob("*.safetensors"):
             weights.chmod(staging.stat().st_mode & 0o666)
         if replace and target.exists():
             replace_directory(target, staging)
+        elif staging.parent == target:
+            _move_contents(staging, target)
         else:
             os.replace(staging, target)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def staging_directory(target: Path) -> Path:
+    """Make an empty directory that can become `target` by renaming alone; `target` has no links in it.
+
+    Beside the target, so that one rename puts it there. A mount point (a container's volume) cannot be renamed and is a
+    file system of its own, often the one with the space: inside it.
+
+    Raises:
+        UsageError: no directory can be made there.
+    """
+    mounted = is_mount_point(target)
+    name = f".partial-{os.getpid()}" if mounted else f".{target.name}.partial-{os.getpid()}"
+    staging = (target if mounted else target.parent) / name
+    if target.exists() and not target.is_dir():
+        raise UsageError(f"{target}: already there and not a directory; expected a new one")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.rmtree(staging, ignore_errors=True)
+        staging.mkdir()
+    except OSError as error:
+        raise UsageError(f"{target}: cannot be written ({error.strerror}: {error.filename})") from None
+    return staging
+
+
+def check_writable(target: Path) -> None:
+    """Refuse a place where no directory can be put, before the work that would fill it.
+
+    Raises:
+        UsageError: no directory can be made there.
+    """
+    staging_directory(Path(os.path.realpath(target))).rmdir()
+
+
+def is_mount_point(path: Path) -> bool:
+    """Whether a file system is mounted at `path`, a bind mount of a folder of the same file system included."""
+    if os.path.ismount(path):
+        return True
+    try:
+        mounts = MOUNTS.read_text(errors="surrogateescape").splitlines()
+    except OSError:  # not Linux
+        return False
+    # The kernel writes blanks and backslashes as \040 and the like.
+    points = (re.sub(r"\\(\d{3})", lambda code: chr(int(code[1], 8)), line.split(" ")[4]) for line in mounts)
+    return str(path) in points
 
 
 def replace_file(path: Path, write: Callable[[Path], object], *, like: Path) -> None:
@@ -53,7 +106,13 @@ def replace_file(path: Path, write: Callable[[Path], object], *, like: Path) -> 
 
 
 def replace_directory(target: Path, new: Path) -> None:
-    """Rename `new`, a directory beside `target`, to `target`; a crash between leaves the old one as ``.NAME.old``."""
+    """Put `new`, made by :func:`staging_directory`, in the place of `target`.
+
+    A crash between leaves the old one as ``.NAME.old``, for a mount point its files in ``.old`` in it.
+    """
+    if new.parent == target:
+        _replace_contents(target, new)
+        return
     aside = target.with_name(f".{target.name}.old")
     shutil.rmtree(aside, ignore_errors=True)
     os.rename(target, aside)
@@ -63,3 +122,41 @@ def replace_directory(target: Path, new: Path) -> None:
         os.rename(aside, target)
         raise
     shutil.rmtree(aside)
+
+
+def _replace_contents(target: Path, new: Path) -> None:
+    aside = target / ".old"
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    try:
+        _move(target, aside, leave=(new, aside))
+        try:
+            _move(new, target)
+        except BaseException:
+            _move(target, new, leave=(new, aside))
+            raise
+    except BaseException:
+        _move(aside, target)
+        aside.rmdir()
+        raise
+    shutil.rmtree(aside)
+    new.rmdir()
+
+
+def _move_contents(new: Path, target: Path) -> None:
+    """Move what is in `new` to `target`, in which nothing but `new` may be."""
+    if found := [file.name for file in target.iterdir() if file != new]:
+        raise FileExistsError(f"{target}: {min(found)} is there; expected an empty directory")
+    try:
+        _move(new, target)
+    except BaseException:
+        _move(target, new, leave=(new,))
+        raise
+    new.rmdir()
+
+
+def _move(source: Path, destination: Path, leave: tuple[Path, ...] = ()) -> None:
+    """Rename everything in `source`, but for `leave`; config.json, without which nothing loads, goes last."""
+    entries = [entry for entry in source.iterdir() if entry not in leave]
+    for entry in sorted(entries, key=lambda entry: (entry.name == "config.json", entry.name)):
+        os.rename(entry, destination / entry.name)

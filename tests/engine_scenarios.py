@@ -32,6 +32,7 @@ if RUNNER == "v2":
 
 from prometheus_client import CollectorRegistry, multiprocess  # noqa: E402
 from vllm import LLM, PoolingParams, SamplingParams  # noqa: E402
+from vllm.exceptions import VLLMValidationError  # noqa: E402
 from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
 from vllm.v1.engine import EngineCoreRequest  # noqa: E402
 
@@ -128,6 +129,50 @@ def dense():
     options = {"max_tokens": OPTIONS.get("max_tokens", NEW_TOKENS)}
     outputs = llm.generate(prompts, [params(1.0, **options) for _ in prompts], use_tqdm=False)
     return {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
+
+
+def functions():
+    """Each of several checkpoints in an engine of its own: the log-probabilities of a prompt's tokens, by tau.
+
+    Of a classifier the probabilities of its classes; of an engine that does not start what it said.
+    """
+    global CHECKPOINT
+    found = {}
+    for name, (checkpoint, options) in OPTIONS["cases"].items():
+        CHECKPOINT = checkpoint
+        try:
+            llm = engine(**{"enforce_eager": True, "max_model_len": None, "enable_prefix_caching": False, **options})
+            limit = llm.llm_engine.model_config.max_model_len
+            found[name] = {"limit": limit} | (scored(llm) if "max_model_len" not in options else {})
+        except Exception as error:
+            found[name] = {"error": str(error)}
+            continue
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+    return found
+
+
+def scored(llm):
+    """At tau 1 and 0.5, and what is said to a prompt of one token more than the engine takes."""
+    prompt = {"prompt_token_ids": OPTIONS["prompt"]}
+    limit = llm.llm_engine.model_config.max_model_len
+    result = {}
+    for tau in (1.0, 0.5):
+        if llm.llm_engine.model_config.runner_type == "pooling":
+            (output,) = llm.classify([prompt], pooling_params=PoolingParams(extra_kwargs={"tau": tau}), use_tqdm=False)
+            result[str(tau)] = output.outputs.probs
+        else:
+            (output,) = llm.generate([prompt], params(tau, max_tokens=1, prompt_logprobs=0), use_tqdm=False)
+            pairs = zip(OPTIONS["prompt"], output.prompt_logprobs, strict=True)
+            result[str(tau)] = [given[token].logprob for token, given in pairs if given is not None]
+    try:
+        many = {"prompt_token_ids": [5] * (limit + 1)}
+        llm.classify([many], use_tqdm=False) if "classify" in llm.supported_tasks else llm.generate([many], params())
+        result["too long"] = None
+    except (ValueError, VLLMValidationError) as error:
+        result["too long"] = str(error)
+    return result
 
 
 def counts():

@@ -1,5 +1,6 @@
 """Calibration: routers that rank, a measured curve, an unchanged function, all-or-nothing writes, refusals."""
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -279,6 +280,18 @@ def test_trained_gates_and_threshold_selection_are_refused(tmp_path, text):
     path = save_prunepath("llama", tmp_path / "threshold", selection="threshold", threshold=0.5)
     with pytest.raises(UsageError, match="selection 'threshold' has no tau"):
         calibrate(path, text)
+
+
+def test_a_directory_that_cannot_be_replaced_is_refused_before_any_work(tmp_path, text, monkeypatch):
+    checkpoint = save_prunepath("llama", tmp_path / "model")
+
+    def refuse(path, mode=0o777):
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr("prunepath_vllm.conversion.calibrate.load_model", None)
+    monkeypatch.setattr(os, "mkdir", refuse)
+    with pytest.raises(UsageError, match=r"model: cannot be written \(Read-only file system"):
+        calibrate(checkpoint, text)
 
 
 def test_command(tmp_path, text, capsys):

@@ -1,6 +1,8 @@
 """Conversion against the dense checkpoint: read as plain tensors, and through the models."""
 
 import json
+import re
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -15,9 +17,11 @@ from tiny_models import FAMILY_NAMES, HIDDEN, INTERMEDIATE, LAYERS, save_dense, 
 from torch import Tensor
 
 import prunepath_vllm.conversion.convert as convert_module
+import prunepath_vllm.conversion.splits as splits_module
 from prunepath_vllm.checkpoint import INDEX_FILE, WEIGHTS_FILE, read_tensor_index, stream_tensors, validate_checkpoint
 from prunepath_vllm.conversion.convert import convert
 from prunepath_vllm.conversion.model_card import write_model_card
+from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.entrypoints import cli
 from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
 from prunepath_vllm.families import FAMILIES
@@ -263,7 +267,7 @@ def test_peak_memory_is_bounded_by_shards_not_by_the_model(tmp_path):
         source.mkdir()
         (source / "config.json").write_text(json.dumps(dict(
             architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=hidden, intermediate_size=ffn,
-            num_hidden_layers=layers, vocab_size=64, hidden_act="silu")))
+            num_hidden_layers=layers, vocab_size=64, tie_word_embeddings=True)))
         weight_map = {"model.embed_tokens.weight": "e.safetensors"}
         save_file({"model.embed_tokens.weight": torch.zeros(64, hidden)}, source / "e.safetensors")
         for layer in range(layers):
@@ -379,10 +383,95 @@ def test_arguments_that_make_no_sense(llama, tmp_path, options, words, monkeypat
         convert(llama, tmp_path / "out", **options)
 
 
-def test_calibration_text_too_short(llama, tmp_path, text):
-    text.write_text("short")
-    with pytest.raises(UsageError, match=r"calibration\.txt: 5 tokens"):
-        convert(llama, tmp_path / "out", split="coactivation", calibration_text=text)
+@pytest.mark.parametrize("options", [dict(split="coactivation"), dict(router="calibrated")], ids=["split", "router"])
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [(b"short", "5 tokens"), (b"", "0 tokens"), (b"\xff" * 50, "readable UTF-8")],
+    ids=["short", "empty", "binary"],
+)
+def test_bad_calibration_texts_are_refused_before_any_work(llama, tmp_path, text, monkeypatch, options, content, words):
+    monkeypatch.setattr(splits_module, "balanced_kmeans", None)
+    text.write_bytes(content)
+    with pytest.raises(UsageError, match=rf"calibration\.txt: .*{words}"):
+        convert(llama, tmp_path / "out", calibration_text=text, **options)
+    assert {file.name for file in tmp_path.iterdir()} == {"dense", text.name}
+
+
+def test_destinations_that_cannot_be_made_are_refused_before_any_work(llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert_module, "neuron_orders", None)
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file" / "out", Path("/proc/out")):
+        with pytest.raises(UsageError, match=f"{place}: cannot be written"):
+            convert(llama, place)
+
+
+@pytest.mark.parametrize(
+    ("family", "name", "shape"),
+    [
+        ("llama", "lm_head.weight", "[320, 64]"),
+        ("gpt2", "lm_head.weight", "[320, 64]"),
+        ("roberta", "classifier.out_proj.weight", "[3, 64]"),
+        ("roberta", "classifier.dense.bias", "[64]"),
+    ],
+)
+def test_a_missing_head_is_refused_by_name(family, name, shape, tmp_path):
+    """The same for a checkpoint that lost it after its conversion; `inspect` says so, too."""
+    untied = dict(tie_word_embeddings=False) if family == "gpt2" else {}
+    source = save_dense(family, tmp_path / "dense", **untied)
+    path = convert(source, tmp_path / "whole", split="random")
+    for place in (source, path):
+        tensors = load_file(place / WEIGHTS_FILE)
+        del tensors[name]
+        save_file(tensors, place / WEIGHTS_FILE)
+    said = re.escape(f"tensor {name} is missing; expected shape {shape}")
+    with pytest.raises(CheckpointError, match=said):
+        convert(source, tmp_path / "out")
+    with pytest.raises(CheckpointError, match=said):
+        validate_checkpoint(path)
+
+
+def test_a_snapshot_of_the_hub_cache_has_its_models_name(llama, tmp_path):
+    for folder, name in (("models--owner--My--Model", "owner/My--Model"), ("models--gpt2", "gpt2")):
+        snapshot = tmp_path / folder / "snapshots" / "0123abcd"
+        snapshot.parent.mkdir(parents=True)
+        shutil.copytree(llama, snapshot)
+        link = tmp_path / f"link to {folder}"
+        link.symlink_to(snapshot)
+        for number, source in enumerate((snapshot, link)):
+            path = convert(source, tmp_path / f"{folder} {number}", split="random")
+            assert validate_checkpoint(path).prunepath.base_model == name
+
+
+def test_additional_chat_templates_are_copied(llama, tmp_path):
+    templates = llama / "additional_chat_templates"
+    templates.mkdir()
+    (templates / "tool_use.jinja").write_text("{{ tools }}")
+    (templates / "evil.py").write_text("x")
+    path = convert(llama, tmp_path / "out", split="random")
+    assert [file.name for file in (path / templates.name).iterdir()] == ["tool_use.jinja"]
+    tokenizer = transformers.AutoTokenizer.from_pretrained(path)
+    assert tokenizer.chat_template["tool_use"] == "{{ tools }}"
+
+
+def test_a_volume_and_a_link_are_taken_as_destinations(llama, tmp_path):
+    """An empty volume: files are written in it and it stays; here a bind mount where this user may make one."""
+    volume, disk, link = (tmp_path / name for name in ("volume", "disk", "link"))
+    volume.mkdir()
+    disk.mkdir()
+    link.symlink_to(disk)
+    mounted = not subprocess.run(["mount", "-t", "tmpfs", "none", volume], capture_output=True).returncode
+    try:
+        for place in (volume, link):
+            convert(llama, place, split="random")
+            summary = validate_checkpoint(place)
+            rewrite_checkpoint(summary, {}, default_tau=0.7)
+            assert validate_checkpoint(place, check_values=True).prunepath.default_tau == 0.7
+            assert not [file.name for file in place.iterdir() if file.name.startswith(".")]
+        assert link.is_symlink()
+        assert volume.is_mount() == mounted
+    finally:
+        if mounted:
+            subprocess.run(["umount", volume], check=True)
 
 
 def test_hub_name(llama, tmp_path, monkeypatch):

@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 import torch
 from naive import load_naive, naive_logits
-from tiny_models import CAUSAL_FAMILY_NAMES
+from tiny_models import CAUSAL_FAMILY_NAMES, save_prunepath
 
 SCRIPT = Path(__file__).with_name("engine_scenarios.py")
 RUNNERS = ("v1", "v2")
@@ -193,6 +193,84 @@ def test_weights_loaded_again_are_the_checkpoints(prunepath_checkpoint, tmp_path
     assert rows["back"] == rows["before"]
     if family != "gpt2":  # trainers send to GPUs, where a tied head has no packed copy of its own
         assert rows["sent"] == rows["changed"]
+
+
+ROPE = {
+    "linear": dict(factor=2),  # a whole number, as many configurations write it
+    "llama3": dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
+    "yarn": dict(factor=4.0, original_max_position_embeddings=128, attention_factor=1.3, beta_fast=16.0),
+}
+FUNCTIONS = {
+    "llama-relu": ("llama", dict(hidden_act="relu", attention_bias=True, head_dim=64), "llama3", 512),
+    "llama-gelu": ("llama", dict(hidden_act="gelu", tie_word_embeddings=True, rms_norm_eps=0.1), "linear", 1024),
+    "llama-tanh": ("llama", dict(hidden_act="gelu_pytorch_tanh", mlp_bias=True), "yarn", 512),
+    "qwen2-relu": (
+        "qwen2",
+        dict(hidden_act="relu", use_sliding_window=True, sliding_window=32, max_window_layers=0),
+        None,
+        512,
+    ),
+    # No layer's window: the engine would give one to all.
+    "qwen2-gelu": (
+        "qwen2",
+        dict(hidden_act="gelu_new", use_sliding_window=True, sliding_window=32, max_window_layers=3),
+        None,
+        512,
+    ),
+    "gpt2": (
+        "gpt2",
+        dict(activation_function="silu", n_inner=192, layer_norm_epsilon=0.1, tie_word_embeddings=False),
+        None,
+        512,
+    ),
+    "roberta": ("roberta", dict(max_position_embeddings=130, hidden_act="relu", layer_norm_eps=0.1), None, 128),
+}
+"""Family, configuration, rotary embedding, and how many tokens the engine takes."""
+
+
+@pytest.fixture(scope="module")
+def functions(tmp_path_factory):
+    """The checkpoints of FUNCTIONS, the tokens of a prompt, and what the engine gave; one process for all engines."""
+    prompt = torch.randint(4, 300, (100,), generator=torch.Generator().manual_seed(0)).tolist()
+    folder = tmp_path_factory.mktemp("functions")
+    paths, cases = {}, {}
+    for name, (family, options, rope, _) in FUNCTIONS.items():
+        if rope is not None:
+            options = options | dict(rope_parameters=dict(rope_type=rope, rope_theta=10_000.0, **ROPE[rope]))
+        paths[name] = save_prunepath(family, folder / name, **options)
+        cases[name] = [str(paths[name]), dict(max_num_batched_tokens=512)]
+    cases["too long"] = [str(paths["roberta"]), dict(max_num_batched_tokens=512, max_model_len=129)]
+    return paths, prompt, run_engine("functions", Path(), cases=cases, prompt=prompt)
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_the_engine_computes_what_transformers_computes(functions, name):
+    """Activations that the engine's dense classes lack, and fields that the two might read differently."""
+    import transformers
+
+    import prunepath_vllm
+
+    prunepath_vllm.register()
+    paths, prompt, results = functions
+    result = results[name]
+    assert "error" not in result, result
+    auto = "AutoModelForSequenceClassification" if name == "roberta" else "AutoModelForCausalLM"
+    model = getattr(transformers, auto).from_pretrained(paths[name]).eval()
+    for tau in (1.0, 0.5):
+        with torch.no_grad():
+            logits = model(torch.tensor([prompt]), tau=tau).logits[0]
+        expected = logits.log_softmax(-1)[:-1].gather(1, torch.tensor(prompt[1:])[:, None])[:, 0]
+        if name == "roberta":
+            expected = logits.softmax(-1)
+        torch.testing.assert_close(torch.tensor(result[str(tau)]), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_a_prompt_longer_than_the_position_table_is_refused(functions):
+    _, _, results = functions
+    for name, (_, _, _, limit) in FUNCTIONS.items():
+        assert results[name]["limit"] == limit
+        assert f"maximum context length is {limit} tokens" in results[name]["too long"]
+    assert "max_model_len: 129; expected at most 128" in results["too long"]["error"]
 
 
 def test_refusals_name_the_parameter_the_value_and_the_range(prunepath_checkpoint):

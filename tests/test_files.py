@@ -1,10 +1,50 @@
 """Directories that appear complete or not at all."""
 
+import errno
+import os
+import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-from prunepath_vllm.files import new_directory
+from prunepath_vllm import files
+from prunepath_vllm.errors import UsageError
+from prunepath_vllm.files import check_writable, is_mount_point, new_directory
+
+
+@pytest.fixture(params=["a file system", "a bind mount", "pretended"])
+def mount_point(request, tmp_path, monkeypatch) -> Iterator[Path]:
+    """An empty folder, with a blank in its name, that cannot be renamed nor renamed into from outside.
+
+    Where this user may mount nothing, all three are pretended.
+    """
+    target, other = tmp_path / "a volume", tmp_path / "other"
+    target.mkdir()
+    other.mkdir()
+    options = {"a file system": ["-t", "tmpfs", "none"], "a bind mount": ["--bind", other]}.get(request.param)
+    if options and not subprocess.run(["mount", *options, target], capture_output=True).returncode:
+        yield target
+        subprocess.run(["umount", target], check=True)
+        return
+
+    def refusing(rename):
+        def renamed(source, destination):
+            both = [Path(path) for path in (source, destination)]
+            if target in both:
+                raise OSError(errno.EBUSY, "Device or resource busy")
+            if len({target in path.parents for path in both}) == 2:
+                raise OSError(errno.EXDEV, "Invalid cross-device link")
+            rename(source, destination)
+
+        return renamed
+
+    for name in ("rename", "replace"):
+        monkeypatch.setattr(os, name, refusing(getattr(os, name)))
+    mounts = tmp_path / "mountinfo"
+    mounts.write_text(f"36 35 98:0 /mnt1 {str(target).replace(' ', chr(92) + '040')} rw - ext3 /dev/root rw\n")
+    monkeypatch.setattr(files, "MOUNTS", mounts)
+    yield target
 
 
 def names(folder: Path) -> list[str]:
@@ -55,3 +95,73 @@ def test_weights_are_as_readable_as_the_directory(tmp_path):
     assert mode & 0o044, "this test needs a umask that lets others read"
     for name, expected in (("a.safetensors", mode), ("part/b.safetensors", mode), ("secret", 0o600)):
         assert (tmp_path / "model" / name).stat().st_mode & 0o777 == expected
+
+
+def test_a_mount_point_is_filled_from_within(mount_point):
+    assert is_mount_point(mount_point)
+    assert not is_mount_point(mount_point.parent / "other")
+
+    def fail(folder: Path) -> None:
+        (folder / "half").touch()
+        raise KeyError
+
+    with pytest.raises(KeyError), new_directory(mount_point) as folder:
+        fail(folder)
+    assert names(mount_point) == []
+    with new_directory(mount_point) as folder:
+        (folder / "config.json").touch()
+        (folder / "part").mkdir()
+        (folder / "part" / "whole").touch()
+        assert mount_point in folder.parents, "elsewhere may be no space"
+    assert names(mount_point) == ["config.json", "part"]
+    assert names(mount_point / "part") == ["whole"]
+    with pytest.raises(OSError, match="is there"), new_directory(mount_point) as folder:
+        (folder / "new").touch()
+    assert names(mount_point) == ["config.json", "part"]
+
+
+def test_a_mount_points_files_are_replaced_all_or_none(mount_point, monkeypatch):
+    for name in ("config.json", "old"):
+        (mount_point / name).write_text("old")
+
+    def refuse(source, destination):
+        if Path(destination) == mount_point / "config.json" and Path(source).read_text() == "new":
+            raise OSError(errno.ENOSPC, "no space")
+        rename(source, destination)
+
+    rename = os.rename
+    for interrupted in (True, False):
+        monkeypatch.setattr(os, "rename", refuse if interrupted else rename)
+        try:
+            with new_directory(mount_point, replace=True) as folder:
+                for name in ("config.json", "new"):
+                    (folder / name).write_text("new")
+        except OSError:
+            assert interrupted
+        content = {file.name: file.read_text() for file in mount_point.iterdir()}
+        word = "old" if interrupted else "new"
+        assert content == {"config.json": word, word: word}
+
+
+def test_a_link_stays_and_what_it_points_to_is_filled(tmp_path):
+    (tmp_path / "disk").mkdir()
+    for name, real in (("empty", "disk"), ("dangling", "absent")):
+        link = tmp_path / name
+        link.symlink_to(tmp_path / real)
+        with new_directory(link) as folder:
+            (folder / "whole").touch()
+        assert link.is_symlink()
+        assert names(link) == ["whole"]
+        with new_directory(link, replace=True) as folder:
+            (folder / "other").touch()
+        assert link.is_symlink()
+        assert names(tmp_path / real) == ["other"]
+
+
+def test_places_where_nothing_can_be_put(tmp_path):
+    (tmp_path / "file").touch()
+    for place in (tmp_path / "file", tmp_path / "file" / "below", Path("/proc/nothing/here")):
+        with pytest.raises(UsageError, match=f"{place}: "):
+            check_writable(place)
+    check_writable(tmp_path / "new" / "one")
+    assert names(tmp_path / "new") == []

@@ -29,6 +29,7 @@ from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.families import Family
+from prunepath_vllm.files import check_writable
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.tau import level_curve
 
@@ -76,7 +77,8 @@ def calibrate(
         The measured (tau, FFN sparsity) pairs, ascending in tau.
 
     Raises:
-        UsageError: arguments out of range, text missing or too short, threshold selection, or trained sigmoid gates.
+        UsageError: arguments out of range, text missing or too short, threshold selection, trained sigmoid gates, or a
+            directory that cannot be written.
         CheckpointError, ConfigError: not a valid checkpoint.
     """
     summary = validate_checkpoint(checkpoint)
@@ -87,12 +89,13 @@ def calibrate(
         raise UsageError(f"dense positions: {dense_positions}; expected 0 or more")
     check_device(device)
     dense_positions = prunepath.dense_positions if dense_positions is None else dense_positions
-    tokenizer = AutoTokenizer.from_pretrained(checkpoint)
     length = sequence_length(summary.family, summary.config, context, default=CONTEXT)
     if length <= dense_positions:
         raise UsageError(f"context: {length}; expected more than the {dense_positions} dense positions")
-    # At least one sequence to fit on and one to measure on.
-    sequences = read_sequences(tokenizer, text, length=length, max_tokens=max_tokens, minimum=2)
+    sequences = calibration_sequences(
+        checkpoint, summary.family, summary.config, text, context=context, max_tokens=max_tokens
+    )
+    check_writable(summary.path)
 
     model = load_model(summary, device)
     factor = _output_factor(model, summary)
@@ -122,16 +125,43 @@ def calibrate(
     return curve
 
 
+def calibration_sequences(
+    model: str | Path,
+    family: Family,
+    config: Mapping[str, Any],
+    text: str | Path,
+    *,
+    context: int | None = None,
+    max_tokens: int = MAX_TOKENS,
+) -> Tensor:
+    """What routers are fitted to and measured on: at least one sequence for each.
+
+    Args:
+        model: directory with the tokenizer.
+        family: of the model.
+        config: its config.json.
+        text: as :func:`calibrate` takes it.
+        context: tokens per sequence, likewise.
+        max_tokens: likewise.
+
+    Returns:
+        int64 [sequences, length].
+
+    Raises:
+        UsageError: arguments out of range, text missing, unreadable or too short.
+    """
+    length = sequence_length(family, config, context, default=CONTEXT)
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    return read_sequences(tokenizer, text, length=length, max_tokens=max_tokens, minimum=2)
+
+
 def sequence_length(family: Family, config: Mapping[str, Any], wanted: int | None = None, *, default: int) -> int:
     """Tokens per sequence: `wanted`, or `default` where the model of a config.json can take that many.
 
     Raises:
         UsageError: `wanted` is below 2 or more than the model takes.
     """
-    field_name = "n_positions" if family.name == "gpt2" else "max_position_embeddings"
-    limit = int(config.get(field_name, default))
-    if family.name == "roberta":
-        limit -= int(config.get("pad_token_id", 1)) + 1  # its position table starts behind the padding's row
+    limit = family.positions(config) or default
     if wanted is None:
         return min(default, limit)
     if not 2 <= wanted <= limit:

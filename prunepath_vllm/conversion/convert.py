@@ -31,22 +31,22 @@ from prunepath_vllm.conversion.splits import METHODS, neuron_orders
 from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
 from prunepath_vllm.families import Family, family_of
-from prunepath_vllm.files import new_directory
+from prunepath_vllm.fields import check_fields
+from prunepath_vllm.files import check_writable, new_directory
 
 ROUTERS = ("zero", "calibrated")
 GATES = ("none", "sigmoid")
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
-"""What the kernels compute."""
-
 MAX_SHARD_BYTES = 2 * 10**9
 
-_COPIED_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
-"""Tokenizer, chat template, generation settings; never pickles or code."""
+_COPIED_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
+"""Tokenizer, chat templates, generation settings; never pickles or code."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LEFT_OUT = re.compile(
     r".*(\.attn\.(masked_)?bias|\.embeddings\.position_ids|\.rotary_emb\.inv_freq)$"  # buffers older versions saved
     r"|roberta\.pooler\."  # a pretraining part the classifier has no use for
 )
+_SNAPSHOT = re.compile(r"models--(.+)/snapshots/[^/]+$")
+"""Where a Hugging Face cache keeps a model: its name, "/" written "--"."""
 _HEADS = ("lm_head.", "classifier.")
 
 
@@ -83,8 +83,8 @@ def convert(
         `dst`.
 
     Raises:
-        UsageError: arguments that make no sense together, `dst` not empty.
-        ConfigError: `src` is not of a supported family, activation or size, or is quantised.
+        UsageError: arguments that make no sense together, `dst` not empty or not to be made, a text that is not one.
+        ConfigError: `src` is not of a supported family, function or size, or is quantised.
         CheckpointError: `src` cannot be had or read, or its weights are not what its configuration promises.
     """
     dst = Path(dst)
@@ -104,7 +104,14 @@ def convert(
     expected: dict[str, tuple[int, ...]] = {}
     for layer in routed_layers(source, family, config, tensors):
         expected.update(ffn_tensor_shapes(family, config, layer))
+    expected |= family.head(config)
     check_tensors(source, {new: tensors[old] for new, old in old_names.items()}, expected)
+    if router == "calibrated":
+        from prunepath_vllm.conversion.calibrate import calibration_sequences
+
+        assert text is not None
+        calibration_sequences(source, family, config, text)  # too short a text is told before the clustering
+    check_writable(dst)
 
     def read(name: str) -> Tensor:
         ((_, tensor),) = stream_tensors(source, tensors, [old_names[name]])
@@ -162,7 +169,8 @@ def _resolve_source(src: str | Path) -> tuple[Path, str]:
     """The directory of the dense model, downloaded if need be, and the name to remember it by."""
     path = Path(src)
     if path.is_dir():
-        return path, path.resolve().name
+        snapshot = _SNAPSHOT.search(path.resolve().as_posix())
+        return path, snapshot[1].replace("--", "/", 1) if snapshot else path.resolve().name
     name = str(src)
     if not _HUB_NAME.fullmatch(name):
         raise UsageError(f"{name}: no such directory, nor a Hugging Face model name (owner/name)")
@@ -180,7 +188,7 @@ def _dense_family(source: Path, config: Mapping[str, Any]) -> Family:
     """The family of a dense config.json that can be converted.
 
     Raises:
-        ConfigError: already converted, another family or activation, quantised.
+        ConfigError: already converted, another family or function, quantised.
     """
     if "prunepath_config" in config:
         raise ConfigError(f"{source}: already a PrunePath checkpoint; expected a dense one")
@@ -189,13 +197,9 @@ def _dense_family(source: Path, config: Mapping[str, Any]) -> Family:
         raise ConfigError(f"{source}: quantization_config: the weights are quantised ({method!r}); expected plain ones")
     try:
         family = family_of(config, converted=False)
+        check_fields(family, config)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
-    activation = family.activation(config)
-    if activation not in ACTIVATIONS:
-        raise ConfigError(
-            f"{source}: {family.activation_field}: {activation!r}; expected one of {', '.join(ACTIVATIONS)}"
-        )
     return family
 
 
@@ -234,7 +238,9 @@ def _copy_files(source: Path, staging: Path) -> None:
             # What a training measured is the dense model's.
             own = file.name in ("config.json", QUALITY_FILE) or file.name.endswith(".index.json")
             if file.is_file() and not own:
-                shutil.copyfile(file, staging / file.name)
+                copy = staging / file.relative_to(source)
+                copy.parent.mkdir(exist_ok=True)
+                shutil.copyfile(file, copy)
 
 
 def _write_weights(

@@ -4,7 +4,6 @@ import functools
 import json
 import os
 import shutil
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,13 +14,14 @@ from torch import Tensor
 from prunepath_vllm.checkpoint import INDEX_FILE, CheckpointSummary, read_json, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.conversion.model_card import CARD_FILE, write_model_card
-from prunepath_vllm.files import replace_directory, replace_file
+from prunepath_vllm.files import replace_directory, replace_file, staging_directory
 
 
 def rewrite_checkpoint(summary: CheckpointSummary, tensors: Mapping[str, Tensor | None], **fields: Any) -> None:
     """Replace a checkpoint directory by one with other tensors and configuration; its other files stay.
 
-    The new directory is completed beside the old one, which steps aside only then, under the name ``.NAME.old``.
+    The new directory is completed beside the old one, which steps aside only then, under the name ``.NAME.old``; inside
+    it, where the old one is a mount point, which cannot be renamed.
     Needs space for the shards that change; one of them is in memory at a time.
 
     Args:
@@ -31,12 +31,15 @@ def rewrite_checkpoint(summary: CheckpointSummary, tensors: Mapping[str, Tensor 
         **fields: new values of ``prunepath_config``.
 
     Raises:
+        UsageError: the directory cannot be written.
         ConfigError, CheckpointError: the result would not be a valid checkpoint; nothing has changed then.
     """
     directory = summary.path.resolve()
-    staging = Path(tempfile.mkdtemp(prefix=f".{directory.name}.", suffix=".partial", dir=directory.parent))
+    staging = staging_directory(directory)
     try:
-        shutil.copytree(directory, staging, copy_function=_link_or_copy, dirs_exist_ok=True)
+        # The staging directory may be in the old one.
+        ignore = shutil.ignore_patterns(staging.name)
+        shutil.copytree(directory, staging, copy_function=_link_or_copy, ignore=ignore, dirs_exist_ok=True)
         _write_tensors(summary, staging, tensors)
         block = PrunePathConfig.parse(summary.prunepath.to_json() | fields)
         _write_json(staging / "config.json", summary.config | {"prunepath_config": block.to_json()})

@@ -89,11 +89,10 @@ def _coactivation(
 
     from prunepath_vllm.conversion.text import read_sequences
 
-    positions = config.get("max_position_embeddings", config.get("n_positions", COACTIVATION_CONTEXT + 2))
     tokens = read_sequences(
         transformers.AutoTokenizer.from_pretrained(source),
         text,
-        length=min(COACTIVATION_CONTEXT, positions - 2),  # RoBERTa's position table starts behind the padding's row
+        length=min(COACTIVATION_CONTEXT, family.positions(config) or COACTIVATION_CONTEXT),
         max_tokens=COACTIVATION_TOKENS,
     )
     model = getattr(transformers, family.auto_class).from_pretrained(source, dtype="auto").to(device).eval()

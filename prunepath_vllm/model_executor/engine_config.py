@@ -10,6 +10,8 @@ from vllm import envs
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import ConfigError, TauError, UnsupportedFeatureError
+from prunepath_vllm.families import family_of
+from prunepath_vllm.fields import usable_positions
 from prunepath_vllm.model_executor.compat import VerifyAndUpdateConfig, VllmConfig, current_platform
 from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, is_adaptive, parse_tau, parse_tau_range, resolve_tau
 
@@ -46,6 +48,20 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
     """vLLM's per-architecture hook; registered for every PrunePath architecture."""
 
     @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """Bound the length of a sequence by the positions that its tokens can take.
+
+        vLLM counts all rows of a position table, and lets users ask for more; reading beyond the last is undefined.
+
+        Raises:
+            ConfigError: ``max_model_len`` was given and is more.
+        """
+        limit = _position_limit(model_config)
+        if model_config.original_max_model_len in (None, -1):  # left to vLLM
+            model_config.max_model_len = min(model_config.max_model_len, limit)
+        _check_length(model_config)
+
+    @staticmethod
     def verify_and_update_config(vllm_config: VllmConfig) -> None:
         """Refuse what would give wrong output, validate the checkpoint, and let tau in.
 
@@ -56,6 +72,7 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
         """
         model_config = vllm_config.model_config
         server_options(vllm_config)
+        _check_length(model_config)
         _refuse_unsupported(vllm_config)
         _refuse_connectors(vllm_config)
         if os.path.isdir(model_config.model) and vllm_config.load_config.load_format != "dummy":
@@ -215,6 +232,21 @@ class Service:
     def prompt_tau(self, tau: float) -> float:
         """The tau that the prompt of a request at `tau` is computed at."""
         return tau if self.options.prefill_tau is None else self.options.prefill_tau
+
+
+def _position_limit(model_config: Any) -> int:
+    config = model_config.hf_config.to_dict()
+    limit = usable_positions(family_of(config, converted=True), config)
+    assert limit is not None, "transformers' classes have a default"
+    return limit
+
+
+def _check_length(model_config: Any) -> None:
+    limit = _position_limit(model_config)
+    if model_config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len: {model_config.max_model_len}; expected at most {limit}, the positions that the model has"
+        )
 
 
 def _refuse_unsupported(vllm_config: VllmConfig) -> None:

@@ -20,3 +20,8 @@ class PrunePathQwen2Config(PrunePathConfigMixin, Qwen2Config):
     dense_config_class: ClassVar[type] = Qwen2Config
 
     prunepath_config: dict[str, Any] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        super().__post_init__(**kwargs)
+        if "sliding_attention" not in (self.layer_types or ()):
+            self.sliding_window = None  # vLLM gives every layer the window of a model that has one

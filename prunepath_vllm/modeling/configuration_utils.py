@@ -25,6 +25,9 @@ class PrunePathConfigMixin:
 
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
+        rope = vars(self).get("rope_parameters")
+        if isinstance(rope, dict) and isinstance(rope.get("factor"), int):
+            rope["factor"] = float(rope["factor"])  # vLLM's linear scaling takes a whole number for a list
         if self.prunepath_config is not None:
             block = PrunePathConfig.parse(self.prunepath_config)
             family = next(family for family in FAMILIES if family.model_type == self.model_type)

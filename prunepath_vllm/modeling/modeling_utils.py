@@ -16,7 +16,8 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
 
 from prunepath_vllm.checkpoint import check_finite, validate_checkpoint
-from prunepath_vllm.errors import CheckpointError, UnsupportedFeatureError
+from prunepath_vllm.errors import CheckpointError, UnsupportedFeatureError, UsageError
+from prunepath_vllm.families import FAMILIES
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.modeling.routing import Router, Tau, parse_taus, token_taus
 
@@ -89,6 +90,9 @@ class RoutedBackbone(PreTrainedModel):
     def __init__(self, config: Any, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
         self.prunepath = config.prunepath
+        family = next(family for family in FAMILIES if family.model_type == config.model_type)
+        # Rotary embeddings have no table here.
+        self.position_rows = family.positions(config.to_dict()) if family.gate is None else None
 
     def routed_forward(self, *, tau: Tau | None, positions: Tensor, batch_size: int, **kwargs: Any) -> Any:
         """The dense class's forward with token taus made from `tau`.
@@ -98,7 +102,11 @@ class RoutedBackbone(PreTrainedModel):
             positions: each token's position in its sequence, int [B or 1, S].
             batch_size: B.
             **kwargs: the dense forward's arguments.
+
+        Raises:
+            UsageError: more tokens than the model has positions.
         """
+        self._check_positions(positions)
         block = self.prunepath
         tau = block.unset_tau if tau is None else tau
         taus = token_taus(tau, positions, batch_size, dense_positions=block.dense_positions)
@@ -106,6 +114,24 @@ class RoutedBackbone(PreTrainedModel):
         if kwargs.get("output_router_logits") and self.training and torch.is_grad_enabled():
             self._check_router_gradient(outputs.router_logits)
         return outputs
+
+    def _check_positions(self, positions: Tensor) -> None:
+        """Refuse tokens behind the last row of a position table.
+
+        On a GPU only what the shape alone tells: reading values would wait for the device in every step.
+
+        Raises:
+            UsageError: names the number of tokens and the model's.
+        """
+        limit = self.position_rows
+        if limit is None or torch.compiler.is_compiling() or positions.numel() == 0:
+            return
+        if positions.device.type != "cpu" and positions.shape[-1] <= limit:
+            return
+        if (tokens := int(positions.max()) + 1) > limit:
+            raise UsageError(
+                f"a sequence of {tokens} tokens; expected at most {limit}, the positions that the model has"
+            )
 
     def _check_router_gradient(self, router_logits: tuple[Tensor, ...]) -> None:
         trainable = any(module.weight.requires_grad for module in self.modules() if isinstance(module, Router))

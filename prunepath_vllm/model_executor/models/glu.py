@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from prunepath_vllm.model_executor.compat import VllmConfig
 from prunepath_vllm.model_executor.layers.routed_ffn import ExpertInputs, ExpertOutputs
-from prunepath_vllm.model_executor.models.utils import build_routed_ffn, present_layers
+from prunepath_vllm.model_executor.models.utils import build_routed_ffn
 
 
 class RoutedGLU(nn.Module):
@@ -21,10 +21,3 @@ class RoutedGLU(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, H]; returns the same shape."""
         return self.ffn(x, self.router, self.gate_up_proj, self.down_proj)
-
-
-def route_mlps(layers: nn.ModuleList, vllm_config: VllmConfig) -> None:
-    """Replace every dense ``mlp``, freeing each before its successor is allocated."""
-    for index, layer in present_layers(layers):
-        del layer.mlp
-        layer.mlp = RoutedGLU(vllm_config, index)

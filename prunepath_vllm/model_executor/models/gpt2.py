@@ -1,11 +1,11 @@
 """GPT-2 with routed feed-forward layers."""
 
 from torch import Tensor, nn
-from vllm.model_executor.models.gpt2 import GPT2LMHeadModel
+from vllm.model_executor.models import gpt2
 
 from prunepath_vllm.model_executor.compat import VllmConfig
 from prunepath_vllm.model_executor.layers.routed_ffn import ExpertInputs, ExpertOutputs
-from prunepath_vllm.model_executor.models.utils import PrunePathModelMixin, build_routed_ffn, present_layers
+from prunepath_vllm.model_executor.models.utils import PrunePathModelMixin, build_routed_ffn, built_instead
 
 
 class RoutedGPT2MLP(nn.Module):
@@ -23,11 +23,9 @@ class RoutedGPT2MLP(nn.Module):
         return self.ffn(x, self.router, self.c_fc, self.c_proj)
 
 
-class PrunePathGPT2LMHeadModel(PrunePathModelMixin, GPT2LMHeadModel):
+class PrunePathGPT2LMHeadModel(PrunePathModelMixin, gpt2.GPT2LMHeadModel):
     """PrunePath GPT-2 for causal language modelling."""
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
-        super().__init__(vllm_config=vllm_config, prefix=prefix)
-        for index, block in present_layers(self.transformer.h):
-            del block.mlp
-            block.mlp = RoutedGPT2MLP(vllm_config, index)
+        with built_instead(gpt2, "GPT2MLP", lambda layer: RoutedGPT2MLP(vllm_config, layer)):
+            super().__init__(vllm_config=vllm_config, prefix=prefix)

@@ -1,15 +1,18 @@
 """What every family's engine model shares: building routed layers, and loading weights that must all be there."""
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
-from vllm.model_executor.models.utils import PPMissingLayer
+from vllm.model_executor.models.utils import extract_layer_index
 
 from prunepath_vllm.checkpoint import check_finite, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import CheckpointError, ConfigError
-from prunepath_vllm.model_executor.compat import VllmConfig
+from prunepath_vllm.model_executor.compat import VllmConfig, moved
 from prunepath_vllm.model_executor.layers.routed_ffn import ExpertRouter, RoutedFFN, StepState
 from prunepath_vllm.model_executor.tau import TokenTaus
 
@@ -107,9 +110,37 @@ def build_routed_ffn(vllm_config: VllmConfig, layer: int) -> tuple[RoutedFFN, Ex
     return RoutedFFN(taus.spec, step), ExpertRouter(config.hidden_size, prunepath)
 
 
-def present_layers(layers: nn.ModuleList) -> Iterator[tuple[int, Any]]:
-    """The layers that live on this pipeline rank, and their numbers."""
-    return ((index, layer) for index, layer in enumerate(layers) if not isinstance(layer, PPMissingLayer))
+@contextmanager
+def built_instead(module: ModuleType, dense_class: str, build: Callable[[int], nn.Module]) -> Iterator[None]:
+    """While the block constructs a model of vLLM's, its `module` builds our layer where it would build its dense one.
+
+    Not replaced afterwards: the dense layer would be allocated first, and knows fewer activations than ours.
+
+    Args:
+        module: vLLM's, with the model and the class.
+        dense_class: name of the feed-forward layer's class, which is given ``prefix``.
+        build: takes the number of the layer, which counts through the whole model.
+
+    Raises:
+        EngineVersionError: there is no such class, it is not told its layer, or the model did not build any.
+    """
+    original = getattr(module, dense_class, None)
+    if original is None or "prefix" not in inspect.signature(original).parameters:
+        raise moved(f"{module.__name__}.{dense_class}(..., prefix)")
+    built = 0
+
+    def instead(*_: Any, prefix: str, **__: Any) -> nn.Module:
+        nonlocal built
+        built += 1
+        return build(extract_layer_index(prefix))
+
+    setattr(module, dense_class, instead)
+    try:
+        yield
+    finally:
+        setattr(module, dense_class, original)
+    if not built:
+        raise moved(f"model in {module.__name__} made of {dense_class}")
 
 
 def _finite(weights: Iterable[tuple[str, Tensor]], names: set[str]) -> Iterator[tuple[str, Tensor]]:
