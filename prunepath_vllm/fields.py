@@ -8,12 +8,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from prunepath_vllm.activations import ACTIVATIONS
 from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.families import Family
 from prunepath_vllm.tau import shown
-
-ACTIVATIONS = ("silu", "gelu", "gelu_new", "gelu_pytorch_tanh", "relu")
-"""What the kernels compute, in transformers' terms."""
 
 FOLLOWED = "followed"
 NO_EFFECT = "no effect"
@@ -59,7 +57,7 @@ _GLU: dict[str, Meaning] = {
     "num_hidden_layers": FOLLOWED,
     "num_attention_heads": FOLLOWED,
     "num_key_value_heads": FOLLOWED,
-    "hidden_act": Only(ACTIVATIONS, "no kernel computes another"),
+    "hidden_act": Only(tuple(ACTIVATIONS), "no kernel computes another"),
     "max_position_embeddings": FOLLOWED,
     "rms_norm_eps": FOLLOWED,
     "rope_parameters": FOLLOWED,  # the kinds in ROPE_KINDS

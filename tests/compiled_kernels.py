@@ -14,11 +14,12 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from prunepath_vllm.activations import Activation
 from prunepath_vllm.kernels import decode, ffn
 from prunepath_vllm.kernels.dense import gated_activation
 from prunepath_vllm.kernels.expand import expand_taus
 from prunepath_vllm.kernels.ffn import Tuning, heuristic_tuning, load_tuning, routed_ffn
-from prunepath_vllm.kernels.layer import Activation, LayerSpec, RouterWeights, RoutingRule, Weights
+from prunepath_vllm.kernels.layer import LayerSpec, RouterWeights, RoutingRule, Weights
 from prunepath_vllm.kernels.routing import route, select_mask
 
 SPECS = (

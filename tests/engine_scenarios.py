@@ -110,6 +110,26 @@ def graphs():
     }
 
 
+def odd_batches():
+    """Batches of every size, at which no graph was captured: what Triton compiled for them while the engine served."""
+    from triton import knobs
+
+    llm = engine(enable_prefix_caching=False, max_num_seqs=7, compilation_config={"cudagraph_capture_sizes": [1, 4]})
+    compiled = []
+    before = knobs.runtime.jit_post_compile_hook
+
+    def tell(**event):
+        compiled.append(f"{event['fn'].module}.{event['fn'].name}")
+        return before(**event) if before else None
+
+    knobs.runtime.jit_post_compile_hook = tell
+    for count in range(1, 8):
+        for taus in ((1.0,), (0.5,), (1.0, 0.3)):
+            many = [params(taus[i % len(taus)]) for i in range(count)]
+            llm.generate(PROMPTS[:count], many, use_tqdm=False)
+    return {"compiled": compiled}
+
+
 def preemption():
     """More tokens than the KV cache holds: requests are preempted and recomputed at their own tau."""
     llm = engine(enforce_eager=True, num_gpu_blocks_override=12, disable_log_stats=False)

@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prunepath_vllm.activations import ACTIVATIONS as ACTIVATION_NAMES
 from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.kernels import cpu, expand, reference
 from prunepath_vllm.kernels import tau as taus
@@ -19,8 +20,6 @@ from prunepath_vllm.kernels.dense import dense_ffn
 from prunepath_vllm.kernels.ffn import Choice, Tuning, routed_ffn
 from prunepath_vllm.kernels.grouped import GroupedConfig, grouped_ffn
 from prunepath_vllm.kernels.layer import (
-    ACTIVATION_NAMES,
-    Activation,
     Counters,
     LayerSpec,
     RouterWeights,
@@ -101,7 +100,7 @@ def make_case(
         rand(hidden) if bias else None,
     )
     router = RouterWeights(rand(experts, hidden, scale=0.3), rand(experts) if bias else None)
-    spec = LayerSpec(hidden, experts, size, dtype, Activation.named(activation), glu)
+    spec = LayerSpec(hidden, experts, size, dtype, ACTIVATION_NAMES[activation], glu)
     return rand(num_tokens, hidden), router, weights, spec
 
 
@@ -206,7 +205,8 @@ def test_every_activation_has_a_reference():
     assert set(ACTIVATIONS) == set(ACTIVATION_NAMES)
     v = torch.linspace(-4, 4, 99)
     for name, function in ACTIVATIONS.items():
-        assert torch.equal(Activation.named(name)(v), function(v))
+        spec = LayerSpec(1, 1, 1, torch.float32, ACTIVATION_NAMES[name])
+        assert torch.equal(spec.activate(v), function(v))
 
 
 @pytest.mark.parametrize(("activation", "glu"), [("silu", True), ("gelu_new", False), ("gelu", True), ("relu", False)])

@@ -9,6 +9,7 @@ import pytest
 import torch
 from test_cli import assert_one_line, prunepath
 
+from prunepath_vllm.activations import Activation
 from prunepath_vllm.benchmarks import kernel, latency, layer, options, report, serve, server, shapes
 from prunepath_vllm.benchmarks.report import BenchmarkError
 from prunepath_vllm.benchmarks.tile_search import Bench, paths_for, start_choice
@@ -16,7 +17,7 @@ from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.entrypoints import cli
 from prunepath_vllm.errors import ConfigError, UsageError
 from prunepath_vllm.kernels import ffn, reference
-from prunepath_vllm.kernels.layer import Activation, LayerSpec
+from prunepath_vllm.kernels.layer import LayerSpec
 
 TINY = dict(
     model_type="qwen2", hidden_size=32, intermediate_size=256, num_hidden_layers=2, num_attention_heads=2,

@@ -1,7 +1,10 @@
 """The engine on a CUDA GPU: captured graphs, async scheduling, chunked prefill. CPU counterpart: test_engine.py."""
 
+from dataclasses import asdict, replace
+
 import pytest
 import torch
+import torch.nn.functional as F
 from naive import load_naive, naive_logits
 from test_counts import GROUPS, active_of_all, reads
 from test_engine import assert_naive, run_engine
@@ -9,6 +12,13 @@ from tiny_models import CAUSAL_FAMILY_NAMES
 from transformers import AutoModelForCausalLM
 
 import prunepath_vllm
+from prunepath_vllm.benchmarks.float32 import layer_output
+from prunepath_vllm.benchmarks.tile_search import make_layer, paths_for, start_choice
+from prunepath_vllm.errors import ConfigError
+from prunepath_vllm.kernels import reference
+from prunepath_vllm.kernels.ffn import Tuning, heuristic_tuning
+from prunepath_vllm.kernels.ffn import routed_ffn as layer_run
+from prunepath_vllm.kernels.layer import LayerSpec, RoutingRule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -71,15 +81,14 @@ def test_counts_under_cuda_graphs_are_those_of_the_transformers_model(prunepath_
     checkpoint = prunepath_checkpoint("llama", default_tau=0.6, expert_size=8)
     prunepath_vllm.register()
     model = AutoModelForCausalLM.from_pretrained(checkpoint).eval()
-    from prunepath_vllm.kernels.ffn import FLOAT32
-
     result = run_engine("counts", checkpoint, "cuda", engine={"enforce_eager": False})
     active = active_of_all(model, result)
     metrics = result["metrics"]
     tokens = torch.cat([one for many in active.values() for one in many], dim=1)
     steps, experts = len(result["steps"]), tokens.shape[-1]
     # Captured sizes are powers of 2, as those at which the path changes are.
-    dense = [FLOAT32.choice(count).path == "dense" for count in range(100)]
+    tuning = heuristic_tuning(LayerSpec(64, 32, 8, torch.float32))
+    dense = [tuning.choice(count).path == "dense" for count in range(100)]
     read, dense_runs = reads(result, active, lambda used: dense[len(used)] or bool(used.all()))
     assert 0 < dense_runs < 3 * steps
     assert metrics["prunepath:tokens_total"] == tokens.shape[1]
@@ -97,3 +106,64 @@ def test_counts_under_cuda_graphs_are_those_of_the_transformers_model(prunepath_
         for (counted, possible), part in zip(told, parts, strict=True):
             assert possible == part[0].numel()
             assert counted == pytest.approx(part.sum((1, 2)).tolist(), rel=0.02)
+
+
+@pytest.mark.parametrize("policy", [{}, {"prefill_tau": 0.9}], ids=["", "prefill_tau"])
+def test_nothing_is_compiled_while_serving(prunepath_checkpoint, policy):
+    """CPU counterpart: test_kernels_tuning.py, by what Triton specialises kernels for."""
+    checkpoint = prunepath_checkpoint("qwen2", default_tau=0.6, expert_size=8)
+    result = run_engine("odd_batches", checkpoint, "cuda", dtype="bfloat16", policy=policy)
+    assert [name for name in result["compiled"] if name.startswith("prunepath_vllm")] == []
+
+
+SIZES = (1, 2, 3, 5, 8, 12, 20, 28, 32, 48, 64)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("num_tokens", [1, 3, 8, 64, 5000])
+def test_every_expert_size_on_every_path(num_tokens, size):
+    """bfloat16 against float32 arithmetic, with a tolerance that one missing neuron breaks.
+
+    CPU counterpart: test_kernels_interpreted.py, in float32 and float16.
+    """
+    spec = LayerSpec(256, max(2, 128 // size), size, torch.bfloat16, rule=RoutingRule(gate="sigmoid"))
+    layer = make_layer(spec, num_tokens + size)
+    generator = torch.Generator("cuda").manual_seed(size)
+    x = torch.randn(num_tokens, spec.hidden, generator=generator, device="cuda").bfloat16()
+    taus = torch.tensor([0.7, 1.0, 0.5, 1.05], device="cuda").repeat(num_tokens)[:num_tokens].contiguous()
+    gates = reference.expert_weights(reference.router_logits(x, layer.router.weight), taus, **asdict(spec.rule))
+    want = layer_output(x, gates, layer.weights, spec)
+
+    def errors(y: torch.Tensor) -> torch.Tensor:
+        return (y.float() - want).norm(dim=1) / want.norm(dim=1)
+
+    def within(y: torch.Tensor) -> bool:
+        return bool(errors(y).mean() < 5e-3) and bool(errors(y).max() < 2e-2)
+
+    paths = [path for path in paths_for(num_tokens) if path != "fused" or num_tokens == 1]
+    paths += ["split"] * (num_tokens == 64)
+    for path in paths:
+        torch.empty(1 << 22, device="cuda").fill_(float("nan"))  # what a kernel leaves unwritten shows
+        y = layer_run(
+            x, taus, layer.router, layer.weights, spec, tuning=Tuning(((1, start_choice(spec, num_tokens, path)),))
+        )
+        assert within(y), (path, errors(y).mean().item(), errors(y).max().item())
+    # The tolerance tells when the first token's neuron of median contribution is left out.
+    gate, up = (x[0].float() @ layer.weights.w_in.float().t()).chunk(2)
+    each = (F.silu(gate) * up * gates[0].repeat_interleave(size)).abs() * layer.weights.w_out_t.float().norm(dim=1)
+    used = each.nonzero().squeeze(1)
+    middle = used[each[used].argsort()[len(used) // 2]]
+    less = replace(layer.weights, w_out_t=layer.weights.w_out_t.clone())
+    less.w_out_t[middle] = 0
+    assert not within(layer_output(x, gates, less, spec))
+
+
+def test_kernels_refuse_tensors_of_another_layer():
+    spec = LayerSpec(256, 16, 8, torch.bfloat16)
+    layer = make_layer(spec, 0)
+    x = torch.zeros(2, spec.hidden, device="cuda", dtype=torch.bfloat16)
+    with pytest.raises(ConfigError, match="first linear: shape"):
+        layer_run(
+            x, torch.ones(2, device="cuda"), layer.router, layer.weights, replace(spec, expert_size=4),
+            tuning=heuristic_tuning(spec),
+        )  # fmt: skip

@@ -4,8 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from prunepath_vllm.activations import ACTIVATIONS
 from prunepath_vllm.kernels import cpu, reference
-from prunepath_vllm.kernels.layer import Activation, Counters, LayerSpec, RouterWeights, RoutingRule, Weights
+from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, RoutingRule, Weights
 
 HIDDEN, EXPERTS, SIZE = 48, 12, 8
 NEURONS = EXPERTS * SIZE
@@ -19,7 +20,7 @@ def layer(glu: bool, bias: bool, activation: str, rule: RoutingRule) -> tuple[We
 
     rows = 2 * NEURONS if glu else NEURONS
     b_in, b_out = (random(rows), random(HIDDEN)) if bias else (None, None)
-    spec = LayerSpec(HIDDEN, EXPERTS, SIZE, torch.float32, Activation.named(activation), glu, rule)
+    spec = LayerSpec(HIDDEN, EXPERTS, SIZE, torch.float32, ACTIVATIONS[activation], glu, rule)
     return Weights(random(rows, HIDDEN), b_in, random(NEURONS, HIDDEN), b_out), spec
 
 

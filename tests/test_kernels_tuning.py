@@ -5,13 +5,14 @@ from dataclasses import replace
 
 import pytest
 import torch
+from triton.runtime.jit import JITFunction
 
 from prunepath_vllm.benchmarks.tile_search import pick, write_table
 from prunepath_vllm.kernels import ffn
 from prunepath_vllm.kernels.decode import FusedConfig, UpConfig
 from prunepath_vllm.kernels.ffn import Choice, Tuning, heuristic_tuning, load_tuning, tuning_from_json, tuning_to_json
 from prunepath_vllm.kernels.grouped import GroupedConfig
-from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, Weights
+from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, RoutingRule, Weights
 from prunepath_vllm.kernels.routing import RouterConfig
 
 
@@ -119,3 +120,72 @@ def test_host_dense_skips_routing(monkeypatch):
     assert torch.equal(y, x + 1)
     assert counts.tolist() == [6, 7]
     assert read.tolist() == [8]
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        spec(3584, 592),
+        spec(5120, 864),
+        spec(1024, 128, glu=False),
+        spec(576, 384, 4),
+        spec(64, 12, 3, dtype=torch.float32),
+    ],
+    ids=["qwen2-7b", "qwen2.5-32b", "gpt2-medium", "smollm2", "float32"],
+)
+@pytest.mark.parametrize("gate", ["none", "sigmoid"])
+def test_warm_up_compiles_the_kernels_of_every_batch_size(monkeypatch, layer, gate):
+    """GPU counterpart: test_gpu.py, where the engine tells of kernels compiled while it serves."""
+    compiled: set = set()
+
+    def record(self, *args, grid, warmup, **options):
+        compiled.add((self.fn.__name__, specialised(self, args, options)))
+
+    monkeypatch.setattr(JITFunction, "run", record)
+    layer = replace(layer, rule=RoutingRule(gate=gate))
+    tuning = load_tuning("NVIDIA H200", layer)
+
+    def run(sizes) -> set:
+        compiled.clear()
+        for size in sizes:
+            for host_dense in (True, False):
+                run_on_nothing(layer, tuning, size, host_dense)
+        return set(compiled)
+
+    warm_up = ffn.warm_up_tokens(tuning, 8192)
+    assert len(warm_up) < 20
+    assert run([*range(1, 300), 511, 2048, 2049, 4095, 4096, 5000, 8191, 8192]) == run(warm_up)
+    assert all(size <= 5 for size in ffn.warm_up_tokens(tuning, 5))
+    assert run(range(1, 6)) == run(ffn.warm_up_tokens(tuning, 5))
+
+
+def specialised(kernel: JITFunction, args: tuple, options: dict) -> tuple:
+    """What of a call Triton compiles a kernel for."""
+    values = dict(zip(kernel.arg_names, args, strict=False)) | options
+    key: list = []
+    for parameter in kernel.params:
+        value = values.pop(parameter.name)
+        if parameter.is_constexpr or value is None:
+            key.append(value)
+        elif isinstance(value, torch.Tensor):
+            key.append(value.dtype)
+        elif isinstance(value, int) and not parameter.do_not_specialize:
+            key.append((value == 1, value % 16 == 0))
+    return (*key, *sorted(values.items()))
+
+
+def run_on_nothing(layer: LayerSpec, tuning: Tuning, num_tokens: int, host_dense: bool) -> None:
+    def empty(*sizes, dtype=layer.dtype):
+        return torch.empty(*sizes, dtype=dtype, device="meta")
+
+    weights = Weights(empty(layer.input_rows, layer.hidden), None, empty(layer.neurons, layer.hidden), None)
+    ffn.routed_ffn(
+        empty(num_tokens, layer.hidden),
+        empty(num_tokens, dtype=torch.float32),
+        RouterWeights(empty(layer.num_experts, layer.hidden)),
+        weights,
+        layer,
+        tuning=tuning,
+        counters=Counters(empty(num_tokens, dtype=torch.int32), empty(1, dtype=torch.int64)),
+        host_dense=host_dense,
+    )

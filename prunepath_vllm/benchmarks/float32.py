@@ -21,8 +21,8 @@ def layer_output(x: Tensor, gates: Tensor, weights: Weights, spec: LayerSpec) ->
     pre = F.linear(x.float(), weights.w_in.float(), None if weights.b_in is None else weights.b_in.float())
     if spec.glu:
         gate, up = pre.chunk(2, dim=-1)
-        neurons = spec.activation(gate) * up
+        neurons = spec.activate(gate) * up
     else:
-        neurons = spec.activation(pre)
+        neurons = spec.activate(pre)
     y = scale_neurons(neurons, gates) @ weights.w_out_t.float()
     return y if weights.b_out is None else y + weights.b_out.float()

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from prunepath_vllm.activations import ACTIVATIONS
 from prunepath_vllm.benchmarks import shapes
 from prunepath_vllm.benchmarks.float32 import layer_output
 from prunepath_vllm.benchmarks.report import BenchmarkError
@@ -20,7 +21,7 @@ from prunepath_vllm.checkpoint import load_prunepath_config
 from prunepath_vllm.families import Family
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.kernels.ffn import Choice
-from prunepath_vllm.kernels.layer import Activation, LayerSpec
+from prunepath_vllm.kernels.layer import LayerSpec
 from prunepath_vllm.kernels.routing import LIBRARY_TOKENS
 
 TOLERANCE = 8e-3
@@ -131,6 +132,6 @@ def spec_of(name: str, expert_size: int = 32) -> LayerSpec:
 
 
 def _layer(family: Family, config: dict[str, Any], experts: int, size: int) -> LayerSpec:
-    activation = Activation.named(family.activation(config))
+    activation = ACTIVATIONS[family.activation(config)]
     hidden, glu = family.hidden_size(config), family.gate is not None
     return LayerSpec(hidden, experts, size, torch.bfloat16, activation, glu)

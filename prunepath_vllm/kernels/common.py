@@ -11,7 +11,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 @triton.jit
 def activate(v, ACTIVATION: tl.constexpr):
-    """A float32 tensor's ``layer.Activation``, by its value."""
+    """A float32 tensor's ``activations.Activation``, by its value."""
     if ACTIVATION == "silu":
         return v * tl.sigmoid(v)
     elif ACTIVATION == "gelu":

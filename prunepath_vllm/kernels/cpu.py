@@ -87,9 +87,9 @@ def _gathered(x: Tensor, scale: Tensor, experts: Tensor, weights: Weights, spec:
 
 def _neurons(pre: Tensor, spec: LayerSpec) -> Tensor:
     if not spec.glu:
-        return spec.activation(pre)
+        return spec.activate(pre)
     gate, up = pre.chunk(2, dim=-1)
-    return spec.activation(gate) * up
+    return spec.activate(gate) * up
 
 
 def _add_bias(y: Tensor, bias: Tensor | None) -> Tensor:

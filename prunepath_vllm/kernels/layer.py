@@ -8,50 +8,17 @@ import functools
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prunepath_vllm.activations import Activation
 from prunepath_vllm.errors import ConfigError
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of activations and weights."""
 
-
-class Activation(StrEnum):
-    """The non-linearities that every path knows. Called with a tensor, the PyTorch function."""
-
-    SILU = "silu"
-    GELU = "gelu"
-    GELU_TANH = "gelu_tanh"
-    RELU = "relu"
-
-    @classmethod
-    def named(cls, name: str) -> "Activation":
-        """The activation that transformers calls `name`.
-
-        Raises:
-            ConfigError: no path computes it.
-        """
-        if name not in ACTIVATION_NAMES:
-            raise ConfigError(f"activation {name!r}; expected one of {', '.join(ACTIVATION_NAMES)}")
-        return ACTIVATION_NAMES[name]
-
-    def __call__(self, x: Tensor) -> Tensor:
-        """Apply it, in x's dtype."""
-        return _FUNCTIONS[self](x)
-
-
-ACTIVATION_NAMES = {
-    "silu": Activation.SILU,
-    "gelu": Activation.GELU,
-    "gelu_new": Activation.GELU_TANH,
-    "gelu_pytorch_tanh": Activation.GELU_TANH,
-    "relu": Activation.RELU,
-}
-"""transformers' names of the activations."""
 
 _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SILU: F.silu,
@@ -129,6 +96,10 @@ class LayerSpec:
     def weight_bytes(self) -> int:
         """Bytes of both linears without their biases."""
         return (self.input_rows + self.neurons) * self.hidden * self.dtype.itemsize
+
+    def activate(self, x: Tensor) -> Tensor:
+        """The non-linearity in PyTorch, in x's dtype."""
+        return _FUNCTIONS[self.activation](x)
 
     def encode(self) -> str:
         """As a string, which a custom op takes where it takes no object; :meth:`decode` is the inverse."""

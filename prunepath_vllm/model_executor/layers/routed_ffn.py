@@ -20,11 +20,12 @@ from vllm.logger import init_logger
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import direct_register_custom_op
 
+from prunepath_vllm.activations import ACTIVATIONS
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import UnsupportedFeatureError
 from prunepath_vllm.families import family_of
 from prunepath_vllm.kernels import cpu
-from prunepath_vllm.kernels.layer import Activation, Counters, LayerSpec, RouterWeights, RoutingRule, Weights
+from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, RoutingRule, Weights
 from prunepath_vllm.model_executor.compat import QuantizeMethodBase, VllmConfig, pack_for_cpu, packed_matmul
 
 logger = init_logger("vllm.prunepath")
@@ -166,7 +167,7 @@ def layer_spec(vllm_config: VllmConfig) -> LayerSpec:
         num_experts=prunepath.num_experts,
         expert_size=_ExpertShard(prunepath).expert_size,
         dtype=vllm_config.model_config.dtype,
-        activation=Activation.named(family.activation(config.to_dict())),
+        activation=ACTIVATIONS[family.activation(config.to_dict())],
         glu=family.gate is not None,
         rule=RoutingRule(prunepath.selection, prunepath.threshold, prunepath.gate),
     )
