@@ -22,6 +22,7 @@ class BuildNative(build_ext):
     """Builds the CPU kernel; where that fails, says so and goes on: the PyTorch path computes the same."""
 
     def build_extension(self, ext):
+        """Compile with the system's compiler, by no settings of Python's."""
         target = Path(self.get_ext_fullpath(ext.name))
         try:
             built = native_build().build(target, Path(self.build_temp) / "native")
@@ -31,9 +32,11 @@ class BuildNative(build_ext):
             self.announce(f"CPU kernel for {', '.join(built)}: {target}", level=2)
 
     def get_ext_filename(self, ext_name):
-        return str(Path(*ext_name.split(".")[:-1], native_build().LIBRARY))  # no Python version in the name
+        """Path of the library, without Python's version in its name."""
+        return str(Path(*ext_name.split(".")[:-1], native_build().LIBRARY))
 
     def copy_extensions_to_source(self):
+        """Nothing to copy into an editable installation where the build failed."""
         if Path(self.build_lib, self.get_ext_filename(self.extensions[0].name)).exists():
             super().copy_extensions_to_source()
 
@@ -42,6 +45,7 @@ class PlatformWheel(bdist_wheel):
     """One wheel for every Python version: the library does not know Python."""
 
     def get_tag(self):
+        """Such as py3-none-linux_x86_64."""
         return ("py3", "none", super().get_tag()[2])
 
 

@@ -107,9 +107,11 @@ def _function(isa: str | None) -> "ctypes._NamedFuncPointer":
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous() or tensor.device.type != "cpu":
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        layout = "" if tensor.is_contiguous() else ", not contiguous"
         raise ValueError(
-            f"{name} is {list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')} on {tensor.device}"
-            f"{'' if tensor.is_contiguous() else ', not contiguous'}, expected {list(shape)} {expected}, contiguous, on a CPU"
+            f"{name} is {list(tensor.shape)} {dtype} on {tensor.device}{layout}, "
+            f"expected {list(shape)} {expected}, contiguous, on a CPU"
         )
 
 
@@ -145,8 +147,10 @@ class RoutedFFN:
     ) -> None:
         self._run = _function(isa)
         if selection not in ("cumulative_mass", "threshold") or (selection == "threshold") != (threshold is not None):
-            raise ValueError(f"selection is {selection!r} with threshold {threshold}, expected 'cumulative_mass' with None"
-                             " or 'threshold' with a number")  # fmt: skip
+            raise ValueError(
+                f"selection is {selection!r} with threshold {threshold}, "
+                "expected 'cumulative_mass' with None or 'threshold' with a number"
+            )
         if gate not in ("sigmoid", "none"):
             raise ValueError(f"gate is {gate!r}, expected 'sigmoid' or 'none'")
         if weights.activation not in _ACTIVATIONS:
