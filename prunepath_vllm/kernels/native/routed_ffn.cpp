@@ -83,11 +83,14 @@ void project(const Tile& s, const Product& product, const void* weight, int64_t 
     const int64_t end = share(rows, worker + 1, s.workers);
     for (int64_t row = share(rows, worker, s.workers); row < end; row += GROUP) {
         const int num_rows = end - row < GROUP ? end - row : GROUP;
-        const void* pointers[GROUP];
-        for (int r = 0; r < num_rows; r++)
+        const void *pointers[GROUP], *ahead[GROUP];
+        for (int r = 0; r < num_rows; r++) {
+            const int64_t next = row + r + GROUP < end ? row + r + GROUP : row + r;
             pointers[r] = (const char*)weight + (row + r) * columns * product.element_bytes;
+            ahead[r] = (const char*)weight + next * columns * product.element_bytes;
+        }
         float out[GROUP * TILE];
-        product.dot(pointers, num_rows, inputs, count, columns, out);
+        product.dot(pointers, ahead, num_rows, inputs, count, columns, out);
         for (int r = 0; r < num_rows; r++)
             for (int k = 0; k < count; k++) write(token[k], row + r, out[r * count + k]);
     }
@@ -154,7 +157,13 @@ struct Group {
     int64_t neuron[GROUP];  // of F
     float gate[GROUP][TILE];
     float* hidden[GROUP];
+    const void* rows[GROUP];  // of the first linear: every neuron's, then for a GLU every neuron's second one
 };
+
+// For each of `count` rows the one that is read a group later, or itself.
+void look_ahead(const void* const* rows, int count, const void* const* next, int next_count, const void** ahead) {
+    for (int r = 0; r < count; r++) ahead[r] = r < next_count ? next[r] : rows[r];
+}
 
 void activate(int32_t activation, float* v, int count) {
     if (activation == GELU) {
@@ -172,21 +181,18 @@ void activate(int32_t activation, float* v, int count) {
     }
 }
 
-void compute(const Tile& s, const Group& g) {
+void compute(const Tile& s, const Group& g, const Group& next) {
     const Arguments& a = *s.args;
     const int64_t all_neurons = a.experts * a.expert_size;
     const void* inputs[TILE];
     int tokens = 0;
     for (int t = 0; t < s.tokens; t++)
         if (g.mask >> t & 1) inputs[tokens++] = s.inputs[t];
-    const void* rows[GROUP] = {};
-    int num_rows = 0;
-    for (int half = 0; half <= a.glu; half++)
-        for (int i = 0; i < g.size; i++)
-            rows[num_rows++] =
-                (const char*)a.w_in + (half * all_neurons + g.neuron[i]) * a.hidden * s.weights.element_bytes;
+    const int num_rows = g.size << a.glu;
+    const void* ahead[GROUP] = {};
+    look_ahead(g.rows, num_rows, next.rows, next.size << a.glu, ahead);
     float out[GROUP * TILE] = {};
-    s.weights.dot(rows, num_rows, inputs, tokens, a.hidden, out);
+    s.weights.dot(g.rows, ahead, num_rows, inputs, tokens, a.hidden, out);
     if (a.scale_in || a.b_in)
         for (int r = 0; r < num_rows; r++) {
             const int64_t row = g.neuron[r % g.size] + (r < g.size ? 0 : all_neurons);
@@ -232,16 +238,25 @@ void first_linear(const Tile& s, int worker) {
         end_place = s.listed, end_neuron = 0;
     else
         begin_of(s, share(total, worker + 1, s.workers), end_place, end_neuron);
-    Group g;
+    Group groups[2];  // one that waits until the next one is known, and the next one
+    int building = 0;
+    auto close = [&] {
+        Group &g = groups[building], &waiting = groups[1 - building];
+        for (int half = 0; half <= a.glu; half++)
+            for (int i = 0; i < g.size; i++)
+                g.rows[half * g.size + i] = (const char*)a.w_in + (half * a.experts * a.expert_size + g.neuron[i]) *
+                                                                      a.hidden * s.weights.element_bytes;
+        if (waiting.size) compute(s, waiting, g);
+        waiting.size = 0;
+        building = 1 - building;
+    };
     for (; place < end_place || (place == end_place && end_neuron); place++, neuron = 0) {
         const uint32_t mask = s.masks[place];
         const int tokens = __builtin_popcount(mask);
         const int64_t end = place == end_place ? end_neuron : a.expert_size;
         for (; neuron < end; neuron++) {
-            if (g.size && (g.size == most || g.mask != mask)) {
-                compute(s, g);
-                g.size = 0;
-            }
+            if (groups[building].size == most || (groups[building].size && groups[building].mask != mask)) close();
+            Group& g = groups[building];
             g.mask = mask;
             g.neuron[g.size] = s.experts[place] * a.expert_size + neuron;
             g.hidden[g.size] = s.hidden + s.neurons[place] + neuron * tokens;
@@ -252,7 +267,8 @@ void first_linear(const Tile& s, int worker) {
         }
         if (place == end_place) break;
     }
-    if (g.size) compute(s, g);
+    close();
+    close();
 }
 
 // Stage 4.
@@ -266,29 +282,41 @@ void second_linear(const Tile& s, int worker) {
     const int64_t stride = padded(a.hidden > a.experts ? a.hidden : a.experts);
     for (int t = 0; t < s.tokens; t++) std::memset(s.sums + t * stride + begin, 0, (after - begin) * sizeof(float));
 
-    const void* rows[GROUP];
-    int num_rows = 0;
-    uint32_t mask = 0;
-    float* out[TILE];
-    const float* factors = nullptr;  // of the group's neurons, which follow one another as long as the mask is the same
+    struct Rows {
+        int size = 0;
+        uint32_t mask = 0;
+        const float* factors;  // the neurons' activations, which follow one another as long as the mask is the same
+        const void* rows[GROUP];
+    } groups[2];
+    int building = 0;
+    auto close = [&] {
+        Rows &next = groups[building], &g = groups[1 - building];
+        if (g.size) {
+            const void* ahead[GROUP];
+            look_ahead(g.rows, g.size, next.rows, next.size, ahead);
+            float* out[TILE];
+            int tokens = 0;
+            for (int t = 0; t < s.tokens; t++)
+                if (g.mask >> t & 1) out[tokens++] = s.sums + t * stride;
+            s.weights.add(g.rows, ahead, g.size, g.factors, tokens, out, begin, end);
+        }
+        g.size = 0;
+        building = 1 - building;
+    };
     for (int64_t place = 0; place < s.listed; place++) {
-        const int tokens = __builtin_popcount(s.masks[place]);
+        const uint32_t mask = s.masks[place];
+        const int tokens = __builtin_popcount(mask);
         for (int64_t neuron = 0; neuron < a.expert_size; neuron++) {
-            if (num_rows && (num_rows == GROUP || mask != s.masks[place])) {
-                s.weights.add(rows, num_rows, factors, __builtin_popcount(mask), out, begin, end);
-                num_rows = 0;
-            }
-            if (!num_rows) {
-                mask = s.masks[place];
-                factors = s.hidden + s.neurons[place] + neuron * tokens;
-                for (int t = 0, k = 0; t < s.tokens; t++)
-                    if (mask >> t & 1) out[k++] = s.sums + t * stride;
-            }
-            rows[num_rows++] = (const char*)a.w_out +
+            if (groups[building].size == GROUP || (groups[building].size && groups[building].mask != mask)) close();
+            Rows& g = groups[building];
+            if (!g.size) g.factors = s.hidden + s.neurons[place] + neuron * tokens;
+            g.mask = mask;
+            g.rows[g.size++] = (const char*)a.w_out +
                                (s.experts[place] * a.expert_size + neuron) * a.hidden * s.weights.element_bytes;
         }
     }
-    if (num_rows) s.weights.add(rows, num_rows, factors, __builtin_popcount(mask), out, begin, end);
+    close();
+    close();
 
     for (int t = 0; t < s.tokens; t++) {
         const float* sums = s.sums + t * stride;

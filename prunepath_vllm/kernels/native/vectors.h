@@ -229,8 +229,10 @@ INLINE const Stored* whole_block(const Stored* from, int64_t count, Stored* to) 
     return to;
 }
 
+// `ahead` are the rows that will be read next. Experts lie apart, which the processor's own prefetching cannot foresee.
 template <class Type, int ROWS, int TOKENS>
-INLINE void dot_tile(const void* const* rows, const void* const* inputs, int64_t hidden, float* out, int stride) {
+INLINE void dot_tile(const void* const* rows, const void* const* ahead, const void* const* inputs, int64_t hidden,
+                     float* out, int stride) {
     using Stored = typename Type::Stored;
     using Input = typename Type::Input;
     Floats acc[ROWS][TOKENS] = {};
@@ -244,6 +246,7 @@ INLINE void dot_tile(const void* const* rows, const void* const* inputs, int64_t
             for (int r = 0; r < ROWS; r++) {
                 typename Fetched<Input>::Array w;
                 fetch<Type>(w, from[r] + i);
+                __builtin_prefetch((const Stored*)ahead[r] + i);
 #pragma GCC unroll 4
                 for (int t = 0; t < TOKENS; t++) acc[r][t] = multiply<Type>(acc[r][t], w, (const Input*)inputs[t] + i);
             }
@@ -258,33 +261,30 @@ INLINE void dot_tile(const void* const* rows, const void* const* inputs, int64_t
 }
 
 template <class Type, int TOKENS>
-INLINE void dot_tokens(const void* const* rows, int num_rows, const void* const* inputs, int64_t hidden, float* out,
-                       int stride) {
+INLINE void dot_tokens(const void* const* rows, const void* const* ahead, int num_rows, const void* const* inputs,
+                       int64_t hidden, float* out, int stride) {
+    constexpr int ROWS = TOKENS <= 2 ? 4 : 2;  // eight sums at once, for which every processor has the registers
     int r = 0;
-    if constexpr (TOKENS == 1)
-        for (; r + 8 <= num_rows; r += 8)
-            dot_tile<Type, 8, TOKENS>(rows + r, inputs, hidden, out + r * stride, stride);
-    if constexpr (TOKENS <= 2)
-        for (; r + 4 <= num_rows; r += 4)
-            dot_tile<Type, 4, TOKENS>(rows + r, inputs, hidden, out + r * stride, stride);
-    for (; r + 2 <= num_rows; r += 2)
-        dot_tile<Type, 2, TOKENS>(rows + r, inputs, hidden, out + r * stride, stride);
-    if (r < num_rows) dot_tile<Type, 1, TOKENS>(rows + r, inputs, hidden, out + r * stride, stride);
+    for (; r + ROWS <= num_rows; r += ROWS)
+        dot_tile<Type, ROWS, TOKENS>(rows + r, ahead + r, inputs, hidden, out + r * stride, stride);
+    for (; r < num_rows; r++)
+        dot_tile<Type, 1, TOKENS>(rows + r, ahead + r, inputs, hidden, out + r * stride, stride);
 }
 
 // out[r, t] = rows[r] . inputs[t], [num_rows, num_tokens]; inputs in the order of Type, zero up to a whole block.
 template <class Type>
-void dot(const void* const* rows, int num_rows, const void* const* inputs, int num_tokens, int64_t hidden, float* out) {
+void dot(const void* const* rows, const void* const* ahead, int num_rows, const void* const* inputs, int num_tokens,
+         int64_t hidden, float* out) {
     int t = 0;
-    for (; t + 4 <= num_tokens; t += 4)
-        dot_tokens<Type, 4>(rows, num_rows, inputs + t, hidden, out + t, num_tokens);
-    for (; t + 2 <= num_tokens; t += 2)
-        dot_tokens<Type, 2>(rows, num_rows, inputs + t, hidden, out + t, num_tokens);
-    if (t < num_tokens) dot_tokens<Type, 1>(rows, num_rows, inputs + t, hidden, out + t, num_tokens);
+    for (; t + 4 <= num_tokens; t += 4, ahead = rows)
+        dot_tokens<Type, 4>(rows, ahead, num_rows, inputs + t, hidden, out + t, num_tokens);
+    for (; t + 2 <= num_tokens; t += 2, ahead = rows)
+        dot_tokens<Type, 2>(rows, ahead, num_rows, inputs + t, hidden, out + t, num_tokens);
+    if (t < num_tokens) dot_tokens<Type, 1>(rows, ahead, num_rows, inputs + t, hidden, out + t, num_tokens);
 }
 
 template <class Type, int ROWS>
-INLINE void add_tile(const void* const* rows, const float* factors, int num_tokens, float* const* out, int64_t begin,
+INLINE void add_tile(const void* const* rows, const void* const* ahead, const float* factors, int num_tokens, float* const* out, int64_t begin,
                      int64_t end) {
     using Stored = typename Type::Stored;
     const Stored* from[ROWS];
@@ -295,7 +295,10 @@ INLINE void add_tile(const void* const* rows, const float* factors, int num_toke
         for (; i < whole; i += BLOCK) {
             Floats w[ROWS][2];
 #pragma GCC unroll 4
-            for (int r = 0; r < ROWS; r++) Type::widen(from[r] + i, w[r][0], w[r][1]);
+            for (int r = 0; r < ROWS; r++) {
+                Type::widen(from[r] + i, w[r][0], w[r][1]);
+                __builtin_prefetch((const Stored*)ahead[r] + i);
+            }
             for (int t = 0; t < num_tokens; t++) {
                 Floats a = load<Floats>(out[t] + i), b = load<Floats>(out[t] + i + WIDTH);
 #pragma GCC unroll 4
@@ -316,13 +319,13 @@ INLINE void add_tile(const void* const* rows, const float* factors, int num_toke
 // out[t][i] += factors[r, t] * rows[r][i] for begin <= i < end, row after row; begin is a multiple of BLOCK, out in the
 // order of Type.
 template <class Type>
-void add(const void* const* rows, int num_rows, const float* factors, int num_tokens, float* const* out, int64_t begin,
-         int64_t end) {
-    for (; num_rows >= 4; num_rows -= 4, rows += 4, factors += 4 * num_tokens)
-        num_tokens == 1 ? add_tile<Type, 4>(rows, factors, 1, out, begin, end)
-                        : add_tile<Type, 4>(rows, factors, num_tokens, out, begin, end);
-    for (; num_rows; num_rows--, rows++, factors += num_tokens)
-        add_tile<Type, 1>(rows, factors, num_tokens, out, begin, end);
+void add(const void* const* rows, const void* const* ahead, int num_rows, const float* factors, int num_tokens,
+         float* const* out, int64_t begin, int64_t end) {
+    for (; num_rows >= 4; num_rows -= 4, rows += 4, ahead += 4, factors += 4 * num_tokens)
+        num_tokens == 1 ? add_tile<Type, 4>(rows, ahead, factors, 1, out, begin, end)
+                        : add_tile<Type, 4>(rows, ahead, factors, num_tokens, out, begin, end);
+    for (; num_rows; num_rows--, rows++, ahead++, factors += num_tokens)
+        add_tile<Type, 1>(rows, ahead, factors, num_tokens, out, begin, end);
 }
 
 // `count` elements as an Input of Type, zero up to a whole block.
@@ -346,8 +349,8 @@ int64_t slot(int64_t i) {
 
 // The functions of an element type, picked once per call.
 struct Product {
-    void (*dot)(const void* const*, int, const void* const*, int, int64_t, float*);
-    void (*add)(const void* const*, int, const float*, int, float* const*, int64_t, int64_t);
+    void (*dot)(const void* const*, const void* const*, int, const void* const*, int, int64_t, float*);
+    void (*add)(const void* const*, const void* const*, int, const float*, int, float* const*, int64_t, int64_t);
     void (*pack)(const void*, int32_t, int64_t, void*);
     int64_t (*slot)(int64_t);
     int element_bytes;
