@@ -102,6 +102,7 @@ void select(const Tile& s, int t) {
     const float tau = a.tau[s.first + t];
     float* logits = s.logits + t * padded(a.experts);
     uint8_t* active = s.active + t * a.experts;
+    for (int64_t e = a.experts; e < padded(a.experts); e++) logits[e] = -INFINITY;
     const bool all = tau >= 1;
     std::memset(active, all, a.experts);
     const bool some = tau > 0 && !all;
@@ -426,9 +427,8 @@ int routed_ffn(const Arguments& a) {
         if (!arena.base) return 1;
     }
     std::memset(s.read, 0, a.experts);
-    // Rows' ends, which whole vectors read.
+    // The ends of rows, which whole vectors read.
     if (a.router_down) std::memset(narrow, 0, most * padded(a.rank) * sizeof(float));
-    std::memset(s.logits, 0, most * padded(a.experts) * sizeof(float));
 
     // Always all of OpenMP's threads: libgomp ends those that a smaller region leaves out, and vLLM has bound them to cores.
     const int available = omp_get_max_threads();
