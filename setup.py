@@ -51,6 +51,12 @@ class PlatformWheel(bdist_wheel):
 
 setup(
     packages=find_packages(include=["prunepath_vllm", "prunepath_vllm.*"]),
-    ext_modules=[Extension("prunepath_vllm.kernels.native.library", [], optional=True)],
+    ext_modules=[
+        Extension(
+            "prunepath_vllm.kernels.native.library",
+            sources=[f"{NATIVE}/processor.cpp", f"{NATIVE}/routed_ffn.cpp"],
+            depends=[f"{NATIVE}/interface.h", f"{NATIVE}/select.h", f"{NATIVE}/vectors.h"],
+        )
+    ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
 )
