@@ -1,0 +1,481 @@
+// The routed feed-forward layer on a CPU. Compiled once per instruction set, ISA being its name.
+//
+// Up to TILE tokens are computed in one OpenMP region, in stages with a barrier after each:
+//   1. router logits, the router's rows dealt to the threads;
+//   2. softmax and selection, the tokens dealt to the threads;
+//   3. the listed experts' neurons, dealt in shares of equal cost: two dot products and the activation;
+//   4. the second linear, its columns dealt to the threads: each adds up its columns of the listed neurons' rows, in
+//      ascending order, and writes them out.
+// No sum is ever split between threads, and none depends on the other tokens of the tile. So a token's result depends
+// neither on the number of threads nor on its batch, and no partial sums have to be added up.
+#include <cmath>
+#include <cstdlib>
+#include <cstring>
+
+#include "interface.h"
+#include "select.h"
+#include "vectors.h"
+
+// libgomp's entry points, which every OpenMP runtime for Linux has. Called by name, and linked to no library, they are
+// those of the runtime that PyTorch has loaded: same threads, bound to the same cores.
+extern "C" {
+void GOMP_parallel(void (*)(void*), void*, unsigned threads, unsigned flags);
+void GOMP_barrier();
+int omp_get_thread_num();
+int omp_get_num_threads();
+int omp_get_max_threads();
+}
+
+namespace {
+
+constexpr int TILE = 16;  // tokens at once; a set of them is a bit mask
+constexpr int GROUP = 8;  // rows at once
+
+int64_t padded(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
+
+// Everything the threads share while they compute a tile.
+struct Tile {
+    const Arguments* args;
+    int64_t first;  // token of the whole batch
+    int tokens;
+    int workers;
+    bool routed;  // false: every token takes every expert, ungated
+
+    Product weights, router, down, bottleneck;
+    const void* inputs[TILE];         // what the first linear reads, packed
+    const void* router_inputs[TILE];  // what the router (or its down projection) reads
+    void* narrow[TILE];               // [rank] between the router's two projections
+    float* logits;                    // [TILE, E]; turned into probabilities, then into what an expert is multiplied by
+    uint8_t* active;                  // [TILE, E]
+
+    // The experts of any token, ascending.
+    int64_t listed;
+    int32_t* experts;
+    uint32_t* masks;       // tokens that take the expert
+    int64_t* cost_before;  // [listed + 1], of one neuron each
+    int64_t* neurons;      // where the expert's activations start, [D, tokens that take it]
+    float* hidden;         // activations
+    float* sums;           // [TILE, padded H]
+    uint8_t* read;         // [E], experts of any tile
+};
+
+int64_t share(int64_t total, int part, int parts) { return total * part / parts; }
+
+bool needs_logits(const Arguments& a, float tau) { return a.sigmoid_gate || (tau > 0 && tau < 1); }
+
+int picked(const Tile& s, const void* const* from, const void** to, int* token) {
+    int count = 0;
+    for (int t = 0; t < s.tokens; t++)
+        if (needs_logits(*s.args, s.args->tau[s.first + t])) {
+            token[count] = t;
+            to[count++] = from[t];
+        }
+    return count;
+}
+
+// Stage 1, or one half of it where the router is of low rank.
+template <class Store>
+void project(const Tile& s, const Product& product, const void* weight, int64_t rows, int64_t columns,
+             const void* const* from, int worker, Store write) {
+    const void* inputs[TILE];
+    int token[TILE];
+    const int count = picked(s, from, inputs, token);
+    const int64_t end = share(rows, worker + 1, s.workers);
+    for (int64_t row = share(rows, worker, s.workers); row < end; row += GROUP) {
+        const int num_rows = end - row < GROUP ? end - row : GROUP;
+        const void *pointers[GROUP], *ahead[GROUP];
+        for (int r = 0; r < num_rows; r++) {
+            const int64_t next = row + r + GROUP < end ? row + r + GROUP : row + r;
+            pointers[r] = (const char*)weight + (row + r) * columns * product.element_bytes;
+            ahead[r] = (const char*)weight + next * columns * product.element_bytes;
+        }
+        float out[GROUP * TILE];
+        product.dot(pointers, ahead, num_rows, inputs, count, columns, out);
+        for (int r = 0; r < num_rows; r++)
+            for (int k = 0; k < count; k++) write(token[k], row + r, out[r * count + k]);
+    }
+}
+
+// Stage 2 for one token: which experts it takes, and in place of its logits what they are multiplied by.
+void select(const Tile& s, int t) {
+    const Arguments& a = *s.args;
+    const float tau = a.tau[s.first + t];
+    float* logits = s.logits + t * padded(a.experts);
+    uint8_t* active = s.active + t * a.experts;
+    for (int64_t e = a.experts; e < padded(a.experts); e++) logits[e] = -INFINITY;
+    const bool all = tau >= 1;
+    std::memset(active, all, a.experts);
+    const bool some = tau > 0 && !all;
+    if (some && a.by_threshold) {
+        for (int64_t e = 0; e < a.experts; e += WIDTH) {
+            const Floats p = sigmoid(load<Floats>(logits + e));
+            for (int i = 0; i < WIDTH && e + i < a.experts; i++) active[e + i] = p[i] > a.threshold;
+        }
+    } else if (some) {
+        float* probabilities = s.sums + t * padded(a.hidden > a.experts ? a.hidden : a.experts);
+        softmax(logits, a.experts, probabilities);
+        select_cumulative_mass(probabilities, a.experts, tau, active);
+    }
+    if (a.sigmoid_gate)
+        for (int64_t e = 0; e < a.experts; e += WIDTH) {
+            const Floats gate = sigmoid(load<Floats>(logits + e));
+            store(logits + e, gate);
+            // A gate that is 0 in float32 makes its expert inactive, as in the reference.
+            for (int i = 0; i < WIDTH && e + i < a.experts; i++) active[e + i] &= gate[i] != 0;
+        }
+    if (a.active_counts) {
+        int32_t count = 0;
+        for (int64_t e = 0; e < a.experts; e++) count += active[e];
+        a.active_counts[s.first + t] += count;
+    }
+}
+
+// The union of the tokens' experts, and what computing them costs.
+void list_experts(Tile& s) {
+    const Arguments& a = *s.args;
+    int64_t listed = 0, cost = 0, neurons = 0;
+    for (int64_t e = 0; e < a.experts; e++) {
+        uint32_t mask = 0;
+        for (int t = 0; t < s.tokens; t++) mask |= (uint32_t)s.active[t * a.experts + e] << t;
+        if (!mask) continue;
+        s.read[e] = 1;
+        s.experts[listed] = e;
+        s.masks[listed] = mask;
+        s.cost_before[listed] = cost;
+        s.neurons[listed++] = neurons;
+        const int tokens = __builtin_popcount(mask);
+        cost += a.expert_size * (3 + tokens);  // reading the rows costs about as much as three tokens
+        neurons += a.expert_size * tokens;
+    }
+    s.cost_before[listed] = cost;
+    s.listed = listed;
+}
+
+// Neurons with the same tokens, computed together.
+struct Group {
+    int size = 0;
+    uint32_t mask = 0;
+    int64_t neuron[GROUP];  // of F
+    float gate[GROUP][TILE];
+    float* hidden[GROUP];
+    const void* rows[GROUP];  // of the first linear: every neuron's, then for a GLU every neuron's second one
+};
+
+// For each of `count` rows the one that is read a group later, or itself.
+void look_ahead(const void* const* rows, int count, const void* const* next, int next_count, const void** ahead) {
+    for (int r = 0; r < count; r++) ahead[r] = r < next_count ? next[r] : rows[r];
+}
+
+void activate(int32_t activation, float* v, int count) {
+    if (activation == GELU) {
+        for (int i = 0; i < count; i++) v[i] = 0.5f * v[i] * (1.0f + erff(v[i] * 0.70710678f));
+        return;
+    }
+    for (int i = 0; i < count; i += WIDTH) {  // v is padded to whole vectors
+        const Floats x = load<Floats>(v + i);
+        if (activation == SILU)
+            store(v + i, x * sigmoid(x));
+        else if (activation == GELU_TANH)
+            store(v + i, x * sigmoid(1.5957691216f * (x + 0.044715f * x * x * x)));
+        else
+            store(v + i, x < 0 ? Floats{} : x);
+    }
+}
+
+void compute(const Tile& s, const Group& g, const Group& next) {
+    const Arguments& a = *s.args;
+    const int64_t all_neurons = a.experts * a.expert_size;
+    const void* inputs[TILE];
+    int tokens = 0;
+    for (int t = 0; t < s.tokens; t++)
+        if (g.mask >> t & 1) inputs[tokens++] = s.inputs[t];
+    const int num_rows = g.size << a.glu;
+    const void* ahead[GROUP] = {};
+    look_ahead(g.rows, num_rows, next.rows, next.size << a.glu, ahead);
+    float out[GROUP * TILE] = {};
+    s.weights.dot(g.rows, ahead, num_rows, inputs, tokens, a.hidden, out);
+    if (a.scale_in || a.b_in)
+        for (int r = 0; r < num_rows; r++) {
+            const int64_t row = g.neuron[r % g.size] + (r < g.size ? 0 : all_neurons);
+            const float scale = a.scale_in ? a.scale_in[row] : 1;
+            const float bias = a.b_in ? element(a.b_in, a.b_in_type, row) : 0;
+            for (int k = 0; k < tokens; k++) out[r * tokens + k] = out[r * tokens + k] * scale + bias;
+        }
+    const int values = g.size * tokens;
+    float pre[GROUP * TILE] = {};
+    std::memcpy(pre, out, values * sizeof(float));
+    activate(a.activation, pre, values);
+    for (int i = 0; i < g.size; i++) {
+        const float scale = a.scale_out ? a.scale_out[g.neuron[i]] : 1;
+        for (int k = 0; k < tokens; k++) {
+            float h = pre[i * tokens + k] * scale;
+            if (a.glu) h *= out[values + i * tokens + k];
+            if (s.routed && a.sigmoid_gate) h *= g.gate[i][k];
+            g.hidden[i][k] = h;
+        }
+    }
+}
+
+// Where a share of the listed cost begins: the expert's place in the list, and the neuron in it.
+void begin_of(const Tile& s, int64_t cost, int64_t& place, int64_t& neuron) {
+    int64_t low = 0, high = s.listed;  // the last place whose cost_before <= cost
+    while (high - low > 1) {
+        const int64_t middle = (low + high) / 2;
+        (s.cost_before[middle] <= cost ? low : high) = middle;
+    }
+    place = low;
+    neuron = (cost - s.cost_before[low]) / (3 + __builtin_popcount(s.masks[low]));
+}
+
+// Stage 3.
+void first_linear(const Tile& s, int worker) {
+    const Arguments& a = *s.args;
+    if (!s.listed) return;
+    const int64_t total = s.cost_before[s.listed];
+    const int most = a.glu ? GROUP / 2 : GROUP;
+    int64_t place, neuron, end_place, end_neuron;
+    begin_of(s, share(total, worker, s.workers), place, neuron);
+    if (worker + 1 == s.workers)
+        end_place = s.listed, end_neuron = 0;
+    else
+        begin_of(s, share(total, worker + 1, s.workers), end_place, end_neuron);
+    Group groups[2];  // one that waits until the next one is known, and the next one
+    int building = 0;
+    auto close = [&] {
+        Group &g = groups[building], &waiting = groups[1 - building];
+        for (int half = 0; half <= a.glu; half++)
+            for (int i = 0; i < g.size; i++)
+                g.rows[half * g.size + i] = (const char*)a.w_in + (half * a.experts * a.expert_size + g.neuron[i]) *
+                                                                      a.hidden * s.weights.element_bytes;
+        if (waiting.size) compute(s, waiting, g);
+        waiting.size = 0;
+        building = 1 - building;
+    };
+    for (; place < end_place || (place == end_place && end_neuron); place++, neuron = 0) {
+        const uint32_t mask = s.masks[place];
+        const int tokens = __builtin_popcount(mask);
+        const int64_t end = place == end_place ? end_neuron : a.expert_size;
+        for (; neuron < end; neuron++) {
+            if (groups[building].size == most || (groups[building].size && groups[building].mask != mask)) close();
+            Group& g = groups[building];
+            g.mask = mask;
+            g.neuron[g.size] = s.experts[place] * a.expert_size + neuron;
+            g.hidden[g.size] = s.hidden + s.neurons[place] + neuron * tokens;
+            if (s.routed && a.sigmoid_gate)
+                for (int t = 0, k = 0; t < s.tokens; t++)
+                    if (mask >> t & 1) g.gate[g.size][k++] = s.logits[t * padded(a.experts) + s.experts[place]];
+            g.size++;
+        }
+        if (place == end_place) break;
+    }
+    close();
+    close();
+}
+
+// Stage 4.
+void second_linear(const Tile& s, int worker) {
+    const Arguments& a = *s.args;
+    const int64_t blocks = padded(a.hidden) / BLOCK;
+    const int64_t begin = share(blocks, worker, s.workers) * BLOCK;
+    const int64_t after = share(blocks, worker + 1, s.workers) * BLOCK;
+    if (begin == after) return;
+    const int64_t end = after < a.hidden ? after : a.hidden;
+    const int64_t stride = padded(a.hidden > a.experts ? a.hidden : a.experts);
+    for (int t = 0; t < s.tokens; t++) std::memset(s.sums + t * stride + begin, 0, (after - begin) * sizeof(float));
+
+    struct Rows {
+        int size = 0;
+        uint32_t mask = 0;
+        const float* factors;  // the neurons' activations, which follow one another as long as the mask is the same
+        const void* rows[GROUP];
+    } groups[2];
+    int building = 0;
+    auto close = [&] {
+        Rows &next = groups[building], &g = groups[1 - building];
+        if (g.size) {
+            const void* ahead[GROUP];
+            look_ahead(g.rows, g.size, next.rows, next.size, ahead);
+            float* out[TILE];
+            int tokens = 0;
+            for (int t = 0; t < s.tokens; t++)
+                if (g.mask >> t & 1) out[tokens++] = s.sums + t * stride;
+            s.weights.add(g.rows, ahead, g.size, g.factors, tokens, out, begin, end);
+        }
+        g.size = 0;
+        building = 1 - building;
+    };
+    for (int64_t place = 0; place < s.listed; place++) {
+        const uint32_t mask = s.masks[place];
+        const int tokens = __builtin_popcount(mask);
+        for (int64_t neuron = 0; neuron < a.expert_size; neuron++) {
+            if (groups[building].size == GROUP || (groups[building].size && groups[building].mask != mask)) close();
+            Rows& g = groups[building];
+            if (!g.size) g.factors = s.hidden + s.neurons[place] + neuron * tokens;
+            g.mask = mask;
+            g.rows[g.size++] = (const char*)a.w_out +
+                               (s.experts[place] * a.expert_size + neuron) * a.hidden * s.weights.element_bytes;
+        }
+    }
+    close();
+    close();
+
+    for (int t = 0; t < s.tokens; t++) {
+        const float* sums = s.sums + t * stride;
+        const int64_t row = (s.first + t) * a.hidden;
+        for (int64_t i = begin; i < end; i++) {
+            float v = sums[s.weights.slot(i)];
+            if (a.b_out) v += element(a.b_out, a.b_out_type, i);
+            switch (a.x_type) {
+                case FLOAT32: ((float*)a.y)[row + i] = v; break;
+                case FLOAT16: ((uint16_t*)a.y)[row + i] = float_to_half(v); break;
+                default: ((uint16_t*)a.y)[row + i] = float_to_bfloat(v);
+            }
+        }
+    }
+}
+
+void run(void* shared) {
+    Tile& s = *(Tile*)shared;
+    const Arguments& a = *s.args;
+    const int worker = omp_get_thread_num();
+    // OpenMP may give fewer threads than were asked for. Threads beyond `workers` only wait.
+    if (worker == 0 && omp_get_num_threads() < s.workers) s.workers = omp_get_num_threads();
+    GOMP_barrier();
+    const bool works = worker < s.workers;
+    if (s.routed) {
+        const int64_t stride = padded(a.experts);
+        auto to_logits = [&](int t, int64_t e, float v) {
+            s.logits[t * stride + e] = a.router_bias ? v + element(a.router_bias, a.router_bias_type, e) : v;
+        };
+        if (a.router_down) {
+            if (works)
+                project(s, s.down, a.router_down, a.rank, a.hidden, s.router_inputs, worker, [&](int t, int64_t i, float v) {
+                    ((float*)s.narrow[t])[s.bottleneck.slot(i)] = v;
+                });
+            GOMP_barrier();
+            if (works)
+                project(s, s.bottleneck, a.router_weight, a.experts, a.rank, s.narrow, worker, to_logits);
+        } else if (works) {
+            project(s, s.router, a.router_weight, a.experts, a.hidden, s.router_inputs, worker, to_logits);
+        }
+        GOMP_barrier();
+        if (works)
+            for (int t = worker; t < s.tokens; t += s.workers) select(s, t);
+        if (s.tokens > 1) GOMP_barrier();
+        if (worker == 0) list_experts(s);
+        GOMP_barrier();
+    }
+    if (works) first_linear(s, worker);
+    GOMP_barrier();
+    if (works) second_linear(s, worker);
+}
+
+#if defined(__SANITIZE_ADDRESS__)
+extern "C" void __asan_poison_memory_region(void const volatile*, size_t);
+constexpr int GUARD = 64;
+#else
+constexpr int GUARD = 0;
+#endif
+
+// Hands out pieces of one allocation; a first pass with no memory adds up their sizes.
+struct Arena {
+    char* base = nullptr;
+    size_t used = 0;
+    template <class T>
+    void take(T*& pointer, int64_t count) {
+        const size_t bytes = count * sizeof(T);
+        pointer = base ? (T*)(base + used) : nullptr;
+        used += (bytes + 63) / 64 * 64 + GUARD;
+#if defined(__SANITIZE_ADDRESS__)
+        if (base) __asan_poison_memory_region((char*)pointer + bytes, base + used - (char*)pointer - bytes);
+#endif
+    }
+};
+
+int routed_ffn(const Arguments& a) {
+    if (a.tokens <= 0) return 0;
+    Tile s{};
+    s.args = &a;
+    s.weights = product_of(a.weight_type, a.x_type);
+    s.router = product_of(a.router_weight_type, a.router_input_type);
+    s.down = a.router_down ? product_of(a.router_down_type, a.router_input_type) : s.router;
+    s.bottleneck = product_of(a.router_weight_type, FLOAT32);
+    const Product& reader = a.router_down ? s.down : s.router;
+    const bool same_input = a.router_input == a.x && reader.dot == s.weights.dot;
+    const int64_t most = a.tokens < TILE ? a.tokens : TILE;
+    const int64_t all_neurons = a.experts * a.expert_size;
+    const int64_t width = padded(a.hidden), wide = padded(a.hidden > a.experts ? a.hidden : a.experts);
+
+    Arena arena;
+    float *inputs, *router_inputs, *narrow;
+    for (int pass = 0; pass < 2; pass++) {
+        arena.used = 0;
+        arena.take(inputs, most * width);
+        arena.take(router_inputs, same_input ? 0 : most * width);
+        arena.take(narrow, a.router_down ? most * padded(a.rank) : 0);
+        arena.take(s.logits, most * padded(a.experts));
+        arena.take(s.active, most * a.experts);
+        arena.take(s.experts, a.experts);
+        arena.take(s.masks, a.experts);
+        arena.take(s.cost_before, a.experts + 1);
+        arena.take(s.neurons, a.experts);
+        arena.take(s.read, a.experts);
+        arena.take(s.sums, most * wide);
+        arena.take(s.hidden, most * all_neurons);
+        if (pass) break;
+        arena.base = (char*)std::aligned_alloc(64, arena.used);
+        if (!arena.base) return 1;
+    }
+    std::memset(s.read, 0, a.experts);
+    // The ends of rows, which whole vectors read.
+    if (a.router_down) std::memset(narrow, 0, most * padded(a.rank) * sizeof(float));
+
+    // Always all of OpenMP's threads: libgomp ends those that a smaller region leaves out, and vLLM has bound them to cores.
+    const int available = omp_get_max_threads();
+    const int wanted = a.threads > 0 ? a.threads : available;
+    const int64_t element_bytes[] = {4, 2, 2, 1};
+    for (s.first = 0; s.first < a.tokens; s.first += TILE) {
+        s.tokens = a.tokens - s.first < TILE ? a.tokens - s.first : TILE;
+        s.workers = wanted;
+        s.routed = a.sigmoid_gate;
+        for (int t = 0; t < s.tokens; t++) {
+            s.routed |= !(a.tau[s.first + t] >= 1);
+            s.inputs[t] = inputs + t * width;
+            s.weights.pack((const char*)a.x + (s.first + t) * a.hidden * element_bytes[a.x_type], a.x_type, a.hidden,
+                           inputs + t * width);
+        }
+        if (!s.routed) {
+            for (int t = 0; t < s.tokens; t++) {
+                std::memset(s.active + t * a.experts, 1, a.experts);
+                if (a.active_counts) a.active_counts[s.first + t] += a.experts;
+            }
+            list_experts(s);
+        }
+        for (int t = 0; s.routed && t < s.tokens; t++) {
+            s.narrow[t] = narrow + t * padded(a.rank);
+            s.router_inputs[t] = same_input ? s.inputs[t] : router_inputs + t * width;
+            if (!same_input)
+                reader.pack((const char*)a.router_input + (s.first + t) * a.hidden * element_bytes[a.router_input_type],
+                            a.router_input_type, a.hidden, router_inputs + t * width);
+        }
+        GOMP_parallel(run, &s, available > wanted ? available : wanted, 0);
+    }
+    if (a.experts_read) {
+        int64_t count = 0;
+        for (int64_t e = 0; e < a.experts; e++) count += s.read[e];
+        if (a.experts_read_bytes == 8)
+            *(int64_t*)a.experts_read += count;
+        else
+            *(int32_t*)a.experts_read += count;
+    }
+    std::free(arena.base);
+    return 0;
+}
+
+}  // namespace
+
+#define JOIN_(a, b) a##b
+#define JOIN(a, b) JOIN_(a, b)
+extern "C" __attribute__((visibility("default"))) int JOIN(prunepath_routed_ffn_, ISA)(const Arguments* arguments) {
+    return routed_ffn(*arguments);
+}

@@ -1,0 +1,378 @@
+// Vectors, element types, and the two products, for the instruction set this file is compiled for.
+//
+// Everything is in an anonymous namespace, and nothing of the standard library with inline bodies is used: the same
+// code is compiled several times with different instructions, and the linker would merge equally named functions.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#if defined(__x86_64__) || defined(__i386__)
+#include <immintrin.h>
+#endif
+
+#include "interface.h"
+
+namespace {
+
+#if defined(__AVX512F__)
+constexpr int WIDTH = 16;
+#elif defined(__AVX2__)
+constexpr int WIDTH = 8;
+#else
+constexpr int WIDTH = 4;
+#endif
+constexpr int BLOCK = 2 * WIDTH;  // elements that are loaded at once
+
+typedef float Floats __attribute__((vector_size(WIDTH * 4)));
+typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
+typedef uint32_t Bits __attribute__((vector_size(WIDTH * 4)));
+typedef int8_t Bytes __attribute__((vector_size(WIDTH)));
+
+#define INLINE inline __attribute__((always_inline))
+
+template <class V>
+INLINE V load(const void* p) {
+    V v;
+    std::memcpy(&v, p, sizeof v);
+    return v;
+}
+
+template <class V>
+INLINE void store(void* p, V v) {
+    std::memcpy(p, &v, sizeof v);
+}
+
+INLINE Floats splat(float v) { return v - Floats{}; }  // not v + 0, which would turn -0 into 0
+
+INLINE float sum(Floats v) {
+    float lanes[WIDTH];
+    store(lanes, v);
+    for (int half = WIDTH / 2; half; half /= 2)
+        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
+    return lanes[0];
+}
+
+INLINE float from_bits(uint32_t bits) { return load<float>(&bits); }
+INLINE uint32_t to_bits(float v) { return load<uint32_t>(&v); }
+
+// e^v to a few units in the last place; infinity above 88.72, as in float32, 0 below -87.3.
+INLINE Floats exponential(Floats v) {
+    const Floats magic = splat(12582912.0f);  // 1.5 * 2^23: adding it rounds to an integer
+    Floats low = splat(-87.3f), high = splat(88.72283f);
+    Floats x = v < low ? low : v;
+    x = x > high ? high : x;
+    Floats shifted = x * 1.44269504f + magic;
+    Floats n = shifted - magic;
+    Floats r = x - n * 0.693359375f + n * 2.12194440e-4f;
+    Floats p = splat(1.9875691500e-4f);
+    p = p * r + 1.3981999507e-3f;
+    p = p * r + 8.3334519073e-3f;
+    p = p * r + 4.1665795894e-2f;
+    p = p * r + 1.6666665459e-1f;
+    p = p * r + 5.0000001201e-1f;
+    p = p * r * r + r + 1.0f;
+    // In two steps: 2^128 is no float32.
+    Ints exponent = (Ints)shifted - (Ints)magic;
+    Ints half = exponent >> 1;
+    p = p * (Floats)((half + 127) << 23) * (Floats)((exponent - half + 127) << 23);
+    p = v > high ? splat(__builtin_inff()) : p;
+    return v < low ? Floats{} : p;
+}
+
+INLINE Floats sigmoid(Floats v) { return 1.0f / (1.0f + exponential(-v)); }
+
+INLINE float half_to_float(uint16_t h) {
+    // Exponent moved by a multiplication, which is right for subnormal numbers, too.
+    const float scaled = from_bits((uint32_t)(h & 0x7fff) << 13) * 0x1p112f;
+    const bool special = (h & 0x7c00) == 0x7c00;  // infinity or NaN
+    const uint32_t bits = special ? 0x7f800000u | (uint32_t)(h & 0x3ff) << 13 : to_bits(scaled);
+    return from_bits(bits | (uint32_t)(h & 0x8000) << 16);
+}
+
+INLINE uint16_t float_to_half(float v) {
+    const uint32_t sign = to_bits(v) >> 16 & 0x8000;
+    const uint32_t bits = to_bits(v) & 0x7fffffff;
+    if (bits > 0x7f800000) return sign | 0x7e00;
+    if (bits >= 0x477ff000) return sign | 0x7c00;  // 65520 and above round to infinity
+    if (bits < 0x38800000)                         // subnormal: adding .5 rounds at a half's last place
+        return sign | (to_bits(from_bits(bits) + 0.5f) - 0x3f000000);
+    return sign | ((bits - 0x38000000 + 0xfff + (bits >> 13 & 1)) >> 13);
+}
+
+INLINE uint16_t float_to_bfloat(float v) {
+    const uint32_t bits = to_bits(v);
+    if ((bits & 0x7fffffff) > 0x7f800000) return bits >> 16 | 0x40;
+    return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+INLINE float element(const void* p, int32_t type, int64_t i) {
+    switch (type) {
+        case FLOAT32: return ((const float*)p)[i];
+        case FLOAT16: return half_to_float(((const uint16_t*)p)[i]);
+        case BFLOAT16: return from_bits((uint32_t)((const uint16_t*)p)[i] << 16);
+        default: return ((const int8_t*)p)[i];
+    }
+}
+
+// Element types. `widen` gives a block as two vectors, in an order of the type's own: bfloat16 takes two instructions
+// if even and odd elements come apart. An input or output of the products is kept in that order as well (`slot`).
+// An `Input` is what a row is multiplied with: float32, or bfloat16 where the processor multiplies it.
+
+struct Float32 {
+    using Stored = float;
+    using Input = float;
+    static INLINE int64_t slot(int64_t i) { return i; }
+    static INLINE void widen(const Stored* p, Floats& a, Floats& b) {
+        a = load<Floats>(p);
+        b = load<Floats>(p + WIDTH);
+    }
+};
+
+struct Float16 {
+    using Stored = uint16_t;
+    using Input = float;
+    static INLINE int64_t slot(int64_t i) { return i; }
+    static INLINE void widen(const Stored* p, Floats& a, Floats& b) {
+#if defined(__AVX512F__)
+        a = (Floats)_mm512_cvtph_ps(load<__m256i>(p));
+        b = (Floats)_mm512_cvtph_ps(load<__m256i>(p + WIDTH));
+#elif defined(__AVX2__)
+        a = (Floats)_mm256_cvtph_ps(load<__m128i>(p));
+        b = (Floats)_mm256_cvtph_ps(load<__m128i>(p + WIDTH));
+#elif defined(__ARM_FP16_FORMAT_IEEE)
+        const __fp16* halves = (const __fp16*)p;
+        for (int i = 0; i < WIDTH; i++) a[i] = halves[i], b[i] = halves[WIDTH + i];
+#else
+        float wide[BLOCK];
+        for (int i = 0; i < BLOCK; i++) wide[i] = half_to_float(p[i]);
+        a = load<Floats>(wide);
+        b = load<Floats>(wide + WIDTH);
+#endif
+    }
+};
+
+struct BFloat16 {
+    using Stored = uint16_t;
+    using Input = float;
+    static INLINE int64_t slot(int64_t i) { return i / BLOCK * BLOCK + i % BLOCK / 2 + i % 2 * WIDTH; }
+    static INLINE void widen(const Stored* p, Floats& a, Floats& b) {
+        const Bits pairs = load<Bits>(p);
+        a = (Floats)(pairs << 16);
+        b = (Floats)(pairs & 0xffff0000u);
+    }
+};
+
+struct Int8 {
+    using Stored = int8_t;
+    using Input = float;
+    static INLINE int64_t slot(int64_t i) { return i; }
+    static INLINE void widen(const Stored* p, Floats& a, Floats& b) {
+#if defined(__AVX512F__)
+        a = (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p)));
+        b = (Floats)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(load<__m128i>(p + WIDTH)));
+#elif defined(__AVX2__)
+        const __m128i bytes = load<__m128i>(p);
+        a = (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes));
+        b = (Floats)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_srli_si128(bytes, 8)));
+#else
+        a = __builtin_convertvector(__builtin_convertvector(load<Bytes>(p), Ints), Floats);
+        b = __builtin_convertvector(__builtin_convertvector(load<Bytes>(p + WIDTH), Ints), Floats);
+#endif
+    }
+};
+
+// acc += the products of a block. The order of the additions is part of a token's result, so it is the same for any
+// number of rows and tokens at once.
+template <class Type>
+INLINE Floats multiply(Floats acc, const Floats (&w)[2], const float* x) {
+    acc = w[0] * load<Floats>(x) + acc;
+    return w[1] * load<Floats>(x + WIDTH) + acc;
+}
+
+template <class Type>
+INLINE void fetch(Floats (&w)[2], const typename Type::Stored* row) {
+    Type::widen(row, w[0], w[1]);
+}
+
+#if defined(__AVX512BF16__)
+struct BFloat16Pairs : BFloat16 {  // both factors in bfloat16
+    using Input = uint16_t;
+};
+
+template <class Type>
+INLINE Floats multiply(Floats acc, const __m512i (&w)[1], const uint16_t* x) {
+    return (Floats)_mm512_dpbf16_ps((__m512)acc, (__m512bh)w[0], (__m512bh)load<__m512i>(x));
+}
+
+template <class Type>
+INLINE void fetch(__m512i (&w)[1], const uint16_t* row) {
+    w[0] = load<__m512i>(row);
+}
+#endif
+
+template <class Input>
+struct Fetched {
+    using Array = Floats[2];
+};
+#if defined(__AVX512BF16__)
+template <>
+struct Fetched<uint16_t> {
+    using Array = __m512i[1];
+};
+#endif
+
+// The end of a row, copied and filled up with zeros.
+template <class Stored>
+INLINE const Stored* whole_block(const Stored* from, int64_t count, Stored* to) {
+    std::memset(to, 0, BLOCK * sizeof(Stored));
+    std::memcpy(to, from, count * sizeof(Stored));
+    return to;
+}
+
+// `ahead` are the rows that will be read next. Experts lie apart, which the processor's own prefetching cannot foresee.
+template <class Type, int ROWS, int TOKENS>
+INLINE void dot_tile(const void* const* rows, const void* const* ahead, const void* const* inputs, int64_t hidden,
+                     float* out, int stride) {
+    using Stored = typename Type::Stored;
+    using Input = typename Type::Input;
+    Floats acc[ROWS][TOKENS] = {};
+    const Stored* from[ROWS];
+    for (int r = 0; r < ROWS; r++) from[r] = (const Stored*)rows[r];
+    Stored rest[ROWS][BLOCK];
+    int64_t i = 0;
+    for (int64_t end = hidden / BLOCK * BLOCK;; end = hidden) {  // whole blocks, then the rest
+        for (; i < end; i += BLOCK) {
+#pragma GCC unroll 8
+            for (int r = 0; r < ROWS; r++) {
+                typename Fetched<Input>::Array w;
+                fetch<Type>(w, from[r] + i);
+                __builtin_prefetch((const Stored*)ahead[r] + i);
+#pragma GCC unroll 4
+                for (int t = 0; t < TOKENS; t++) acc[r][t] = multiply<Type>(acc[r][t], w, (const Input*)inputs[t] + i);
+            }
+        }
+        if (i >= hidden) break;
+        for (int r = 0; r < ROWS; r++) from[r] = whole_block(from[r] + i, hidden - i, rest[r]) - i;
+    }
+#pragma GCC unroll 8
+    for (int r = 0; r < ROWS; r++)
+#pragma GCC unroll 4
+        for (int t = 0; t < TOKENS; t++) out[r * stride + t] = sum(acc[r][t]);
+}
+
+template <class Type, int TOKENS>
+INLINE void dot_tokens(const void* const* rows, const void* const* ahead, int num_rows, const void* const* inputs,
+                       int64_t hidden, float* out, int stride) {
+    constexpr int ROWS = TOKENS <= 2 ? 4 : 2;  // eight sums at once, for which every processor has the registers
+    int r = 0;
+    for (; r + ROWS <= num_rows; r += ROWS)
+        dot_tile<Type, ROWS, TOKENS>(rows + r, ahead + r, inputs, hidden, out + r * stride, stride);
+    for (; r < num_rows; r++)
+        dot_tile<Type, 1, TOKENS>(rows + r, ahead + r, inputs, hidden, out + r * stride, stride);
+}
+
+// out[r, t] = rows[r] . inputs[t], [num_rows, num_tokens]; inputs in the order of Type, zero up to a whole block.
+template <class Type>
+void dot(const void* const* rows, const void* const* ahead, int num_rows, const void* const* inputs, int num_tokens,
+         int64_t hidden, float* out) {
+    int t = 0;
+    for (; t + 4 <= num_tokens; t += 4, ahead = rows)
+        dot_tokens<Type, 4>(rows, ahead, num_rows, inputs + t, hidden, out + t, num_tokens);
+    for (; t + 2 <= num_tokens; t += 2, ahead = rows)
+        dot_tokens<Type, 2>(rows, ahead, num_rows, inputs + t, hidden, out + t, num_tokens);
+    if (t < num_tokens) dot_tokens<Type, 1>(rows, ahead, num_rows, inputs + t, hidden, out + t, num_tokens);
+}
+
+template <class Type, int ROWS>
+INLINE void add_tile(const void* const* rows, const void* const* ahead, const float* factors, int num_tokens, float* const* out, int64_t begin,
+                     int64_t end) {
+    using Stored = typename Type::Stored;
+    const Stored* from[ROWS];
+    for (int r = 0; r < ROWS; r++) from[r] = (const Stored*)rows[r];
+    Stored rest[ROWS][BLOCK];
+    int64_t i = begin;
+    for (int64_t whole = begin + (end - begin) / BLOCK * BLOCK;; whole = end) {  // whole blocks, then the rest
+        for (; i < whole; i += BLOCK) {
+            Floats w[ROWS][2];
+#pragma GCC unroll 4
+            for (int r = 0; r < ROWS; r++) {
+                Type::widen(from[r] + i, w[r][0], w[r][1]);
+                __builtin_prefetch((const Stored*)ahead[r] + i);
+            }
+            for (int t = 0; t < num_tokens; t++) {
+                Floats a = load<Floats>(out[t] + i), b = load<Floats>(out[t] + i + WIDTH);
+#pragma GCC unroll 4
+                for (int r = 0; r < ROWS; r++) {
+                    const Floats factor = splat(factors[r * num_tokens + t]);
+                    a = w[r][0] * factor + a;
+                    b = w[r][1] * factor + b;
+                }
+                store(out[t] + i, a);
+                store(out[t] + i + WIDTH, b);
+            }
+        }
+        if (i >= end) break;
+        for (int r = 0; r < ROWS; r++) from[r] = whole_block(from[r] + i, end - i, rest[r]) - i;
+    }
+}
+
+// out[t][i] += factors[r, t] * rows[r][i] for begin <= i < end, row after row; begin is a multiple of BLOCK, out in the
+// order of Type.
+template <class Type>
+void add(const void* const* rows, const void* const* ahead, int num_rows, const float* factors, int num_tokens,
+         float* const* out, int64_t begin, int64_t end) {
+    for (; num_rows >= 4; num_rows -= 4, rows += 4, ahead += 4, factors += 4 * num_tokens)
+        num_tokens == 1 ? add_tile<Type, 4>(rows, ahead, factors, 1, out, begin, end)
+                        : add_tile<Type, 4>(rows, ahead, factors, num_tokens, out, begin, end);
+    for (; num_rows; num_rows--, rows++, ahead++, factors += num_tokens)
+        add_tile<Type, 1>(rows, ahead, factors, num_tokens, out, begin, end);
+}
+
+// `count` elements as an Input of Type, zero up to a whole block.
+template <class Type>
+void pack(const void* from, int32_t from_type, int64_t count, void* to) {
+    typename Type::Input* input = (typename Type::Input*)to;
+    const int64_t padded = (count + BLOCK - 1) / BLOCK * BLOCK;
+    if constexpr (sizeof(typename Type::Input) == sizeof(uint16_t)) {
+        std::memcpy(input, from, count * sizeof(uint16_t));
+        std::memset(input + count, 0, (padded - count) * sizeof(uint16_t));
+    } else {
+        for (int64_t i = 0; i < count; i++) input[Type::slot(i)] = element(from, from_type, i);
+        for (int64_t i = count; i < padded; i++) input[Type::slot(i)] = 0;
+    }
+}
+
+template <class Type>
+int64_t slot(int64_t i) {
+    return Type::slot(i);
+}
+
+// The functions of an element type, picked once per call.
+struct Product {
+    void (*dot)(const void* const*, const void* const*, int, const void* const*, int, int64_t, float*);
+    void (*add)(const void* const*, const void* const*, int, const float*, int, float* const*, int64_t, int64_t);
+    void (*pack)(const void*, int32_t, int64_t, void*);
+    int64_t (*slot)(int64_t);
+    int element_bytes;
+};
+
+template <class Type>
+Product product() {
+    return {dot<Type>, add<Type>, pack<Type>, slot<Type>, (int)sizeof(typename Type::Stored)};
+}
+
+// For rows of one type and inputs of another.
+Product product_of(int32_t rows, int32_t inputs) {
+    (void)inputs;
+#if defined(__AVX512BF16__)
+    if (rows == BFLOAT16 && inputs == BFLOAT16) return product<BFloat16Pairs>();
+#endif
+    switch (rows) {
+        case FLOAT32: return product<Float32>();
+        case FLOAT16: return product<Float16>();
+        case BFLOAT16: return product<BFloat16>();
+        default: return product<Int8>();
+    }
+}
+
+}  // namespace
