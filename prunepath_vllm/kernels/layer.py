@@ -145,12 +145,14 @@ class RouterWeights:
     """What router logits are made of, contiguous.
 
     Attributes:
-        weight: [E, H].
+        weight: [E, H], or [E, r] with `down`.
         bias: [E] or None.
+        down: [r, H] or None: logits = (x down^T) weight^T + bias. The native kernel alone takes it.
     """
 
     weight: Tensor
     bias: Tensor | None = None
+    down: Tensor | None = None
 
 
 @dataclass(frozen=True)

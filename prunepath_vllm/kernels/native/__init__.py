@@ -7,20 +7,20 @@ Shapes: T tokens, H hidden size, E experts, D neurons per expert, F = E * D.
 import ctypes
 import functools
 import os
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from prunepath_vllm.activations import Activation
+from prunepath_vllm.errors import ConfigError
+from prunepath_vllm.kernels.layer import DTYPES, NO_COUNTERS, Counters, LayerSpec, RouterWeights, Weights
 from prunepath_vllm.kernels.native.build import LIBRARY, SOURCES, X86_FLAGS
-from prunepath_vllm.kernels.weights import Weights
 
 ISA_VARIABLE = "PRUNEPATH_CPU_ISA"
 """Environment variable: the instruction set to use, one of :func:`isas`."""
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
-_FLOATS = (torch.float32, torch.float16, torch.bfloat16)
-_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_new": 2, "gelu_pytorch_tanh": 2, "relu": 3}
+_ACTIVATIONS = {Activation.SILU: 0, Activation.GELU: 1, Activation.GELU_TANH: 2, Activation.RELU: 3}
 _POINTERS = "x router_input tau y router_weight router_down router_bias w_in w_out b_in b_out scale_in scale_out"
 
 
@@ -41,20 +41,6 @@ class _Arguments(ctypes.Structure):
         ("threshold", ctypes.c_float),
         ("threads", ctypes.c_int32),
     )
-
-
-class Router(NamedTuple):
-    """A layer's router, each tensor in any float dtype.
-
-    Attributes:
-        weight: [E, H], or [E, r] with `down`.
-        down: [r, H] or None: logits = (x down^T) weight^T + bias.
-        bias: [E] or None.
-    """
-
-    weight: Tensor
-    down: Tensor | None = None
-    bias: Tensor | None = None
 
 
 @functools.cache
@@ -98,7 +84,7 @@ def _function(isa: str | None) -> "ctypes._NamedFuncPointer":
     name = isa or os.environ.get(ISA_VARIABLE) or isas()[0]
     if name not in isas():
         source = "isa" if isa else ISA_VARIABLE
-        raise ValueError(f"{source} is {name!r}, but this installation on this processor has {', '.join(isas())}")
+        raise ConfigError(f"{source} is {name!r}; expected one that this processor has, {', '.join(isas())}")
     function = getattr(library, f"prunepath_routed_ffn_{name}")
     function.argtypes = [ctypes.c_void_p]
     return function
@@ -109,8 +95,8 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torc
         expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
         dtype = str(tensor.dtype).removeprefix("torch.")
         layout = "" if tensor.is_contiguous() else ", not contiguous"
-        raise ValueError(
-            f"{name} is {list(tensor.shape)} {dtype} on {tensor.device}{layout}, "
+        raise ConfigError(
+            f"{name} is {list(tensor.shape)} {dtype} on {tensor.device}{layout}; "
             f"expected {list(shape)} {expected}, contiguous, on a CPU"
         )
 
@@ -118,63 +104,50 @@ def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torc
 class RoutedFFN:
     """A layer made ready: its weights are checked once, and a call passes what differs from step to step.
 
+    It points into the weights and does not keep them alive: that is for who made it.
+
     Args:
-        router: the router.
-        weights: the layer's weights in one dtype: float32, float16, bfloat16; or w_in and w_out_t in int8, with scales.
-        selection: "cumulative_mass" or "threshold".
-        threshold: LTE's delta, with "threshold".
-        gate: "sigmoid" or "none".
+        router: the router, each tensor in any float dtype.
+        weights: of `spec`'s dtype; or w_in and w_out_t in int8, with scales.
+        spec: the layer.
         scale_in: float32 [F], or [2 F] with a GLU, or None: what each row of w_in is multiplied by.
         scale_out: float32 [F] or None: the same for w_out_t.
         isa: one of :func:`isas`; the default is $PRUNEPATH_CPU_ISA, or the fastest.
 
     Raises:
-        ValueError: a tensor of another shape or dtype, not contiguous or not on a CPU; an unknown name.
+        ConfigError: a tensor of another shape or dtype, not contiguous or not on a CPU; an instruction set that is not
+            there.
         RuntimeError: the kernel is :func:`unavailable`.
     """
 
     def __init__(
         self,
-        router: Router,
+        router: RouterWeights,
         weights: Weights,
+        spec: LayerSpec,
         *,
-        selection: str,
-        threshold: float | None,
-        gate: str,
         scale_in: Tensor | None = None,
         scale_out: Tensor | None = None,
         isa: str | None = None,
     ) -> None:
         self._run = _function(isa)
-        if selection not in ("cumulative_mass", "threshold") or (selection == "threshold") != (threshold is not None):
-            raise ValueError(
-                f"selection is {selection!r} with threshold {threshold}, "
-                "expected 'cumulative_mass' with None or 'threshold' with a number"
-            )
-        if gate not in ("sigmoid", "none"):
-            raise ValueError(f"gate is {gate!r}, expected 'sigmoid' or 'none'")
-        if weights.activation not in _ACTIVATIONS:
-            raise ValueError(f"activation is {weights.activation!r}, expected one of {', '.join(_ACTIVATIONS)}")
-        neurons, hidden = weights.w_out_t.shape
-        experts = router.weight.shape[0]
-        if experts == 0 or neurons == 0 or neurons % experts:
-            raise ValueError(f"w_out_t has {neurons} rows, expected a multiple of the router's {experts} experts")
-        rows = 2 * neurons if weights.glu else neurons
+        self.spec = spec
+        hidden, experts = spec.hidden, spec.num_experts
         rank = router.weight.shape[1] if router.down is not None else 0
-        stored = (weights.w_out_t.dtype,) if weights.w_out_t.dtype in _TYPES else (*_FLOATS, torch.int8)
-        _check("w_out_t", weights.w_out_t, (neurons, hidden), stored)
-        _check("w_in", weights.w_in, (rows, hidden), stored)
-        _check("router weight", router.weight, (experts, rank or hidden), _FLOATS)
+        stored = (torch.int8,) if weights.w_out_t.dtype == torch.int8 else (spec.dtype,)
+        _check("second linear, transposed", weights.w_out_t, (spec.neurons, hidden), stored)
+        _check("first linear", weights.w_in, (spec.input_rows, hidden), stored)
+        _check("router weight", router.weight, (experts, rank or hidden), DTYPES)
         optional = {
-            "router_down": (router.down, (rank, hidden), _FLOATS),
-            "router_bias": (router.bias, (experts,), _FLOATS),
-            "b_in": (weights.b_in, (rows,), _FLOATS),
-            "b_out": (weights.b_out, (hidden,), _FLOATS),
-            "scale_in": (scale_in, (rows,), (torch.float32,)),
-            "scale_out": (scale_out, (neurons,), (torch.float32,)),
+            "router_down": (router.down, (rank, hidden), DTYPES),
+            "router_bias": (router.bias, (experts,), DTYPES),
+            "b_in": (weights.b_in, (spec.input_rows,), DTYPES),
+            "b_out": (weights.b_out, (hidden,), DTYPES),
+            "scale_in": (scale_in, (spec.input_rows,), (torch.float32,)),
+            "scale_out": (scale_out, (spec.neurons,), (torch.float32,)),
         }
         if stored == (torch.int8,) and (scale_in is None or scale_out is None):
-            raise ValueError("weights are int8 without scale_in and scale_out, expected one scale per row")
+            raise ConfigError("weights are int8 without scale_in and scale_out; expected one scale per row")
         self._arguments = _Arguments(
             router_weight=router.weight.data_ptr(),
             router_weight_type=_TYPES[router.weight.dtype],
@@ -183,13 +156,13 @@ class RoutedFFN:
             weight_type=_TYPES[weights.w_in.dtype],
             hidden=hidden,
             experts=experts,
-            expert_size=neurons // experts,
+            expert_size=spec.expert_size,
             rank=rank,
-            activation=_ACTIVATIONS[weights.activation],
-            glu=weights.glu,
-            by_threshold=selection == "threshold",
-            sigmoid_gate=gate == "sigmoid",
-            threshold=threshold or 0.0,
+            activation=_ACTIVATIONS[spec.activation],
+            glu=spec.glu,
+            by_threshold=spec.rule.selection == "threshold",
+            sigmoid_gate=spec.rule.gate == "sigmoid",
+            threshold=spec.rule.threshold or 0.0,
         )
         for name, (tensor, shape, dtypes) in optional.items():
             if tensor is not None:
@@ -197,7 +170,6 @@ class RoutedFFN:
                 setattr(self._arguments, name, tensor.data_ptr())
                 if not name.startswith("scale"):
                     setattr(self._arguments, f"{name}_type", _TYPES[tensor.dtype])
-        self._tensors = (router, weights, scale_in, scale_out)  # kept alive: the arguments point into them
 
     def __call__(
         self,
@@ -205,8 +177,7 @@ class RoutedFFN:
         tau: Tensor,
         *,
         router_input: Tensor | None = None,
-        active_counts: Tensor | None = None,
-        experts_read: Tensor | None = None,
+        counters: Counters = NO_COUNTERS,
         num_threads: int | None = None,
         out: Tensor | None = None,
     ) -> Tensor:
@@ -216,13 +187,13 @@ class RoutedFFN:
             out: where to write the result, as `x`; the default is a new tensor.
         """
         arguments = _Arguments.from_buffer_copy(self._arguments)
-        shape = (x.shape[0], arguments.hidden)
-        _check("x", x, shape, _FLOATS)
+        shape = (x.shape[0], self.spec.hidden)
+        _check("x", x, shape, (self.spec.dtype,))
         _check("tau", tau, shape[:1], (torch.float32,))
         if router_input is None:
             router_input = x
         else:
-            _check("router_input", router_input, shape, _FLOATS)
+            _check("router_input", router_input, shape, DTYPES)
         if out is None:
             out = torch.empty_like(x)
         else:
@@ -230,12 +201,12 @@ class RoutedFFN:
         arguments.x, arguments.x_type = x.data_ptr(), _TYPES[x.dtype]
         arguments.router_input, arguments.router_input_type = router_input.data_ptr(), _TYPES[router_input.dtype]
         arguments.tau, arguments.y, arguments.tokens = tau.data_ptr(), out.data_ptr(), shape[0]
-        if active_counts is not None:
-            _check("active_counts", active_counts, shape[:1], (torch.int32,))
-            arguments.active_counts = active_counts.data_ptr()
-        if experts_read is not None:
-            _check("experts_read", experts_read, (1,), (torch.int32, torch.int64))
-            arguments.experts_read, arguments.experts_read_bytes = experts_read.data_ptr(), experts_read.element_size()
+        if counters.active is not None:
+            _check("active counts", counters.active, shape[:1], (torch.int32,))
+            arguments.active_counts = counters.active.data_ptr()
+        if (read := counters.read) is not None:
+            _check("experts read", read, (1,), (torch.int32, torch.int64))
+            arguments.experts_read, arguments.experts_read_bytes = read.data_ptr(), read.element_size()
         arguments.threads = num_threads or 0
         if self._run(ctypes.byref(arguments)):
             raise MemoryError("routed_ffn: no memory for the layer's activations")
@@ -244,18 +215,15 @@ class RoutedFFN:
 
 def routed_ffn(
     x: Tensor,
-    router_input: Tensor,
     tau: Tensor,
-    router: Router,
+    router: RouterWeights,
     weights: Weights,
+    spec: LayerSpec,
     *,
-    selection: str,
-    threshold: float | None,
-    gate: str,
+    router_input: Tensor | None = None,
     scale_in: Tensor | None = None,
     scale_out: Tensor | None = None,
-    active_counts: Tensor | None = None,
-    experts_read: Tensor | None = None,
+    counters: Counters = NO_COUNTERS,
     num_threads: int | None = None,
     isa: str | None = None,
 ) -> Tensor:
@@ -265,33 +233,15 @@ def routed_ffn(
     tokens.
 
     Args:
-        x: [T, H], float32, float16 or bfloat16.
-        router_input: [T, H] in any of these; what the router reads, `x` itself in most models.
+        x: [T, H], in the layer's dtype.
         tau: float32 [T]; 0 marks a padding row, which gets the output bias alone.
-        router: the router.
-        weights: the layer's weights; see :class:`RoutedFFN`, also for the arguments that are not told here.
-        active_counts: int32 [T] or None; each token's number of active experts is added to it.
-        experts_read: int32 or int64 [1], or None; the number of experts that any token chose is added to it.
+        router, weights, spec: the layer; see :class:`RoutedFFN`, also for the arguments that are not told here.
+        router_input: [T, H] in any float dtype; what the router reads, or None for `x`.
+        counters: what the call adds to; experts read are those that any token chose.
         num_threads: at most so many threads compute; the default is OpenMP's own number.
 
     Returns:
         [T, H] in the dtype of `x`.
     """
-    layer = RoutedFFN(
-        Router(*router),
-        weights,
-        selection=selection,
-        threshold=threshold,
-        gate=gate,
-        scale_in=scale_in,
-        scale_out=scale_out,
-        isa=isa,
-    )
-    return layer(
-        x,
-        tau,
-        router_input=router_input,
-        active_counts=active_counts,
-        experts_read=experts_read,
-        num_threads=num_threads,
-    )
+    layer = RoutedFFN(router, weights, spec, scale_in=scale_in, scale_out=scale_out, isa=isa)
+    return layer(x, tau, router_input=router_input, counters=counters, num_threads=num_threads)
