@@ -7,7 +7,7 @@ import torch
 from test_engine import assert_naive, run_engine
 
 import prunepath_vllm
-from prunepath_vllm.kernels.cpu import GATHER_BELOW
+from prunepath_vllm.kernels.cpu import GATHER_BELOW, NATIVE_TOKENS
 
 PREFILL_TAU = 0.6
 GROUPS = ("first", "middle", "last")
@@ -138,5 +138,6 @@ def reads(
 
 
 def cpu_takes_all(used: torch.Tensor) -> bool:
-    """A CPU gathers the experts of a step where they are few."""
-    return int(used.any(dim=0).sum()) >= GATHER_BELOW * used.shape[1]
+    """A CPU reads what the tokens of a small step use, and of a larger one where that is little."""
+    share = float(used.any(dim=0).float().mean())
+    return share == 1 if used.shape[0] <= NATIVE_TOKENS else share >= GATHER_BELOW

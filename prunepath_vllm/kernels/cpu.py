@@ -1,22 +1,29 @@
-"""The routed feed-forward layer on a CPU: touched experts are gathered, or the packed dense product is masked.
+"""The routed feed-forward layer on a CPU: the native kernel where it was built and pays, or else PyTorch.
+
+PyTorch gathers the touched experts where they are few, and masks a dense product where they are not.
 
 Shapes: T tokens, H hidden size, E experts, D neurons per expert, F = E * D; weights in the layout of ``Weights``.
 """
 
-from collections.abc import Callable
+import functools
 from dataclasses import asdict
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prunepath_vllm.kernels import native
 from prunepath_vllm.kernels.layer import NO_COUNTERS, Counters, LayerSpec, RouterWeights, Weights
 from prunepath_vllm.kernels.reference import expert_weights, router_logits, scale_neurons
 from prunepath_vllm.tau import DENSE_TAU
 
 GATHER_BELOW = 0.35
 """Gather where the step touches less than this share of the experts. Measured on two cores, bf16, SmolLM2's shape: a
-packed dense layer takes as long as gathering 0.4 of it at one token, more at sixteen."""
+dense layer takes as long as gathering 0.4 of it at one token, more at sixteen."""
+
+NATIVE_TOKENS = 16
+"""Tokens up to which the native kernel reads every expert once. Beyond, a library's dense product is faster, where the
+processor has one in the layer's dtype."""
 
 
 def routed_ffn(
@@ -26,21 +33,17 @@ def routed_ffn(
     weights: Weights,
     spec: LayerSpec,
     *,
-    dense_in: Callable[[Tensor], Tensor] | None = None,
-    dense_out: Callable[[Tensor], Tensor] | None = None,
     gather: bool = True,
     counters: Counters = NO_COUNTERS,
 ) -> Tensor:
-    """Eq. 7-10 in PyTorch: route every token, run its experts, add the output bias once.
+    """Eq. 7-10: route every token, run its experts, add the output bias once.
 
     Args:
         x: [T, H].
         tau: float32 [T].
         router, weights, spec: the layer.
-        dense_in: a faster x -> x @ w_in.T + b_in, e.g. over packed weights.
-        dense_out: a faster h -> h @ w_out_t.
         gather: look at the values to skip what they allow; False never reads a value on the host, so that the function
-            may be captured in a CUDA graph.
+            may be captured in a CUDA graph, and stays in PyTorch.
         counters: what the call adds to.
 
     Returns:
@@ -49,6 +52,8 @@ def routed_ffn(
     Raises:
         ConfigError: a tensor that is not this layer's.
     """
+    if gather and x.shape[0] <= native_tokens(spec.dtype):
+        return native.ready(router, weights, spec)(x, tau, counters=counters)
     spec.check(x, tau, router, weights)
     scale: Tensor | None = None
     if spec.rule.gate != "none" or not gather or not bool((tau >= DENSE_TAU).all()):
@@ -69,11 +74,20 @@ def routed_ffn(
     if counters.read is not None:
         counters.read.add_(spec.num_experts)
 
-    pre = F.linear(x, weights.w_in, weights.b_in) if dense_in is None else dense_in(x)
-    h = _neurons(pre, spec)
+    h = _neurons(F.linear(x, weights.w_in, weights.b_in), spec)
     if scale is not None:
         h = scale_neurons(h, scale)
-    return _add_bias(h @ weights.w_out_t if dense_out is None else dense_out(h), weights.b_out)
+    return _add_bias(h @ weights.w_out_t, weights.b_out)
+
+
+@functools.cache
+def native_tokens(dtype: torch.dtype) -> float:
+    """Tokens up to which layers of a dtype take the native kernel here; 0 where it cannot be used."""
+    if native.unavailable():
+        return 0
+    product = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    fast = product is None or (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, product)())
+    return NATIVE_TOKENS if fast else float("inf")
 
 
 def _gathered(x: Tensor, scale: Tensor, experts: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:

@@ -8,18 +8,15 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from prunepath_vllm.errors import EngineVersionError
 
 try:
     import vllm
-    from vllm import _custom_ops as vllm_ops
     from vllm.config import VllmConfig
     from vllm.entrypoints.serve.exception_handling.error_response import create_error_response
     from vllm.exceptions import VLLMValidationError
-    from vllm.model_executor.layers.quantization.base_config import QuantizeMethodBase
     from vllm.model_executor.models.config import VerifyAndUpdateConfig
     from vllm.platforms import current_platform
     from vllm.utils.torch_utils import async_tensor_h2d
@@ -27,7 +24,6 @@ except ImportError as error:
     raise EngineVersionError(f"vLLM has moved what prunepath-vllm reaches for: {error}") from error
 
 __all__ = [
-    "QuantizeMethodBase",
     "VLLMValidationError",
     "VerifyAndUpdateConfig",
     "VllmConfig",
@@ -36,8 +32,6 @@ __all__ = [
     "current_platform",
     "expect_parameters",
     "forward_hook",
-    "pack_for_cpu",
-    "packed_matmul",
     "wrap_once",
 ]
 
@@ -98,34 +92,3 @@ def forward_hook(runner: Any, before_forward: Callable[[Tensor], None]) -> None:
         return forward(input_ids, positions, *args, **kwargs)
 
     runner._model_forward = hooked
-
-
-def pack_for_cpu(weight: Tensor) -> Any | None:
-    """The engine's packed form of a CPU weight, as its own linear layers use it; None where it has none.
-
-    Args:
-        weight: [in, out].
-
-    Returns:
-        A handler to keep alive; its ``handler_tensor`` (int64 scalar) goes to :func:`packed_matmul`.
-    """
-    if not getattr(vllm_ops, "_supports_onednn", False):
-        return None
-    try:
-        return vllm_ops.create_onednn_mm(weight, 32)
-    except RuntimeError:  # no product in this dtype on this processor, such as bfloat16 without AVX-512
-        return None
-
-
-def packed_matmul(x: Tensor, handler_tensor: Tensor, columns: int, bias: Tensor | None) -> Tensor:
-    """x @ weight + bias over a weight that :func:`pack_for_cpu` packed.
-
-    Args:
-        x: [T, in].
-        handler_tensor: the handler's tensor.
-        columns: out.
-        bias: [out] or None.
-    """
-    y = torch.empty(x.shape[0], columns, dtype=x.dtype)
-    torch.ops._C.onednn_mm(y, x, bias, handler_tensor)
-    return y

@@ -45,7 +45,7 @@ class PrunePathWorkerMixin(_Worker):
         super().reload_weights(
             weights_iterator=weights_iterator, weights_path=weights_path, is_checkpoint_format=is_checkpoint_format
         )
-        model.pack_again()
+        model.pack_head_again()
 
     def prunepath_report(self, name: str) -> list[tuple[list[int], int]] | None:
         """See :meth:`ExpertCounts.take_report`."""

@@ -213,6 +213,22 @@ class RoutedFFN:
         return out
 
 
+_made: dict[tuple, RoutedFFN] = {}
+
+
+def ready(router: RouterWeights, weights: Weights, spec: LayerSpec) -> RoutedFFN:
+    """The :class:`RoutedFFN` of these tensors, made at the first call.
+
+    It is found again by where the tensors lie and what they are, which is all that it knows of them.
+    """
+    tensors = (router.weight, router.bias, router.down, weights.w_in, weights.b_in, weights.w_out_t, weights.b_out)
+    key = (spec, *((one.data_ptr(), one.dtype) for one in tensors if one is not None))
+    layer = _made.get(key)
+    if layer is None:
+        layer = _made[key] = RoutedFFN(router, weights, spec)
+    return layer
+
+
 def routed_ffn(
     x: Tensor,
     tau: Tensor,

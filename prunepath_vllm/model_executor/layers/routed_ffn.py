@@ -4,7 +4,6 @@ Shapes: T tokens, H hidden size, E experts, D neurons per expert on this rank, F
 """
 
 import functools
-from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any, cast
 
@@ -26,7 +25,7 @@ from prunepath_vllm.errors import UnsupportedFeatureError
 from prunepath_vllm.families import family_of
 from prunepath_vllm.kernels import cpu
 from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, RoutingRule, Weights
-from prunepath_vllm.model_executor.compat import QuantizeMethodBase, VllmConfig, pack_for_cpu, packed_matmul
+from prunepath_vllm.model_executor.compat import VllmConfig
 
 logger = init_logger("vllm.prunepath")
 
@@ -54,33 +53,6 @@ class _ExpertShard:
         return experts.narrow(1, self.rank * self.expert_size, self.expert_size).flatten(0, 1)
 
 
-class _PackForCPU(QuantizeMethodBase):
-    """vLLM's hook after loading. On a CPU, dense steps use the engine's own packed product, as its linears do.
-
-    The packed copy is held beside the plain weight: sparse steps gather experts from that.
-    """
-
-    def create_weights(self, layer: nn.Module, *args: Any, **kwargs: Any) -> None:
-        """The layers create their own."""
-
-    def apply(self, layer: nn.Module, *args: Any, **kwargs: Any) -> Tensor:
-        """The routed op computes."""
-        raise AssertionError("expert weights are applied by the routed op")
-
-    def process_weights_after_loading(self, layer: Any) -> None:
-        """Pack the weight of an expert linear; weights that are loaded again into a running engine come here, too."""
-        if layer.weight.device.type != "cpu":
-            return
-        packer = pack_for_cpu(layer.weight.t() if isinstance(layer, ExpertInputs) else layer.weight)
-        if packer is None:
-            layer.packed = None
-        elif layer.packed is None:
-            layer.packed = packer.handler_tensor.clone()
-        else:  # in place: a compiled graph may hold the tensor
-            layer.packed.copy_(packer.handler_tensor)
-        layer.packer = packer  # the one before it is freed only now
-
-
 class ExpertRouter(nn.Module):
     """Router weights, replicated on every rank. A checkpoint without router biases leaves the bias zero."""
 
@@ -97,8 +69,6 @@ class ExpertInputs(nn.Module):
         super().__init__()
         self._shard = _ExpertShard(prunepath)
         self._glu = glu
-        self.quant_method = _PackForCPU()
-        self.packed: Tensor | None = None
         rows = self._shard.neurons * (2 if glu else 1)
         self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
         set_weight_attrs(self.weight, {"weight_loader": self._load})
@@ -121,8 +91,6 @@ class ExpertOutputs(nn.Module):
     def __init__(self, hidden_size: int, prunepath: PrunePathConfig, *, bias: bool) -> None:
         super().__init__()
         self._shard = _ExpertShard(prunepath)
-        self.quant_method = _PackForCPU()
-        self.packed: Tensor | None = None
         self.weight = nn.Parameter(torch.empty(self._shard.neurons, hidden_size), requires_grad=False)
         set_weight_attrs(self.weight, {"weight_loader": self._load_weight})
         self.bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if bias else None
@@ -196,7 +164,6 @@ class RoutedFFN(nn.Module):
             [self.tau, self.dense_step, self.active_counts, self.experts_read, self.dense_runs],
             [router.weight, router.bias],
             [inputs.weight, inputs.bias, outputs.weight, outputs.bias],
-            [inputs.packed, outputs.packed],
             self.encoded_spec,
         )
         return tensor_model_parallel_all_reduce(y) if self.world > 1 else y
@@ -207,7 +174,6 @@ def _routed_ffn_op(
     step: list[torch.Tensor],
     router: list[torch.Tensor],
     weights: list[torch.Tensor | None],
-    packed: list[torch.Tensor | None],
     spec: str,
 ) -> torch.Tensor:
     state = StepState(*step)
@@ -215,7 +181,10 @@ def _routed_ffn_op(
     counters = Counters(state.active_counts[: x.shape[0]], state.experts_read)
     layer = x, state.tau[: x.shape[0]], RouterWeights(*router), Weights(*cast(Any, weights)), LayerSpec.decode(spec)
     if x.device.type == "cpu":
-        return _on_cpu(layer, packed, counters, state.dense_runs)
+        before = int(state.experts_read)
+        y = cpu.routed_ffn(*layer, counters=counters)
+        state.dense_runs.add_(int(state.experts_read) - before == layer[-1].num_experts)
+        return y
     kernels = triton_kernels()
     if kernels is None:
         return cpu.routed_ffn(*layer, gather=False, counters=counters)
@@ -223,27 +192,6 @@ def _routed_ffn_op(
     host_dense = bool(state.dense_step) and not torch.cuda.is_current_stream_capturing()
     tuning = kernels.load_tuning(torch.cuda.get_device_name(x.device), layer[-1])
     return kernels.routed_ffn(*layer, tuning=tuning, counters=counters, host_dense=host_dense)
-
-
-def _on_cpu(
-    layer: tuple[Tensor, Tensor, RouterWeights, Weights, LayerSpec],
-    packed: list[Tensor | None],
-    counters: Counters,
-    dense_runs: Tensor,
-) -> Tensor:
-    """The layer in PyTorch, its dense products by the engine's packed ones where it has them."""
-    *_, weights, spec = layer
-    assert counters.read is not None
-    before = int(counters.read)
-    y = cpu.routed_ffn(
-        *layer,
-        dense_in=_packed(packed[0], spec.input_rows, weights.b_in),
-        dense_out=_packed(packed[1], spec.hidden, None),
-        counters=counters,
-    )
-    if int(counters.read) - before == spec.num_experts:  # gathering never takes them all
-        dense_runs += 1
-    return y
 
 
 @functools.cache
@@ -295,10 +243,6 @@ def compile_kernels(model: nn.Module, max_tokens: int) -> None:
         for dense_step in (True, False):
             ffn.dense_step.fill_(dense_step)
             ffn(x, *weights)
-
-
-def _packed(handle: Tensor | None, columns: int, bias: Tensor | None) -> Callable[[Tensor], Tensor] | None:
-    return None if handle is None else lambda x: packed_matmul(x, handle, columns, bias)
 
 
 def _routed_ffn_fake(x: torch.Tensor, *args: Any, **settings: Any) -> torch.Tensor:

@@ -46,7 +46,6 @@ class PrunePathModelMixin(_Model):
         names: set[str] = set()
         loaded = super().load_weights(_finite(weights, names))
         if self.checkpoint_names:
-            self.pack_again({name.rpartition(".")[0] for name in loaded})
             return loaded
         router_biases = {name for name, _ in self.named_parameters() if name.endswith(".router.bias")}
         missing = {name for name, _ in self.named_parameters()} - loaded
@@ -59,17 +58,14 @@ class PrunePathModelMixin(_Model):
         self.checkpoint_names = frozenset(names)
         return loaded
 
-    def pack_again(self, names: Iterable[str] | None = None) -> None:
-        """Make the CPU's packed copies those of the weights; `names` of modules, or all."""
-        modules: dict[str, Any] = dict(self.named_modules())
-        # A head of its own that shares the embedding's weight: vLLM packs what has been loaded, and it has not.
-        head: Any = modules.get("lm_head")
-        if names is None and hasattr(head, "cpu_linear"):
+    def pack_head_again(self) -> None:
+        """Make vLLM's packed copy of the head, on a CPU, that of its weight.
+
+        A head of its own that shares the embedding's weight: vLLM packs what has been loaded, and it has not.
+        """
+        head: Any = dict(self.named_modules()).get("lm_head")
+        if hasattr(head, "cpu_linear"):
             head.quant_method.process_weights_after_loading(head)
-        for name in modules if names is None else names:
-            module = modules.get(name)
-            if module is not None and getattr(module, "packed", None) is not None and not module.weight.is_meta:
-                module.quant_method.process_weights_after_loading(module)
 
     def expect_reloadable(self, path: str, served: PrunePathConfig) -> None:
         """Refuse a checkpoint that this model cannot become, before any weight is touched.
