@@ -18,6 +18,7 @@ class PrunePathConfigMixin:
     dense_config_class: ClassVar[type]
     model_type: ClassVar[str]
     prunepath_config: dict[str, Any] | None
+    sliding_window: int | None
     # Sharding the feed-forward layer the dense way would cut the router's experts apart; none is supported here.
     base_model_tp_plan = None
     base_model_pp_plan = None
@@ -28,6 +29,8 @@ class PrunePathConfigMixin:
         rope = vars(self).get("rope_parameters")
         if isinstance(rope, dict) and isinstance(rope.get("factor"), int):
             rope["factor"] = float(rope["factor"])  # vLLM's linear scaling takes a whole number for a list
+        if "sliding_attention" not in (vars(self).get("layer_types") or ("sliding_attention",)):
+            self.sliding_window = None  # vLLM takes it for the window of every layer
         if self.prunepath_config is not None:
             block = PrunePathConfig.parse(self.prunepath_config)
             family = next(family for family in FAMILIES if family.model_type == self.model_type)
