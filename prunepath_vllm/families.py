@@ -34,6 +34,8 @@ class Family:
     """Word embedding, full tensor name; [vocab_size, hidden]."""
     gate: str | None = None
     """GLU families: the linear under the activation, whose rows the split clusters."""
+    merged: str | None = None
+    """Where dense checkpoints hold gate and up as one linear, the gate's rows first; conversion splits it."""
     conv1d: bool = False
     """Weights stored [in, out] (GPT-2's Conv1D) instead of [out, in]."""
     base_prefix: str = ""
@@ -50,6 +52,10 @@ class Family:
     """transformers' configuration class; ``<stem>Config`` unless given."""
     engine_module: str = ""
     """GLU families: the module of ``vllm.model_executor.models`` with the dense class."""
+    caps_attention: bool = False
+    """Whether attention scores are capped; transformers' sdpa leaves the cap out, eager does not."""
+    float16: bool = True
+    """Whether values fit float16."""
     engine_ffn: str = ""
     """GLU families: the feed-forward class that vLLM's model is built of, ``module:name`` in the same package."""
     hidden_size_field: str = "hidden_size"
@@ -188,6 +194,32 @@ def _glu(name: str, dense_architecture: str, engine_ffn: str, **fields: Any) -> 
 FAMILIES: tuple[Family, ...] = (
     _glu("llama", "LlamaForCausalLM", "llama:LlamaMLP"),
     _glu("qwen2", "Qwen2ForCausalLM", "qwen2:Qwen2MLP"),
+    _glu("qwen3", "Qwen3ForCausalLM", "qwen3:Qwen3MLP"),
+    _glu("mistral", "MistralForCausalLM", "llama:LlamaMLP"),
+    _glu("phi3", "Phi3ForCausalLM", "llama:LlamaMLP", merged="model.layers.{}.mlp.gate_up_proj"),
+    _glu("granite", "GraniteForCausalLM", "granite:GraniteMLP"),
+    _glu(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        "gemma2:Gemma2MLP",
+        tied=True,
+        activation_field="hidden_activation",
+        default_activation="gelu_pytorch_tanh",
+        caps_attention=True,
+        float16=False,
+    ),
+    _glu(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        "gemma3:Gemma3MLP",
+        dense_config="Gemma3TextConfig",
+        dense_backbone="Gemma3TextModel",
+        engine_module="gemma3",
+        tied=True,
+        activation_field="hidden_activation",
+        default_activation="gelu_pytorch_tanh",
+        float16=False,
+    ),
     Family(
         name="gpt2",
         dense_model_type="gpt2",

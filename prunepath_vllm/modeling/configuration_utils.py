@@ -27,8 +27,10 @@ class PrunePathConfigMixin:
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         rope = vars(self).get("rope_parameters")
-        if isinstance(rope, dict) and isinstance(rope.get("factor"), int):
-            rope["factor"] = float(rope["factor"])  # vLLM's linear scaling takes a whole number for a list
+        if isinstance(rope, dict):
+            for one in (rope, *rope.values()):  # Gemma 3 has one for each kind of layer
+                if isinstance(one, dict) and isinstance(one.get("factor"), int):
+                    one["factor"] = float(one["factor"])  # vLLM's linear scaling takes a whole number for a list
         if "sliding_attention" not in (vars(self).get("layer_types") or ("sliding_attention",)):
             self.sliding_window = None  # vLLM takes it for the window of every layer
         if self.prunepath_config is not None:

@@ -106,12 +106,14 @@ def _classes(family: Family) -> dict[str, type]:
         return type(name, bases, members)
 
     layer = make(layer_name, (RoutedDecoderLayer, dense_layer), "with a routed feed-forward layer", family=family)
+    sdpa = {"_supports_sdpa": False} if family.caps_attention else {}
     backbone = make(
         backbone_name,
         (RoutedGLUModel, dense_backbone),
         "with routed feed-forward layers",
         config_class=config_class,
         decoder_layer=layer,
+        **sdpa,
         _no_split_modules=[layer_name],
         _can_record_outputs={**dense_backbone._can_record_outputs, **ROUTING_OUTPUTS},
     )
@@ -121,5 +123,6 @@ def _classes(family: Family) -> dict[str, type]:
         "with routed feed-forward layers and a tau per sequence",
         config_class=config_class,
         backbone=backbone,
+        **sdpa,
     )
     return {layer_name: layer, backbone_name: backbone, model_name: model}

@@ -7,8 +7,10 @@ by ``module:name`` in every process.
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.families import FAMILIES, Family
 from prunepath_vllm.model_executor.compat import VllmConfig
 from prunepath_vllm.model_executor.layers.routed_ffn import ExpertInputs, ExpertOutputs
@@ -44,6 +46,8 @@ class RoutedGLUForCausalLM(PrunePathModelMixin):
     family: Family
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        if vllm_config.model_config.dtype == torch.float16 and not self.family.float16:
+            raise ConfigError(f"dtype: float16; expected bfloat16 or float32 ({self.family.name} overflows float16)")
         module, dense_ffn = self.family.engine_ffn.split(":")
         with built_instead(_engine_module(module), dense_ffn, lambda layer: RoutedGLU(vllm_config, layer)):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
