@@ -34,12 +34,30 @@ class Family:
     """Word embedding, full tensor name; [vocab_size, hidden]."""
     gate: str | None = None
     """GLU families: the linear under the activation, whose rows the split clusters."""
+    merged: str | None = None
+    """Where dense checkpoints hold gate and up as one linear, the gate's rows first; conversion splits it."""
     conv1d: bool = False
     """Weights stored [in, out] (GPT-2's Conv1D) instead of [out, in]."""
     base_prefix: str = ""
     """Prefix of the backbone; checkpoints saved from the bare backbone lack it and are renamed on conversion."""
     tied: bool = False
     """Whether the output embeddings are the word embeddings where config.json does not say."""
+    default_activation: str = "silu"
+    """The activation function where config.json does not say."""
+    attention: str = ""
+    """GLU families: the self-attention module; what enters it is the output of the block's first norm."""
+    dense_backbone: str = ""
+    """GLU families: transformers' class between embedding and head; ``<stem>Model`` unless given."""
+    dense_config: str = ""
+    """transformers' configuration class; ``<stem>Config`` unless given."""
+    engine_module: str = ""
+    """GLU families: the module of ``vllm.model_executor.models`` with the dense class."""
+    caps_attention: bool = False
+    """Whether attention scores are capped; transformers' sdpa leaves the cap out, eager does not."""
+    float16: bool = True
+    """Whether values fit float16."""
+    engine_ffn: str = ""
+    """GLU families: the feed-forward class that vLLM's model is built of, ``module:name`` in the same package."""
     hidden_size_field: str = "hidden_size"
     intermediate_size_field: str = "intermediate_size"
     num_layers_field: str = "num_hidden_layers"
@@ -57,20 +75,39 @@ class Family:
         return f"PrunePath{self.dense_architecture}"
 
     @property
+    def stem(self) -> str:
+        """What the dense classes' names begin with: "Qwen2" of Qwen2ForCausalLM."""
+        return self.dense_architecture.split("For")[0].removesuffix("LMHeadModel")
+
+    @property
     def config_class(self) -> str:
         """transformers configuration class, as ``module:name``."""
-        stem = self.dense_architecture.split("For")[0].removesuffix("LMHeadModel")
-        return f"prunepath_vllm.modeling.configuration_{self.name}:PrunePath{stem}Config"
+        return f"prunepath_vllm.modeling.configuration_{self._file}:PrunePath{self.dense_config_class}"
 
     @property
     def model_class(self) -> str:
         """transformers model class, as ``module:name``."""
-        return f"prunepath_vllm.modeling.modeling_{self.name}:{self.architecture}"
+        return f"prunepath_vllm.modeling.modeling_{self._file}:{self.architecture}"
 
     @property
     def engine_class(self) -> str:
         """vLLM model class, as ``module:name``."""
-        return f"prunepath_vllm.model_executor.models.{self.name}:{self.architecture}"
+        return f"prunepath_vllm.model_executor.models.{self._file}:{self.architecture}"
+
+    @property
+    def dense_config_class(self) -> str:
+        """Name of transformers' configuration class of the dense model."""
+        return self.dense_config or f"{self.stem}Config"
+
+    @property
+    def dense_backbone_class(self) -> str:
+        """Name of transformers' class of the dense model without its head."""
+        return self.dense_backbone or f"{self.stem}Model"
+
+    @property
+    def _file(self) -> str:
+        # The classes of every GLU family are made from its row, in one file of each kind.
+        return self.name if self.gate is None else "glu"
 
     def hidden_size(self, config: Mapping[str, Any]) -> int:
         """Model width from a config.json mapping."""
@@ -88,7 +125,7 @@ class Family:
 
     def activation(self, config: Mapping[str, Any]) -> str:
         """Name of the activation function, in transformers' ACT2FN terms."""
-        return str(config.get(self.activation_field, {"gpt2": "gelu_new", "roberta": "gelu"}.get(self.name, "silu")))
+        return str(config.get(self.activation_field, self.default_activation))
 
     def positions(self, config: Mapping[str, Any]) -> int | None:
         """How many tokens a sequence may have by the position table's rows; None where config.json does not say.
@@ -134,19 +171,55 @@ class Family:
         return self.down.format(layer)
 
 
-_GLU: dict[str, Any] = dict(
-    auto_class="AutoModelForCausalLM",
-    ffn="model.layers.{}.mlp",
-    gate="model.layers.{}.mlp.gate_proj",
-    up="model.layers.{}.mlp.up_proj",
-    down="model.layers.{}.mlp.down_proj",
-    embedding="model.embed_tokens.weight",
-    base_prefix="model.",
-)
+def _glu(name: str, dense_architecture: str, engine_ffn: str, **fields: Any) -> Family:
+    """A decoder whose feed-forward layers are down(act(gate(x)) * up(x)); its classes are made from the row."""
+    row: dict[str, Any] = dict(
+        name=name,
+        dense_model_type=name,
+        dense_architecture=dense_architecture,
+        auto_class="AutoModelForCausalLM",
+        ffn="model.layers.{}.mlp",
+        gate="model.layers.{}.mlp.gate_proj",
+        up="model.layers.{}.mlp.up_proj",
+        down="model.layers.{}.mlp.down_proj",
+        attention="model.layers.{}.self_attn",
+        embedding="model.embed_tokens.weight",
+        base_prefix="model.",
+        engine_module=name,
+        engine_ffn=engine_ffn,
+    )
+    return Family(**{**row, **fields})
+
 
 FAMILIES: tuple[Family, ...] = (
-    Family(name="llama", dense_model_type="llama", dense_architecture="LlamaForCausalLM", **_GLU),
-    Family(name="qwen2", dense_model_type="qwen2", dense_architecture="Qwen2ForCausalLM", **_GLU),
+    _glu("llama", "LlamaForCausalLM", "llama:LlamaMLP"),
+    _glu("qwen2", "Qwen2ForCausalLM", "qwen2:Qwen2MLP"),
+    _glu("qwen3", "Qwen3ForCausalLM", "qwen3:Qwen3MLP"),
+    _glu("mistral", "MistralForCausalLM", "llama:LlamaMLP"),
+    _glu("phi3", "Phi3ForCausalLM", "llama:LlamaMLP", merged="model.layers.{}.mlp.gate_up_proj"),
+    _glu("granite", "GraniteForCausalLM", "granite:GraniteMLP"),
+    _glu(
+        "gemma2",
+        "Gemma2ForCausalLM",
+        "gemma2:Gemma2MLP",
+        tied=True,
+        activation_field="hidden_activation",
+        default_activation="gelu_pytorch_tanh",
+        caps_attention=True,
+        float16=False,
+    ),
+    _glu(
+        "gemma3_text",
+        "Gemma3ForCausalLM",
+        "gemma3:Gemma3MLP",
+        dense_config="Gemma3TextConfig",
+        dense_backbone="Gemma3TextModel",
+        engine_module="gemma3",
+        tied=True,
+        activation_field="hidden_activation",
+        default_activation="gelu_pytorch_tanh",
+        float16=False,
+    ),
     Family(
         name="gpt2",
         dense_model_type="gpt2",
@@ -162,6 +235,7 @@ FAMILIES: tuple[Family, ...] = (
         intermediate_size_field="n_inner",
         num_layers_field="n_layer",
         activation_field="activation_function",
+        default_activation="gelu_new",
         positions_field="n_positions",
         tied=True,
     ),
@@ -175,6 +249,7 @@ FAMILIES: tuple[Family, ...] = (
         down="roberta.encoder.layer.{}.output.dense",
         embedding="roberta.embeddings.word_embeddings.weight",
         base_prefix="roberta.",
+        default_activation="gelu",
     ),
 )
 

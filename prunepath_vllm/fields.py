@@ -51,17 +51,36 @@ _EVERY_FAMILY: dict[str, Meaning] = {
     "tie_word_embeddings": FOLLOWED,
 }
 
-_GLU: dict[str, Meaning] = {
+_DECODER: dict[str, Meaning] = {
     "hidden_size": FOLLOWED,
     "intermediate_size": FOLLOWED,
     "num_hidden_layers": FOLLOWED,
     "num_attention_heads": FOLLOWED,
     "num_key_value_heads": FOLLOWED,
-    "hidden_act": Only(tuple(ACTIVATIONS), "no kernel computes another"),
     "max_position_embeddings": FOLLOWED,
     "rms_norm_eps": FOLLOWED,
     "rope_parameters": FOLLOWED,  # the kinds in ROPE_KINDS
     "attention_dropout": NO_EFFECT,
+}
+_GLU: dict[str, Meaning] = _DECODER | {"hidden_act": Only(tuple(ACTIVATIONS), "no kernel computes another")}
+_GEMMA: dict[str, Meaning] = _DECODER | {
+    "hidden_activation": Only(
+        tuple(sorted(ACTIVATIONS, key=lambda name: name != "gelu_pytorch_tanh")), "no kernel computes another"
+    ),
+    "dtype": Only((None, "bfloat16", "float32"), "the family overflows float16"),
+    "head_dim": FOLLOWED,
+    "attention_bias": FOLLOWED,
+    "query_pre_attn_scalar": FOLLOWED,
+    "sliding_window": FOLLOWED,
+    "layer_types": FOLLOWED,
+    "final_logit_softcapping": FOLLOWED,
+}
+_QWEN_WINDOW: dict[str, Meaning] = {
+    # Together: a window on every layer or on none, see _check_window.
+    "use_sliding_window": FOLLOWED,
+    "sliding_window": FOLLOWED,
+    "max_window_layers": FOLLOWED,
+    "layer_types": FOLLOWED,
 }
 
 FIELDS: dict[str, dict[str, Meaning]] = {
@@ -73,14 +92,45 @@ FIELDS: dict[str, dict[str, Meaning]] = {
         "mlp_bias": FOLLOWED,
         "head_dim": FOLLOWED,
     },
-    "qwen2": _EVERY_FAMILY
+    "qwen2": _EVERY_FAMILY | _GLU | _QWEN_WINDOW,
+    "qwen3": _EVERY_FAMILY
+    | _GLU
+    | _QWEN_WINDOW
+    | {
+        "head_dim": FOLLOWED,
+        "attention_bias": Only((False, None), "the engine's dense class has none on the output projection"),
+    },
+    "mistral": _EVERY_FAMILY | _GLU | {"head_dim": FOLLOWED, "sliding_window": FOLLOWED},
+    "phi3": _EVERY_FAMILY
     | _GLU
     | {
-        # Together: a window on every layer or on none, see _check_window.
-        "use_sliding_window": FOLLOWED,
         "sliding_window": FOLLOWED,
-        "max_window_layers": FOLLOWED,
-        "layer_types": FOLLOWED,
+        "resid_pdrop": NO_EFFECT,
+        "embd_pdrop": NO_EFFECT,
+        "original_max_position_embeddings": NO_EFFECT,  # where "longrope" changes its frequencies
+    },
+    "granite": _EVERY_FAMILY
+    | _GLU
+    | {
+        "attention_bias": FOLLOWED,
+        "mlp_bias": FOLLOWED,
+        "embedding_multiplier": FOLLOWED,
+        "logits_scaling": FOLLOWED,
+        "residual_multiplier": FOLLOWED,
+        "attention_multiplier": FOLLOWED,
+    },
+    "gemma2": _EVERY_FAMILY
+    | _GEMMA
+    | {
+        "attn_logit_softcapping": FOLLOWED,
+        "use_bidirectional_attention": Only((None, False), "the engine's dense class attends to what came before"),
+        "tie_word_embeddings": Only((True,), "the engine's dense class has no other output embeddings"),
+    },
+    "gemma3_text": _EVERY_FAMILY
+    | _GEMMA
+    | {
+        "attn_logit_softcapping": Only((None,), _ENGINE_IGNORES),
+        "use_bidirectional_attention": Only((False, None), "the engine's dense class attends to what came before"),
     },
     "gpt2": _EVERY_FAMILY
     | {
@@ -138,23 +188,57 @@ _FOREIGN_ROPE = {
     name: Only((None, 1.0), _ENGINE_ALONE) for name in ("partial_rotary_factor", "rotary_pct", "rotary_emb_fraction")
 } | {"rotary_emb_base": Only((None,), _ENGINE_ALONE)}
 
+_NO_BIASES = {"mlp_bias": Only((None, False), "the family's feed-forward layer has no biases")}
+_LLAMA_ENGINE = {
+    "bias": Only((None, False), _ENGINE_ALONE),
+    "qkv_bias": Only((None,), _ENGINE_ALONE),
+    "logit_scale": Only((None, 1.0), _ENGINE_ALONE),
+    "target_layer_count": Only((None,), _ENGINE_ALONE),
+}
+"""What vLLM's Llama reads, of which other families' classes are made."""
+
 FOREIGN: dict[str, dict[str, Only]] = {
-    "llama": _FOREIGN_TO_ALL
+    "llama": _FOREIGN_TO_ALL | _FOREIGN_ROPE | _NO_WINDOW | _LLAMA_ENGINE,
+    "qwen2": _FOREIGN_TO_ALL
+    | _FOREIGN_ROPE
+    | _NO_BIASES
+    | {
+        "qk_norm": Only((None, False), _ENGINE_ALONE),
+        "dual_chunk_attention_config": Only((None,), _ENGINE_ALONE),
+    },
+    "qwen3": _FOREIGN_TO_ALL
+    | _FOREIGN_ROPE
+    | _NO_BIASES
+    | {"dual_chunk_attention_config": Only((None,), _ENGINE_ALONE)},
+    "mistral": _FOREIGN_TO_ALL
+    | _FOREIGN_ROPE
+    | _NO_BIASES
+    | _LLAMA_ENGINE
+    | {
+        "attention_bias": Only((None, False), _ENGINE_ALONE),
+        "layer_types": Only((None, []), _ENGINE_ALONE),
+        "llama_4_scaling": Only((None,), _ENGINE_ALONE),
+        "ada_rms_norm_t_cond": Only((None, False), _ENGINE_ALONE),
+    },
+    "phi3": _FOREIGN_TO_ALL
+    | _FOREIGN_ROPE
+    | _NO_BIASES
+    | _LLAMA_ENGINE
+    | {
+        "attention_bias": Only((None, False), _ENGINE_ALONE),
+        "layer_types": Only((None, []), _ENGINE_ALONE),
+    },
+    "granite": _FOREIGN_TO_ALL
     | _FOREIGN_ROPE
     | _NO_WINDOW
     | {
         "bias": Only((None, False), _ENGINE_ALONE),
-        "qkv_bias": Only((None,), _ENGINE_ALONE),
-        "logit_scale": Only((None, 1.0), _ENGINE_ALONE),
-        "target_layer_count": Only((None,), _ENGINE_ALONE),
+        "logit_scale": Only((1.0,), _ENGINE_ALONE),
+        "layer_rope_theta": Only((None,), _ENGINE_ALONE),
+        "attention_sinks": Only((None, False), _ENGINE_ALONE),
     },
-    "qwen2": _FOREIGN_TO_ALL
-    | _FOREIGN_ROPE
-    | {
-        "qk_norm": Only((None, False), _ENGINE_ALONE),
-        "dual_chunk_attention_config": Only((None,), _ENGINE_ALONE),
-        "mlp_bias": Only((None, False), "Qwen2's feed-forward layer has no biases"),
-    },
+    "gemma2": _FOREIGN_TO_ALL | _FOREIGN_ROPE | _NO_BIASES,
+    "gemma3_text": _FOREIGN_TO_ALL | _FOREIGN_ROPE | _NO_BIASES,
     "gpt2": _FOREIGN_TO_ALL | _NO_WINDOW,
     "roberta": _FOREIGN_TO_ALL
     | _NO_WINDOW
@@ -174,6 +258,17 @@ ROPE_KINDS: dict[str, frozenset[str]] = {
 """Rotary embeddings that engine and transformers compute alike, and their parameters. Not "dynamic" and "longrope":
 transformers chooses the frequencies by each sequence's length, the engine once."""
 
+_FAMILY_ROPE_KINDS: dict[str, tuple[str, ...]] = {
+    "gemma3_text": ("default", "linear"),
+    "phi3": ("default",),  # transformers takes Phi-3's "yarn" for "longrope"
+}
+"""Families that take fewer of them."""
+_LAYER_KINDS = ("full_attention", "sliding_attention")
+_ROPE_BY_LAYER_KIND = frozenset({"gemma3_text"})
+"""Families with a rotary embedding for each kind of layer."""
+_ONE_WINDOW = frozenset({"qwen2", "qwen3"})
+"""Families whose windows may differ by layer in transformers, but not in the engine."""
+
 
 def check_fields(family: Family, config: Mapping[str, Any]) -> None:
     """Refuse a configuration whose function would not be reproduced.
@@ -191,9 +286,9 @@ def check_fields(family: Family, config: Mapping[str, Any]) -> None:
             expected = " or ".join(dict.fromkeys(shown(value) for value in rule.values if value is not None)) or "none"
             raise ConfigError(f"{field}: {shown(config[field])}; expected {expected} ({rule.reason})")
     if family.gate is not None:
-        _check_rope(config)
-    if family.name == "qwen2":
+        _check_rope(family, config)
         _check_window(family, config)
+    if family.name == "qwen2":
         _check_head_dim(family, config)
     positions = family.positions(config)
     if positions is not None and positions < 1:
@@ -227,8 +322,8 @@ def usable_positions(family: Family, config: Mapping[str, Any]) -> int | None:
     Rows of the position table, or of the table of rotations that the engine makes.
     """
     positions = family.positions(config)
-    if positions is None or family.gate is None:
-        return positions
+    if positions is None or family.gate is None or family.name in _ROPE_BY_LAYER_KIND:
+        return positions  # Gemma 3's counts what its scaling adds
     rope = rope_parameters(config)
     factor = rope.get("factor") or 1
     kind = rope.get("rope_type", rope.get("type", "default"))
@@ -239,48 +334,73 @@ def usable_positions(family: Family, config: Mapping[str, Any]) -> int | None:
     return positions
 
 
-def _check_rope(config: Mapping[str, Any]) -> None:
-    rope = rope_parameters(config)
+def _check_rope(family: Family, config: Mapping[str, Any]) -> None:
+    ropes = {"rope_parameters": rope_parameters(config)}
+    if family.name in _ROPE_BY_LAYER_KIND and not config.get("rope_scaling"):
+        (rope,) = ropes.values()
+        if unknown := sorted(str(kind) for kind in set(rope) - set(_LAYER_KINDS)):
+            raise ConfigError(
+                f"rope_parameters.{unknown[0]}: {shown(rope.get(unknown[0]))}; expected only {', '.join(_LAYER_KINDS)}"
+            )
+        ropes = {f"rope_parameters.{kind}": rope.get(kind) or {} for kind in _LAYER_KINDS}
+    for name, rope in ropes.items():
+        if not isinstance(rope, Mapping):
+            raise ConfigError(f"{name}: {shown(rope)}; expected an object")
+        _check_one_rope(name, rope, _FAMILY_ROPE_KINDS.get(family.name, tuple(ROPE_KINDS)))
+
+
+def _check_one_rope(name: str, rope: Mapping[str, Any], kinds: tuple[str, ...]) -> None:
     kind = rope.get("rope_type", rope.get("type", "default"))
-    known = ROPE_KINDS.get(kind) if isinstance(kind, str) else None
+    known = ROPE_KINDS[kind] if isinstance(kind, str) and kind in kinds else None
     if known is None:
         raise ConfigError(
-            f"rope_parameters.rope_type: {shown(kind)}; expected one of {', '.join(ROPE_KINDS)}, which engine and "
+            f"{name}.rope_type: {shown(kind)}; expected one of {', '.join(kinds)}, which engine and "
             "transformers compute alike"
         )
-    unknown = sorted(str(name) for name in set(rope) - known if rope[name] is not None)
+    unknown = sorted(str(field) for field in set(rope) - known if rope[field] is not None)
     if unknown:
         raise ConfigError(
-            f"rope_parameters.{unknown[0]}: {shown(rope.get(unknown[0]))}; expected, with rope_type {kind!r}, only "
+            f"{name}.{unknown[0]}: {shown(rope.get(unknown[0]))}; expected, with rope_type {kind!r}, only "
             f"{', '.join(sorted(known))}"
         )
     if rope.get("partial_rotary_factor") not in (None, 1):
         raise ConfigError(
-            f"rope_parameters.partial_rotary_factor: {shown(rope['partial_rotary_factor'])}; expected 1.0 "
-            f"({_ENGINE_ALONE})"
+            f"{name}.partial_rotary_factor: {shown(rope['partial_rotary_factor'])}; expected 1.0 ({_ENGINE_ALONE})"
         )
 
 
 def _check_window(family: Family, config: Mapping[str, Any]) -> None:
-    """The engine gives every layer of a model the same window."""
-    layers = family.num_layers(config)
-    first = config.get("max_window_layers", 28)
-    window = config.get("sliding_window", 4096) if config.get("use_sliding_window") else None
-    kinds = config.get("layer_types")
-    if kinds is None:
-        if not window or not isinstance(first, int):
+    """Layers with a window must have one that is known, and the engine gives every layer of some families the same."""
+    fields, layers = FIELDS[family.name], family.num_layers(config)
+    if "sliding_window" not in fields:
+        return
+    window = (
+        config.get("sliding_window", 4096) if config.get("use_sliding_window", family.name not in _ONE_WINDOW) else None
+    )
+    if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
+        raise ConfigError(f"sliding_window: {shown(window)}; expected a number of tokens, 1 or more, or none")
+    kinds = config.get("layer_types") if "layer_types" in fields else None
+    if kinds is not None:
+        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in _LAYER_KINDS for kind in kinds):
+            raise ConfigError(f"layer_types: {shown(kinds)}; expected {layers} times one of {', '.join(_LAYER_KINDS)}")
+        sliding = kinds.count("sliding_attention")
+        said = f"layer_types: {sliding} of {layers} layers with a sliding window"
+        if sliding and window is None:
+            expected = "use_sliding_window and sliding_window" if family.name in _ONE_WINDOW else "sliding_window"
+            raise ConfigError(f"{said}, but no {expected}; expected {expected}")
+    elif family.name in _ONE_WINDOW:
+        first = config.get("max_window_layers", 28)
+        if window is None or not isinstance(first, int):
             return
         sliding = max(0, layers - max(0, first))
         said = f"max_window_layers: {shown(first)} of {layers} layers with use_sliding_window true"
     else:
-        known = ("full_attention", "sliding_attention")
-        if not isinstance(kinds, list) or len(kinds) != layers or any(kind not in known for kind in kinds):
-            raise ConfigError(f"layer_types: {shown(kinds)}; expected {layers} times one of {', '.join(known)}")
-        sliding = kinds.count("sliding_attention")
-        said = f"layer_types: {sliding} of {layers} layers with a sliding window"
-        if sliding and not window:
-            raise ConfigError(f"{said}, but no use_sliding_window and sliding_window; expected both")
-    if 0 < sliding < layers:
+        if "layer_types" in fields and window is None:
+            raise ConfigError(
+                "sliding_window: none; expected a number of tokens, as layer_types leaves some to a window"
+            )
+        return
+    if 0 < sliding < layers and family.name in _ONE_WINDOW:
         raise ConfigError(f"{said}; expected a window on every layer or on none (the engine has one for all)")
 
 

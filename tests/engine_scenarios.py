@@ -151,6 +151,29 @@ def dense():
     return {"tokens": [list(output.outputs[0].token_ids) for output in outputs]}
 
 
+def families():
+    """Of each family, in one process: mixed taus in one batch, and tau 1 beside what the dense engine gives."""
+    global CHECKPOINT
+    found = {}
+    for name, checkpoints in OPTIONS["cases"].items():
+        found[name] = {}
+        for kind, checkpoint in checkpoints.items():
+            CHECKPOINT = checkpoint
+            llm = engine(enforce_eager=True)
+            taus = TAUS if kind == "sparse" else (1.0,)
+            many = [taus[i % len(taus)] for i in range(len(PROMPTS))]
+            mixed = llm.generate(PROMPTS, [params(tau) for tau in many], use_tqdm=False)
+            full = llm.generate(PROMPTS, [params(1.0) for _ in PROMPTS], use_tqdm=False)
+            found[name][kind] = {
+                "mixed": [row(output, tau) for output, tau in zip(mixed, many, strict=True)],
+                "tau 1": [list(output.outputs[0].token_ids) for output in full],
+            }
+            llm.llm_engine.engine_core.shutdown()
+            del llm
+            gc.collect()
+    return found
+
+
 def functions():
     """Each of several checkpoints in an engine of its own: the log-probabilities of a prompt's tokens, by tau.
 

@@ -10,26 +10,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+import transformers
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    PreTrainedModel,
-    Qwen2Config,
-    Qwen2ForCausalLM,
-    RobertaConfig,
-    RobertaForSequenceClassification,
-)
-
-DENSE_CLASSES: dict[str, tuple[Any, Any]] = {
-    "PrunePathLlamaForCausalLM": (LlamaConfig, LlamaForCausalLM),
-    "PrunePathQwen2ForCausalLM": (Qwen2Config, Qwen2ForCausalLM),
-    "PrunePathGPT2LMHeadModel": (GPT2Config, GPT2LMHeadModel),
-    "PrunePathRobertaForSequenceClassification": (RobertaConfig, RobertaForSequenceClassification),
-}
+from transformers import GPT2LMHeadModel, PreTrainedModel, RobertaForSequenceClassification
 
 
 def active_experts(logits: Tensor, tau: float, *, selection: str, threshold: float | None) -> list[int]:
@@ -98,11 +82,16 @@ def load_naive(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     """The dense model of a PrunePath checkpoint directory, its feed-forward layers replaced by :class:`NaiveFFN`."""
     config = json.loads((path / "config.json").read_text())
     block = config.pop("prunepath_config")
-    config_class, model_class = DENSE_CLASSES[config.pop("architectures")[0]]
+    model_class = getattr(transformers, config.pop("architectures")[0].removeprefix("PrunePath"))
     del config["model_type"]
-    model = model_class(config_class(**config)).to(dtype).eval()
+    # Eager attention: the default one leaves out the cap that Gemma 2 puts on scores.
+    dense = model_class._from_config(model_class.config_class(**config), attn_implementation="eager")
+    model: PreTrainedModel = dense.to(dtype).eval()
     tensors = {name: tensor.to(dtype) for name, tensor in load_file(path / "model.safetensors").items()}
     missing, unexpected = model.load_state_dict(tensors, strict=False)
+    # Phi-3's dense model has one linear where its checkpoint has gate_proj and up_proj; both are replaced below.
+    missing = [name for name in missing if ".gate_up_proj." not in name]
+    unexpected = [name for name in unexpected if not name.endswith((".gate_proj.weight", ".up_proj.weight"))]
     assert set(missing) <= {"lm_head.weight"}
     assert all(".router." in name for name in unexpected)
     model.tie_weights()
@@ -124,10 +113,12 @@ def load_naive(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
             layer.intermediate = nn.Identity()
             layer.output.dense = NaiveFFN(block, parameters(f"{name}.intermediate.router"), up, down, None, F.gelu)
     else:
+        gelu = "hidden_activation" in config  # Gemma's; silu is what the other tiny models have
+        glu_activation = (lambda x: F.gelu(x, approximate="tanh")) if gelu else F.silu
         for index, layer in enumerate(model.model.layers):
             name = f"model.layers.{index}.mlp"
             gate, up, down = (parameters(f"{name}.{kind}_proj") for kind in ("gate", "up", "down"))
-            layer.mlp = NaiveFFN(block, parameters(f"{name}.router"), up, down, gate, F.silu)
+            layer.mlp = NaiveFFN(block, parameters(f"{name}.router"), up, down, gate, glu_activation)
     return model
 
 

@@ -12,7 +12,7 @@ from typing import ClassVar
 import pytest
 import torch
 from naive import load_naive, naive_logits
-from tiny_models import CAUSAL_FAMILY_NAMES, save_prunepath
+from tiny_models import CAUSAL_FAMILY_NAMES, ENGINE_FAMILY_NAMES, save_prunepath
 
 SCRIPT = Path(__file__).with_name("engine_scenarios.py")
 RUNNERS = ("v1", "v2")
@@ -95,7 +95,7 @@ def decoded(prunepath_checkpoint):
 
 
 @pytest.mark.parametrize("runner", RUNNERS)
-@pytest.mark.parametrize("family", CAUSAL_FAMILY_NAMES)
+@pytest.mark.parametrize("family", ENGINE_FAMILY_NAMES)
 class TestDecoders:
     """Chunked prefill throughout: steps hold 64 tokens and most prompts are longer."""
 
@@ -162,10 +162,33 @@ def test_variants_equal_the_naive_model(prunepath_checkpoint, family, options):
     assert_naive([*result["mixed"], *result["shared_prefix"]], checkpoint)
 
 
-@pytest.mark.parametrize("family", CAUSAL_FAMILY_NAMES)
+@pytest.mark.parametrize("family", ENGINE_FAMILY_NAMES)
 def test_tau_1_gives_the_dense_engines_tokens(prunepath_checkpoint, dense_checkpoint, family):
     sparse = run_engine("dense", prunepath_checkpoint(family, default_tau=0.6))
     assert sparse["tokens"] == run_engine("dense", dense_checkpoint(family))["tokens"]
+
+
+OTHER_FAMILY_NAMES = tuple(name for name in CAUSAL_FAMILY_NAMES if name not in ENGINE_FAMILY_NAMES)
+
+
+@pytest.fixture(scope="module")
+def other_families(prunepath_checkpoint, dense_checkpoint):
+    """What the families scenario gave for every one of OTHER_FAMILY_NAMES; one process for all engines."""
+    cases = {
+        name: dict(sparse=str(prunepath_checkpoint(name, default_tau=0.6)), dense=str(dense_checkpoint(name)))
+        for name in OTHER_FAMILY_NAMES
+    }
+    return run_engine("families", Path(), cases=cases)
+
+
+@pytest.mark.parametrize("family", OTHER_FAMILY_NAMES)
+def test_a_family_of_a_row_equals_the_naive_model_and_at_tau_1_the_dense_engine(
+    other_families, prunepath_checkpoint, family
+):
+    result = other_families[family]
+    assert_naive(result["sparse"]["mixed"], prunepath_checkpoint(family, default_tau=0.6))
+    assert len({tuple(row["tokens"][0]) for row in result["sparse"]["mixed"]}) > 6
+    assert result["sparse"]["tau 1"] == result["dense"]["tau 1"]
 
 
 @pytest.mark.parametrize(

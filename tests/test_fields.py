@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from tiny_models import FAMILY_NAMES, LAYERS, build_dense, save_prunepath
+from tiny_models import FAMILY_NAMES, GLU_MODELS, LAYERS, build_dense, save_prunepath
 from torch import Tensor
-from transformers import GPT2Config, LlamaConfig, Qwen2Config, RobertaConfig
+from transformers import GPT2Config, RobertaConfig
 
 from prunepath_vllm.checkpoint import load_prunepath_config
 from prunepath_vllm.conversion.convert import convert
@@ -19,7 +19,8 @@ from prunepath_vllm.errors import ConfigError, UsageError
 from prunepath_vllm.families import FAMILIES, Family
 from prunepath_vllm.fields import FIELDS, FOLLOWED, FOREIGN, NO_EFFECT, Only, check_fields, usable_positions
 
-CONFIGS: dict[str, Any] = {"llama": LlamaConfig, "qwen2": Qwen2Config, "gpt2": GPT2Config, "roberta": RobertaConfig}
+CONFIGS: dict[str, Any] = {name: config for name, (config, _, _) in GLU_MODELS.items()}
+CONFIGS |= {"gpt2": GPT2Config, "roberta": RobertaConfig}
 ROWS: dict[str, Family] = {row.name: row for row in FAMILIES}
 IDS = torch.randint(3, 300, (2, 17), generator=torch.Generator().manual_seed(0))
 
@@ -47,6 +48,22 @@ GLU: dict[str, list[dict[str, Any]]] = {
         rope(rope_type="yarn", **YARN),
     ],
 }
+QWEN_WINDOW: dict[str, list[dict[str, Any]]] = {
+    "use_sliding_window": [dict(use_sliding_window=True, max_window_layers=0, sliding_window=8)],
+    "sliding_window": [dict(use_sliding_window=True, max_window_layers=0, sliding_window=5)],
+    "max_window_layers": [dict(use_sliding_window=True, max_window_layers=LAYERS, sliding_window=8)],
+    "layer_types": [dict(use_sliding_window=True, layer_types=["sliding_attention"] * LAYERS, sliding_window=8)],
+}
+LINEAR = dict(rope_type="linear", rope_theta=10_000.0, factor=8)
+GEMMA = GLU | {
+    "tie_word_embeddings": [dict(tie_word_embeddings=False)],
+    "head_dim": [dict(head_dim=16)],
+    "attention_bias": [dict(attention_bias=True)],
+    "query_pre_attn_scalar": [dict(query_pre_attn_scalar=144)],
+    "sliding_window": [dict(sliding_window=5)],
+    "layer_types": [dict(layer_types=["full_attention"] * LAYERS), dict(layer_types=["sliding_attention"] * LAYERS)],
+    "final_logit_softcapping": [dict(final_logit_softcapping=None), dict(final_logit_softcapping=3.0)],
+}
 VARIANTS: dict[str, dict[str, list[dict[str, Any]]]] = {
     "llama": GLU
     | {
@@ -55,13 +72,41 @@ VARIANTS: dict[str, dict[str, list[dict[str, Any]]]] = {
         "mlp_bias": [dict(mlp_bias=True)],
         "head_dim": [dict(head_dim=16)],
     },
-    "qwen2": GLU
+    "qwen2": GLU | QWEN_WINDOW | {"tie_word_embeddings": [dict(tie_word_embeddings=False)]},
+    "qwen3": GLU
+    | QWEN_WINDOW
+    | {"tie_word_embeddings": [dict(tie_word_embeddings=True)], "head_dim": [dict(head_dim=16)]},
+    "mistral": GLU
+    | {
+        "tie_word_embeddings": [dict(tie_word_embeddings=True)],
+        "head_dim": [dict(head_dim=16)],
+        "sliding_window": [dict(sliding_window=5), dict(sliding_window=None)],
+    },
+    "phi3": GLU
+    | {
+        "tie_word_embeddings": [dict(tie_word_embeddings=True)],
+        "sliding_window": [dict(sliding_window=5), dict(sliding_window=None)],
+        "rope_parameters": [dict(rope_parameters=dict(rope_type="default", rope_theta=100.0))],
+    },
+    "granite": GLU
     | {
         "tie_word_embeddings": [dict(tie_word_embeddings=False)],
-        "use_sliding_window": [dict(use_sliding_window=True, max_window_layers=0, sliding_window=8)],
-        "sliding_window": [dict(use_sliding_window=True, max_window_layers=0, sliding_window=5)],
-        "max_window_layers": [dict(use_sliding_window=True, max_window_layers=LAYERS, sliding_window=8)],
-        "layer_types": [dict(use_sliding_window=True, layer_types=["sliding_attention"] * LAYERS, sliding_window=8)],
+        "attention_bias": [dict(attention_bias=True)],
+        "mlp_bias": [dict(mlp_bias=True)],
+        "embedding_multiplier": [dict(embedding_multiplier=12)],
+        "logits_scaling": [dict(logits_scaling=8.0)],
+        "residual_multiplier": [dict(residual_multiplier=0.22)],
+        "attention_multiplier": [dict(attention_multiplier=0.015625)],
+    },
+    "gemma2": {field: values for field, values in GEMMA.items() if field not in ("tie_word_embeddings", "dtype")}
+    | {"attn_logit_softcapping": [dict(attn_logit_softcapping=None), dict(attn_logit_softcapping=50.0)]},
+    "gemma3_text": {field: values for field, values in GEMMA.items() if field != "dtype"}
+    | {
+        "layer_types": [dict(layer_types=["full_attention"] * LAYERS), dict(sliding_window_pattern=2)],
+        "rope_parameters": [
+            dict(rope_parameters=dict(full_attention=LINEAR, sliding_attention=dict(rope_type="default"))),
+            dict(rope_parameters=dict(sliding_attention=dict(rope_type="default", rope_theta=100.0))),
+        ],
     },
     "gpt2": {
         "vocab_size": [dict(vocab_size=400)],
@@ -155,8 +200,10 @@ def test_a_followed_field_gives_the_dense_logits(family, field, number, tmp_path
     dense.save_pretrained(tmp_path / "dense")
     path = convert(tmp_path / "dense", tmp_path / "out", split="random")
     auto = getattr(transformers, ROWS[family].auto_class)
+    # What sdpa leaves out of Gemma 2 must not be left out of the converted model either.
+    attention = dict(attn_implementation="eager") if family == "gemma2" else {}
     # Read again, as a model cast to bfloat16 keeps rounded rotary frequencies.
-    expected = logits(auto.from_pretrained(tmp_path / "dense", dtype=torch.float32).eval())
+    expected = logits(auto.from_pretrained(tmp_path / "dense", dtype=torch.float32, **attention).eval())
     model: Any = auto.from_pretrained(path, dtype=torch.float32).eval()
     torch.testing.assert_close(logits(model, tau=1.0), expected, atol=1e-4, rtol=1e-4)
     other = logits_of(family)
@@ -193,6 +240,22 @@ REFUSED = [
     ("qwen2", "layer_types", dict(layer_types=["sliding_attention"] * LAYERS)),
     ("qwen2", "layer_types", dict(layer_types=["full_attention"])),
     ("qwen2", "head_dim", dict(head_dim=16)),
+    ("mistral", "sliding_window", dict(sliding_window=0)),
+    ("phi3", "rope_parameters.rope_type", dict(rope_scaling=dict(type="longrope", short_factor=[1.0]))),
+    ("phi3", "rope_parameters.rope_type", dict(rope_scaling=dict(type="yarn", factor=2.0))),
+    ("phi3", "partial_rotary_factor", dict(partial_rotary_factor=0.75)),
+    ("gemma2", "sliding_window", dict(sliding_window=None, layer_types=None)),
+    ("gemma2", "layer_types", dict(sliding_window=None)),
+    ("gemma2", "layer_types", dict(layer_types=["chunked_attention"] * LAYERS)),
+    ("gemma2", "dtype", dict(dtype="float16")),
+    ("gemma3_text", "rope_parameters.rope_type", dict(rope_parameters=LINEAR)),
+    (
+        "gemma3_text",
+        "rope_parameters.full_attention.rope_type",
+        dict(rope_parameters=dict(full_attention=dict(rope_type="yarn", factor=2.0))),
+    ),
+    ("gemma3_text", "rope_parameters.full_attention", dict(rope_parameters=dict(full_attention="linear"))),
+    ("gemma3_text", "rope_parameters.rope_type", dict(rope_scaling=dict(rope_type="llama3"))),
     ("roberta", "pad_token_id", dict(pad_token_id=None)),
     ("roberta", "max_position_embeddings", dict(max_position_embeddings=2)),
 ]
@@ -235,6 +298,7 @@ def test_a_function_that_would_not_be_reproduced_is_refused_by_name(family, fiel
         ("llama", dict(max_position_embeddings=100) | rope(rope_type="llama3", **LLAMA3), 100),
         ("llama", dict(max_position_embeddings=100) | rope(rope_type="yarn", **YARN), 512),
         ("llama", {}, None),
+        ("gemma3_text", dict(max_position_embeddings=100, rope_scaling=dict(rope_type="linear", factor=8.0)), 100),
     ],
 )
 def test_how_long_a_sequence_may_be(family, fields, expected):

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from naive import load_naive, naive_logits
 from test_counts import GROUPS, active_of_all, reads
 from test_engine import assert_naive, run_engine
-from tiny_models import CAUSAL_FAMILY_NAMES
+from tiny_models import ENGINE_FAMILY_NAMES
 from transformers import AutoModelForCausalLM
 
 import prunepath_vllm
@@ -32,7 +32,7 @@ VARIANTS = {
 }
 
 
-@pytest.mark.parametrize("family", CAUSAL_FAMILY_NAMES)
+@pytest.mark.parametrize("family", ENGINE_FAMILY_NAMES)
 def test_mixed_taus_under_cuda_graphs_equal_the_naive_model(prunepath_checkpoint, family):
     checkpoint = prunepath_checkpoint(family, default_tau=0.6, **VARIANTS[family])
     result = run_engine("decoder", checkpoint, "cuda", eager=False)
@@ -65,7 +65,7 @@ def test_the_same_requests_give_the_same_tokens_in_every_graph_mode(prunepath_ch
     assert same == 9 * 40 if dtype == "float32" else same > 0.5 * 9 * 40
 
 
-@pytest.mark.parametrize("family", CAUSAL_FAMILY_NAMES)
+@pytest.mark.parametrize("family", ENGINE_FAMILY_NAMES)
 def test_tau_1_gives_the_dense_engines_tokens(prunepath_checkpoint, dense_checkpoint, family):
     sparse = run_engine("dense", prunepath_checkpoint(family, default_tau=0.6), "cuda")
     assert sparse["tokens"] == run_engine("dense", dense_checkpoint(family), "cuda")["tokens"]

@@ -22,8 +22,8 @@ from transformers import (
 from prunepath_vllm.errors import CheckpointError, ConfigError
 from prunepath_vllm.families import FAMILIES
 from prunepath_vllm.modeling import prunepath_config_of, register_auto_classes
-from prunepath_vllm.modeling.configuration_llama import PrunePathLlamaConfig
-from prunepath_vllm.modeling.modeling_llama import PrunePathLlamaForCausalLM
+from prunepath_vllm.modeling.configuration_glu import PrunePathLlamaConfig
+from prunepath_vllm.modeling.modeling_glu import PrunePathLlamaForCausalLM
 from prunepath_vllm.modeling.modeling_utils import checkpoint_directory
 
 FAMILY = {family.name: family for family in FAMILIES}

@@ -2,27 +2,65 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
+    Gemma2Config,
+    Gemma2ForCausalLM,
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    GraniteConfig,
+    GraniteForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen2Config,
     Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     RobertaConfig,
     RobertaForSequenceClassification,
 )
 
 from prunepath_vllm.families import FAMILIES
 
-FAMILY_NAMES = ("llama", "qwen2", "gpt2", "roberta")
-CAUSAL_FAMILY_NAMES = ("llama", "qwen2", "gpt2")
+_GEMMA: dict[str, Any] = dict(head_dim=32, query_pre_attn_scalar=24, sliding_window=16, tie_word_embeddings=True)
+GLU_MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen2": (Qwen2Config, Qwen2ForCausalLM, dict(tie_word_embeddings=True)),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, dict(head_dim=32)),
+    "mistral": (MistralConfig, MistralForCausalLM, dict(sliding_window=16)),
+    "phi3": (Phi3Config, Phi3ForCausalLM, dict(sliding_window=16)),
+    "granite": (
+        GraniteConfig,
+        GraniteForCausalLM,
+        dict(
+            embedding_multiplier=4.0,
+            logits_scaling=0.5,
+            residual_multiplier=0.7,
+            attention_multiplier=0.2,
+            tie_word_embeddings=True,
+        ),
+    ),
+    "gemma2": (Gemma2Config, Gemma2ForCausalLM, dict(attn_logit_softcapping=5.0, **_GEMMA)),
+    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, dict(final_logit_softcapping=20.0, **_GEMMA)),
+}
+"""Configuration, model, and what a tiny one differs in; one line more for a family that is a row of families.py."""
+
+FAMILY_NAMES = (*GLU_MODELS, "gpt2", "roberta")
+CAUSAL_FAMILY_NAMES = (*GLU_MODELS, "gpt2")
+ENGINE_FAMILY_NAMES = ("llama", "qwen2", "gpt2")
+"""With engines of their own in every scenario; those of the other families share a process."""
 HIDDEN, INTERMEDIATE, LAYERS, HEADS, VOCAB, MAX_POSITIONS = 64, 256, 3, 2, 320, 512
 """head_dim is 32: the smallest that vLLM's CPU attention takes."""
 
@@ -60,10 +98,10 @@ def build_dense(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 
     )
     torch.manual_seed(seed)
     model: PreTrainedModel
-    if family == "llama":
-        model = LlamaForCausalLM(LlamaConfig(**{**glu, **overrides}))
-    elif family == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(**{**glu, "tie_word_embeddings": True, **overrides}))
+    if family in GLU_MODELS:
+        config_class, model_class, own = GLU_MODELS[family]
+        config = config_class(**{**glu, **own, **overrides})
+        model = model_class._from_config(config, attn_implementation="eager" if family == "gemma2" else None)
     elif family == "gpt2":
         gpt2 = dict(n_embd=HIDDEN, n_layer=LAYERS, n_head=HEADS, vocab_size=VOCAB, n_positions=MAX_POSITIONS, **ids)
         model = GPT2LMHeadModel(GPT2Config(**{**gpt2, **overrides}))
@@ -90,6 +128,18 @@ def build_dense(family: str, *, dtype: torch.dtype = torch.float32, seed: int = 
             elif name.endswith("bias"):
                 parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.1)
     return model.to(dtype).eval()
+
+
+def split_gate_up(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """Phi-3's tensors under the names that a converted checkpoint has."""
+    result = {}
+    for name, tensor in tensors.items():
+        gate = name.replace(".gate_up_proj.", ".gate_proj.")
+        result |= {name: tensor}
+        if gate != name:
+            del result[name]
+            result[gate], result[name.replace(".gate_up_proj.", ".up_proj.")] = tensor.chunk(2)
+    return result
 
 
 def save_dense(family: str, path: Path, **kwargs) -> Path:
@@ -128,6 +178,8 @@ def save_prunepath(
     dense = build_dense(family, dtype=dtype, seed=seed, **overrides)
     config = json.loads(dense.config.to_json_string(use_diff=False))
     tensors = {name: tensor.clone() for name, tensor in dense.state_dict().items()}
+    if family == "phi3":
+        tensors = split_gate_up(tensors)
     if config["tie_word_embeddings"]:
         tensors.pop("lm_head.weight", None)
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +100,14 @@ def convert(
         raise ConfigError(f"{source}: {error}") from None
 
     tensors = read_tensor_index(source)
-    new_names = _new_names(family, tensors)
-    old_names = {new: old for old, new in new_names.items()}
+    layers = routed_layers(source, family, config, tensors)
+    new_names = _new_names(family, tensors, layers)
+    old_names = {new: old for old, names in new_names.items() for new in names}
     expected: dict[str, tuple[int, ...]] = {}
-    for layer in routed_layers(source, family, config, tensors):
+    for layer in layers:
         expected.update(ffn_tensor_shapes(family, config, layer))
     expected |= family.head(config)
-    check_tensors(source, {new: tensors[old] for new, old in old_names.items()}, expected)
+    check_tensors(source, {new: _part(tensors[old], len(new_names[old])) for new, old in old_names.items()}, expected)
     if router == "calibrated":
         from prunepath_vllm.conversion.calibrate import calibration_sequences
 
@@ -114,8 +116,9 @@ def convert(
     check_writable(dst)
 
     def read(name: str) -> Tensor:
-        ((_, tensor),) = stream_tensors(source, tensors, [old_names[name]])
-        return tensor
+        old = old_names[name]
+        ((_, tensor),) = stream_tensors(source, tensors, [old])
+        return tensor.chunk(len(new_names[old]))[new_names[old].index(name)]
 
     orders = neuron_orders(split, source, family, config, num_experts, read=read, text=text, seed=seed, device=device)
     prunepath = PrunePathConfig.parse(
@@ -203,14 +206,27 @@ def _dense_family(source: Path, config: Mapping[str, Any]) -> Family:
     return family
 
 
-def _new_names(family: Family, tensors: Mapping[str, TensorInfo]) -> dict[str, str]:
+def _new_names(family: Family, tensors: Mapping[str, TensorInfo], layers: range) -> dict[str, list[str]]:
     """Name in the source -> name in the converted checkpoint, in the source's order, without what is left out.
 
-    A checkpoint saved from the bare backbone (GPT-2's official one) lacks the backbone's prefix.
+    Two names of a tensor that is split between them. A checkpoint saved from the bare backbone (GPT-2's official one)
+    lacks the backbone's prefix.
     """
     bare = not any(name.startswith(family.base_prefix) for name in tensors)
     named = {name: family.base_prefix + name if bare and not name.startswith(_HEADS) else name for name in tensors}
-    return {old: new for old, new in named.items() if not _LEFT_OUT.match(new)}
+    split: dict[str, list[str]] = {}
+    if family.merged is not None:
+        for layer in layers:
+            for kind in ("weight", "bias"):
+                split[f"{family.merged.format(layer)}.{kind}"] = [f"{part}.{kind}" for part in family.inputs(layer)]
+    return {old: split.get(new, [new]) for old, new in named.items() if not _LEFT_OUT.match(new)}
+
+
+def _part(info: TensorInfo, count: int) -> TensorInfo:
+    """One of the equal parts of a tensor; the whole where its rows do not divide, for its shape to be refused."""
+    if not info.shape or info.shape[0] % count:
+        return info
+    return replace(info, shape=(info.shape[0] // count, *info.shape[1:]))
 
 
 def _split_source(split: str, text: Path | None) -> str | None:
@@ -249,7 +265,7 @@ def _write_weights(
     family: Family,
     config: Mapping[str, Any],
     tensors: Mapping[str, TensorInfo],
-    new_names: Mapping[str, str],
+    new_names: Mapping[str, list[str]],
     orders: list[Tensor],
     num_experts: int,
     *,
@@ -273,17 +289,17 @@ def _write_weights(
     writer = _ShardWriter(staging)
     stream = stream_tensors(source, tensors, new_names)
     for old, tensor in tqdm(stream, total=len(new_names), desc="writing", unit="tensor"):
-        name = new_names[old]
         check_finite(old, tensor)
-        if name in permuted:
-            layer, dim = permuted[name]
-            tensor = tensor.index_select(dim, orders[layer])
-        if name in outputs:
-            if double:
-                tensor = tensor * 2
-            router = torch.zeros(num_experts, family.hidden_size(config), dtype=tensor.dtype)
-            writer.add(f"{family.router(outputs[name])}.weight", router)
-        writer.add(name, tensor)
+        for name, part in zip(new_names[old], tensor.chunk(len(new_names[old])), strict=True):
+            if name in permuted:
+                layer, dim = permuted[name]
+                part = part.index_select(dim, orders[layer])
+            if name in outputs:
+                if double:
+                    part = part * 2
+                router = torch.zeros(num_experts, family.hidden_size(config), dtype=part.dtype)
+                writer.add(f"{family.router(outputs[name])}.weight", router)
+            writer.add(name, part)
     writer.finish()
 
 

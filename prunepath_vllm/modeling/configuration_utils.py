@@ -18,6 +18,7 @@ class PrunePathConfigMixin:
     dense_config_class: ClassVar[type]
     model_type: ClassVar[str]
     prunepath_config: dict[str, Any] | None
+    sliding_window: int | None
     # Sharding the feed-forward layer the dense way would cut the router's experts apart; none is supported here.
     base_model_tp_plan = None
     base_model_pp_plan = None
@@ -26,8 +27,12 @@ class PrunePathConfigMixin:
     def __post_init__(self, **kwargs: Any) -> None:
         super().__post_init__(**kwargs)  # type: ignore[misc]
         rope = vars(self).get("rope_parameters")
-        if isinstance(rope, dict) and isinstance(rope.get("factor"), int):
-            rope["factor"] = float(rope["factor"])  # vLLM's linear scaling takes a whole number for a list
+        if isinstance(rope, dict):
+            for one in (rope, *rope.values()):  # Gemma 3 has one for each kind of layer
+                if isinstance(one, dict) and isinstance(one.get("factor"), int):
+                    one["factor"] = float(one["factor"])  # vLLM's linear scaling takes a whole number for a list
+        if "sliding_attention" not in (vars(self).get("layer_types") or ("sliding_attention",)):
+            self.sliding_window = None  # vLLM takes it for the window of every layer
         if self.prunepath_config is not None:
             block = PrunePathConfig.parse(self.prunepath_config)
             family = next(family for family in FAMILIES if family.model_type == self.model_type)

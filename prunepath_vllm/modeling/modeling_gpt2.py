@@ -67,6 +67,7 @@ class PrunePathGPT2LMHeadModel(RoutedCausalLM, GPT2LMHeadModel):
     """GPT2LMHeadModel with routed feed-forward layers and a tau per sequence."""
 
     config_class = PrunePathGPT2Config
+    dense_class = GPT2LMHeadModel
 
     def __init__(self, config: PrunePathGPT2Config, *, router_bias: bool = False) -> None:
         super().__init__(config)

@@ -10,7 +10,6 @@ import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
@@ -59,29 +58,20 @@ class PrunePathSequenceClassifierOutput(RoutedOutput, SequenceClassifierOutput):
     active_experts: tuple[Tensor, ...] | None = None
 
 
-class RoutedGLU(nn.Module):
-    """The gated feed-forward layer of Llama and Qwen2, with a router. Put it before the dense class."""
+class Instead:
+    """A module as its dense class's ``forward`` is to see it: some attributes replaced, for this one call.
 
-    router: Router
-    gate_proj: nn.Module
-    up_proj: nn.Module
-    down_proj: nn.Module
-    act_fn: nn.Module
+    So tau reaches the feed-forward layer as an argument of that call. An attribute of the module itself would be shared
+    by threads, and be another one's when gradient checkpointing runs the layer again.
+    """
 
-    def forward(self, x: Tensor, tau: Tensor) -> Tensor:
-        """x [B, S, H] and tau float32 [B, S] to [B, S, H]."""
-        neurons = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(self.router.scale(x, neurons, tau))
+    def __init__(self, module: nn.Module, **instead: Any) -> None:
+        self._module = module
+        for name, value in instead.items():
+            setattr(self, name, value)
 
-
-class RoutedDecoderLayer(GradientCheckpointingLayer):
-    """The decoder layer of Llama and Qwen2; tau goes to its feed-forward layer alone. Put it before the dense class."""
-
-    def forward(self, hidden_states: Tensor, *, tau: Tensor, **kwargs: Any) -> Tensor:
-        """Hidden states [B, S, H] and tau float32 [B, S] to [B, S, H]; the rest is for attention."""
-        attended, _ = self.self_attn(hidden_states=self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states), tau)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._module, name)
 
 
 class RoutedBackbone(PreTrainedModel):
@@ -218,6 +208,9 @@ class RoutedModel(PreTrainedModel):
 class RoutedCausalLM(RoutedModel):
     """A causal language model: forward and generate with tau. Before the dense class."""
 
+    dense_class: Any
+    """transformers' class of the dense model."""
+
     @can_return_tuple
     def forward(
         self,
@@ -251,27 +244,32 @@ class RoutedCausalLM(RoutedModel):
         Raises:
             TauError: `tau` is out of range, or has not one value per sequence.
         """
-        outputs = self.base_model(
+        outputs: Any = None
+
+        def backbone(*inputs: Any, **options: Any) -> Any:
+            nonlocal outputs
+            outputs = self.base_model(*inputs, tau=tau, return_dict=True, **options)
+            return outputs
+
+        # The dense forward: what it does between backbone and loss (a cap on the logits, a scale) is the family's.
+        dense = self.dense_class.forward(
+            Instead(self, **{self.base_model_prefix: backbone}),
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            labels=labels,
             use_cache=use_cache,
-            tau=tau,
+            logits_to_keep=logits_to_keep,
             output_router_logits=output_router_logits,
             output_active_experts=output_router_logits,
             return_dict=True,
             **kwargs,
         )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept, :])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return PrunePathCausalLMOutput(
-            loss=loss,
-            logits=logits,
+            loss=dense.loss,
+            logits=dense.logits,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
