@@ -34,7 +34,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from prunepath_vllm.arguments import OneLineErrors, check_output_file, whole
 from prunepath_vllm.benchmarks import options, report, shapes
-from prunepath_vllm.entrypoints.engine_defaults import runs_on_cpu, set_server_defaults
+from prunepath_vllm.engine_environment import runs_on_cpu, set_server_defaults
 from prunepath_vllm.errors import UsageError
 
 TEXT_CHARACTERS = 1 << 20

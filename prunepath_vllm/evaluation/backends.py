@@ -221,7 +221,7 @@ class VllmBackend:
     name = "vllm"
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Any, engine: Mapping[str, Any]) -> None:
-        from prunepath_vllm.entrypoints.engine_defaults import offline_defaults
+        from prunepath_vllm.engine_environment import offline_defaults
 
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         options = {"dtype": checkpoint.dtype, "seed": 0, **offline_defaults(), **engine}

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prunepath_vllm.arguments import OneLineErrors
-from prunepath_vllm.entrypoints.engine_defaults import require_engine
+from prunepath_vllm.engine_environment import require_engine
 
 BENCHMARKS = {
     "kernel": "the routed layer alone, on a CUDA GPU",

@@ -6,12 +6,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
-from prunepath_vllm import __version__
 from prunepath_vllm.families import family_of
 from prunepath_vllm.model_executor.compat import VllmConfig
 from prunepath_vllm.model_executor.engine_config import Service
 from prunepath_vllm.model_executor.requests import app_service
 from prunepath_vllm.tau import DENSE_TAU, MAX_TAU
+from prunepath_vllm.version import __version__
 
 router = APIRouter()
 
