@@ -328,7 +328,7 @@ class VllmBackend:
 
     def _extra(self, tau: float | None, i: int) -> dict[str, Any]:
         """What the i-th request of a call says to our layers; nothing to a dense model."""
-        from prunepath_vllm.model_executor.engine_config import REPORT_KEY
+        from prunepath_vllm.model_executor.counts import REPORT_KEY
 
         return {} if tau is None else {"tau": tau, REPORT_KEY: f"eval-{i}"}
 
