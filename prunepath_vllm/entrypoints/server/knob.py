@@ -87,7 +87,7 @@ def expect_served_names(args: Any) -> None:
 
 
 def app_resolver(app: Any) -> TauResolver | None:
-    """The resolver of the engine behind vLLM's FastAPI `app`, once it is up; None where its model is not a PrunePath one."""
+    """The resolver of the engine behind vLLM's FastAPI `app`; None where its model is not a PrunePath one."""
     if not hasattr(app.state, "prunepath"):
         app.state.prunepath = TauResolver.of(app.state.vllm_config)
     return app.state.prunepath
