@@ -45,6 +45,12 @@ class Family:
     num_layers_field: str = "num_hidden_layers"
     activation_field: str = "hidden_act"
     positions_field: str = "max_position_embeddings"
+    default_activation: str = "silu"
+    """What transformers takes where config.json names none."""
+    positions_follow_padding: bool = False
+    """Positions count from pad_token_id + 1, so that the table's first rows are no position of any token."""
+    sliding_window: bool = False
+    """The configuration has a sliding window and a head_dim of its own, which are checked (fields.py)."""
 
     @property
     def model_type(self) -> str:
@@ -88,17 +94,14 @@ class Family:
 
     def activation(self, config: Mapping[str, Any]) -> str:
         """Name of the activation function, in transformers' ACT2FN terms."""
-        return str(config.get(self.activation_field, {"gpt2": "gelu_new", "roberta": "gelu"}.get(self.name, "silu")))
+        return str(config.get(self.activation_field, self.default_activation))
 
     def positions(self, config: Mapping[str, Any]) -> int | None:
-        """How many tokens a sequence may have by the position table's rows; None where config.json does not say.
-
-        RoBERTa's positions start behind the padding's.
-        """
+        """How many tokens a sequence may have by the position table's rows; None where config.json does not say."""
         if config.get(self.positions_field) is None:
             return None
         rows = _positive_int(config, self.positions_field)
-        if self.name != "roberta":
+        if not self.positions_follow_padding:
             return rows
         padding = config.get("pad_token_id", 1)
         if not isinstance(padding, int) or isinstance(padding, bool) or padding < 0:
@@ -133,6 +136,17 @@ class Family:
         """The linear whose inputs are neurons."""
         return self.down.format(layer)
 
+    def neuron_axes(self, layer: int) -> dict[str, int]:
+        """The tensors of a layer that have a dimension of d_ff neurons, and which one it is."""
+        axes: dict[str, int] = {}
+        for name in self.inputs(layer):
+            axes |= {f"{name}.weight": 1 if self.conv1d else 0, f"{name}.bias": 0}
+        return axes | {f"{self.output(layer)}.weight": 0 if self.conv1d else 1}
+
+    def out_in(self, weight: Any) -> Any:
+        """A linear's weight as [out, in], however the family stores it; a view, and its own inverse."""
+        return weight.T if self.conv1d else weight
+
 
 _GLU: dict[str, Any] = dict(
     auto_class="AutoModelForCausalLM",
@@ -146,7 +160,7 @@ _GLU: dict[str, Any] = dict(
 
 FAMILIES: tuple[Family, ...] = (
     Family(name="llama", dense_model_type="llama", dense_architecture="LlamaForCausalLM", **_GLU),
-    Family(name="qwen2", dense_model_type="qwen2", dense_architecture="Qwen2ForCausalLM", **_GLU),
+    Family(name="qwen2", dense_model_type="qwen2", dense_architecture="Qwen2ForCausalLM", sliding_window=True, **_GLU),
     Family(
         name="gpt2",
         dense_model_type="gpt2",
@@ -162,6 +176,7 @@ FAMILIES: tuple[Family, ...] = (
         intermediate_size_field="n_inner",
         num_layers_field="n_layer",
         activation_field="activation_function",
+        default_activation="gelu_new",
         positions_field="n_positions",
         tied=True,
     ),
@@ -174,6 +189,8 @@ FAMILIES: tuple[Family, ...] = (
         up="roberta.encoder.layer.{}.intermediate.dense",
         down="roberta.encoder.layer.{}.output.dense",
         embedding="roberta.embeddings.word_embeddings.weight",
+        default_activation="gelu",
+        positions_follow_padding=True,
         base_prefix="roberta.",
     ),
 )

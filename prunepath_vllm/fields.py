@@ -192,7 +192,7 @@ def check_fields(family: Family, config: Mapping[str, Any]) -> None:
             raise ConfigError(f"{field}: {shown(config[field])}; expected {expected} ({rule.reason})")
     if family.gate is not None:
         _check_rope(config)
-    if family.name == "qwen2":
+    if family.sliding_window:
         _check_window(family, config)
         _check_head_dim(family, config)
     positions = family.positions(config)

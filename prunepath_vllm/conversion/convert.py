@@ -263,12 +263,8 @@ def _write_weights(
     permuted: dict[str, tuple[int, int]] = {}  # tensor -> its layer, the dimension its neurons lie along
     outputs: dict[str, int] = {}  # second linear's weight -> its layer
     for layer in range(len(orders)):
-        for name in family.inputs(layer):
-            permuted[f"{name}.weight"] = (layer, 1 if family.conv1d else 0)
-            permuted[f"{name}.bias"] = (layer, 0)
-        output = f"{family.output(layer)}.weight"
-        permuted[output] = (layer, 0 if family.conv1d else 1)
-        outputs[output] = layer
+        permuted |= {name: (layer, axis) for name, axis in family.neuron_axes(layer).items()}
+        outputs[f"{family.output(layer)}.weight"] = layer
 
     writer = _ShardWriter(staging)
     stream = stream_tensors(source, tensors, new_names)
