@@ -349,7 +349,7 @@ def tables(result: dict[str, Any]) -> str:
     sparse, dense = result["sparse"], result.get("dense", {"rows": [], "prefill": []})
     batches = list(dict.fromkeys(row["batch_size"] for row in sparse["rows"]))
     known = {row["batch_size"]: row for row in dense["rows"]}
-    said = [f"{result['model']}: routed layer within {sparse['layer_error']:.1e} (relative RMS) of float32"]
+    parts = [f"{result['model']}: routed layer within {sparse['layer_error']:.1e} (relative RMS) of float32"]
     for key, title, unit in [("decode_step_ms", "decode step", 1.0), ("avg_latency", "average latency", 1e3)]:
         if key not in sparse["rows"][0]:
             continue
@@ -364,7 +364,7 @@ def tables(result: dict[str, Any]) -> str:
                 cells.append(f"{unit * row[key]:.3f}{report.ratio(reference, row[key])}")
             shown.append(cells)
         header = ["tau", "share", *(f"batch {batch}" for batch in batches)]
-        said.append(f"{title}, ms\n{report.table(header, shown)}")
+        parts.append(f"{title}, ms\n{report.table(header, shown)}")
     if sparse["prefill"]:
         reference = dense["prefill"][0]["prefill_ms"] if dense["prefill"] else None
         shown = [
@@ -375,8 +375,8 @@ def tables(result: dict[str, Any]) -> str:
             ]
             for row in dense["prefill"] + sparse["prefill"]
         ]
-        said.append(report.table(["tau", "share", f"prefill of {sparse['prefill'][0]['tokens']}, ms"], shown))
-    return "\n\n".join(said)
+        parts.append(report.table(["tau", "share", f"prefill of {sparse['prefill'][0]['tokens']}, ms"], shown))
+    return "\n\n".join(parts)
 
 
 def _label(row: dict[str, Any]) -> str:

@@ -236,8 +236,8 @@ def _copy_files(source: Path, staging: Path) -> None:
     for pattern in _COPIED_FILES:
         for file in source.glob(pattern):
             # What a training measured is the dense model's.
-            own = file.name in ("config.json", QUALITY_FILE) or file.name.endswith(".index.json")
-            if file.is_file() and not own:
+            written_anew = file.name in ("config.json", QUALITY_FILE) or file.name.endswith(".index.json")
+            if file.is_file() and not written_anew:
                 copy = staging / file.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
