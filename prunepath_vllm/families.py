@@ -40,17 +40,15 @@ class Family:
     """Prefix of the backbone; checkpoints saved from the bare backbone lack it and are renamed on conversion."""
     tied: bool = False
     """Whether the output embeddings are the word embeddings where config.json does not say."""
+    default_activation: str = "silu"
+    """The activation function where config.json does not say."""
     hidden_size_field: str = "hidden_size"
     intermediate_size_field: str = "intermediate_size"
     num_layers_field: str = "num_hidden_layers"
     activation_field: str = "hidden_act"
     positions_field: str = "max_position_embeddings"
-    default_activation: str = "silu"
-    """What transformers takes where config.json names none."""
     positions_follow_padding: bool = False
     """Positions count from pad_token_id + 1, so that the table's first rows are no position of any token."""
-    sliding_window: bool = False
-    """The configuration has a sliding window and a head_dim of its own, which are checked (fields.py)."""
 
     @property
     def model_type(self) -> str:
@@ -160,7 +158,7 @@ _GLU: dict[str, Any] = dict(
 
 FAMILIES: tuple[Family, ...] = (
     Family(name="llama", dense_model_type="llama", dense_architecture="LlamaForCausalLM", **_GLU),
-    Family(name="qwen2", dense_model_type="qwen2", dense_architecture="Qwen2ForCausalLM", sliding_window=True, **_GLU),
+    Family(name="qwen2", dense_model_type="qwen2", dense_architecture="Qwen2ForCausalLM", **_GLU),
     Family(
         name="gpt2",
         dense_model_type="gpt2",
@@ -189,9 +187,9 @@ FAMILIES: tuple[Family, ...] = (
         up="roberta.encoder.layer.{}.intermediate.dense",
         down="roberta.encoder.layer.{}.output.dense",
         embedding="roberta.embeddings.word_embeddings.weight",
+        base_prefix="roberta.",
         default_activation="gelu",
         positions_follow_padding=True,
-        base_prefix="roberta.",
     ),
 )
 

@@ -192,8 +192,9 @@ def check_fields(family: Family, config: Mapping[str, Any]) -> None:
             raise ConfigError(f"{field}: {shown(config[field])}; expected {expected} ({rule.reason})")
     if family.gate is not None:
         _check_rope(config)
-    if family.sliding_window:
+    if "use_sliding_window" in FIELDS[family.name]:
         _check_window(family, config)
+    if family.gate is not None and "head_dim" not in FIELDS[family.name]:
         _check_head_dim(family, config)
     positions = family.positions(config)
     if positions is not None and positions < 1:
@@ -285,7 +286,7 @@ def _check_window(family: Family, config: Mapping[str, Any]) -> None:
 
 
 def _check_head_dim(family: Family, config: Mapping[str, Any]) -> None:
-    """Not a field of Qwen2's, but transformers' class follows it, and the engine's does not."""
+    """Where it is no field of the family's: transformers' class follows it all the same, and the engine's does not."""
     if "head_dim" not in config:
         return
     hidden, heads = family.hidden_size(config), config.get("num_attention_heads", 32)
