@@ -187,9 +187,9 @@ FAMILIES: tuple[Family, ...] = (
         up="roberta.encoder.layer.{}.intermediate.dense",
         down="roberta.encoder.layer.{}.output.dense",
         embedding="roberta.embeddings.word_embeddings.weight",
+        positions_follow_padding=True,
         base_prefix="roberta.",
         default_activation="gelu",
-        positions_follow_padding=True,
     ),
 )
 
