@@ -1,6 +1,6 @@
 """PrunePath on vLLM: feed-forward layers cut into experts, routed per token, with a dial (tau) per request."""
 
-__version__ = "0.1.0"
+from prunepath_vllm.version import __version__
 
 __all__ = ["__version__", "register"]
 
@@ -16,14 +16,16 @@ def register() -> None:
     """
     from importlib.util import find_spec
 
-    import prunepath_vllm.plugin as plugin
-
     engine = find_spec("vllm") is not None
     if engine:
-        plugin.check_engine_version()
+        from prunepath_vllm.engine_version import check_engine_version
+
+        check_engine_version()
 
     from prunepath_vllm.modeling import register_auto_classes
 
     register_auto_classes()
     if engine:
+        from prunepath_vllm import plugin
+
         plugin.register()

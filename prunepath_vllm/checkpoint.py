@@ -189,13 +189,12 @@ def ffn_tensor_shapes(family: Family, config: Mapping[str, Any], layer: int) -> 
     """Names and shapes of one layer's feed-forward tensors, routers excluded; the same dense and converted."""
     hidden, intermediate = family.hidden_size(config), family.intermediate_size(config)
     bias = family.gate is None or bool(config.get("mlp_bias"))
-    rows, columns = (hidden, intermediate) if family.conv1d else (intermediate, hidden)
     shapes: dict[str, tuple[int, ...]] = {}
-    for name in family.inputs(layer):
-        shapes[f"{name}.weight"] = (rows, columns)
-        if bias:
-            shapes[f"{name}.bias"] = (intermediate,)
-    shapes[f"{family.output(layer)}.weight"] = (columns, rows)
+    for name, axis in family.neuron_axes(layer).items():
+        if not name.endswith(".bias"):
+            shapes[name] = (intermediate, hidden) if axis == 0 else (hidden, intermediate)
+        elif bias:
+            shapes[name] = (intermediate,)
     if bias:
         shapes[f"{family.output(layer)}.bias"] = (hidden,)
     return shapes

@@ -63,6 +63,8 @@ class Family:
     num_layers_field: str = "num_hidden_layers"
     activation_field: str = "hidden_act"
     positions_field: str = "max_position_embeddings"
+    positions_follow_padding: bool = False
+    """Positions count from pad_token_id + 1, so that the table's first rows are no position of any token."""
 
     @property
     def model_type(self) -> str:
@@ -128,14 +130,11 @@ class Family:
         return str(config.get(self.activation_field, self.default_activation))
 
     def positions(self, config: Mapping[str, Any]) -> int | None:
-        """How many tokens a sequence may have by the position table's rows; None where config.json does not say.
-
-        RoBERTa's positions start behind the padding's.
-        """
+        """How many tokens a sequence may have by the position table's rows; None where config.json does not say."""
         if config.get(self.positions_field) is None:
             return None
         rows = _positive_int(config, self.positions_field)
-        if self.name != "roberta":
+        if not self.positions_follow_padding:
             return rows
         padding = config.get("pad_token_id", 1)
         if not isinstance(padding, int) or isinstance(padding, bool) or padding < 0:
@@ -169,6 +168,17 @@ class Family:
     def output(self, layer: int) -> str:
         """The linear whose inputs are neurons."""
         return self.down.format(layer)
+
+    def neuron_axes(self, layer: int) -> dict[str, int]:
+        """The tensors of a layer that have a dimension of d_ff neurons, and which one it is."""
+        axes: dict[str, int] = {}
+        for name in self.inputs(layer):
+            axes |= {f"{name}.weight": 1 if self.conv1d else 0, f"{name}.bias": 0}
+        return axes | {f"{self.output(layer)}.weight": 0 if self.conv1d else 1}
+
+    def out_in(self, weight: Any) -> Any:
+        """A linear's weight as [out, in], however the family stores it; a view, and its own inverse."""
+        return weight.T if self.conv1d else weight
 
 
 def _glu(name: str, dense_architecture: str, engine_ffn: str, **fields: Any) -> Family:
@@ -248,6 +258,7 @@ FAMILIES: tuple[Family, ...] = (
         up="roberta.encoder.layer.{}.intermediate.dense",
         down="roberta.encoder.layer.{}.output.dense",
         embedding="roberta.embeddings.word_embeddings.weight",
+        positions_follow_padding=True,
         base_prefix="roberta.",
         default_activation="gelu",
     ),

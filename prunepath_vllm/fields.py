@@ -288,7 +288,7 @@ def check_fields(family: Family, config: Mapping[str, Any]) -> None:
     if family.gate is not None:
         _check_rope(family, config)
         _check_window(family, config)
-    if family.name == "qwen2":
+    if family.gate is not None and "head_dim" not in FIELDS[family.name]:
         _check_head_dim(family, config)
     positions = family.positions(config)
     if positions is not None and positions < 1:
@@ -405,7 +405,7 @@ def _check_window(family: Family, config: Mapping[str, Any]) -> None:
 
 
 def _check_head_dim(family: Family, config: Mapping[str, Any]) -> None:
-    """Not a field of Qwen2's, but transformers' class follows it, and the engine's does not."""
+    """Where it is no field of the family's: transformers' class follows it all the same, and the engine's does not."""
     if "head_dim" not in config:
         return
     hidden, heads = family.hidden_size(config), config.get("num_attention_heads", 32)

@@ -3,34 +3,8 @@
 Idempotent and lazy: model code is named, not imported; CUDA is not touched.
 """
 
-from prunepath_vllm.errors import EngineVersionError
+from prunepath_vllm.engine_version import check_engine_version
 from prunepath_vllm.families import FAMILIES
-
-TESTED_ENGINE = ((0, 32), (0, 33))
-"""vLLM versions from the first (inclusive) to the second (exclusive)."""
-
-
-def check_engine_version() -> None:
-    """Refuse an engine this package was not tested with.
-
-    Raises:
-        EngineVersionError: names the installed version and the tested range.
-    """
-    import vllm
-    from packaging.version import InvalidVersion, Version
-
-    first, end = (".".join(map(str, bound)) for bound in TESTED_ENGINE)
-    try:
-        supported = Version(first) <= Version(Version(vllm.__version__).base_version) < Version(end)
-    except InvalidVersion:
-        supported = False
-    if not supported:
-        from prunepath_vllm import __version__
-
-        raise EngineVersionError(
-            f"prunepath-vllm {__version__} was tested with vLLM >= {first}, < {end}; vLLM {vllm.__version__} is "
-            "installed. Nothing was registered"
-        )
 
 
 def register() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from prunepath_vllm import __version__
+from prunepath_vllm.engine_version import TESTED_ENGINE
 from prunepath_vllm.entrypoints.cli import build_parser
-from prunepath_vllm.plugin import TESTED_ENGINE
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -13,7 +13,8 @@ from vllm.v1.engine.core import EngineCore
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import TauError, UnsupportedFeatureError
 from prunepath_vllm.model_executor import engine_core
-from prunepath_vllm.model_executor.engine_config import ServerOptions, Service
+from prunepath_vllm.model_executor.operator_policy import OperatorPolicy
+from prunepath_vllm.model_executor.tau_resolution import TauResolver
 
 PROMPT = list(range(50))
 BLOCK = 16
@@ -24,10 +25,10 @@ class Core:
 
     preprocess_add_request = EngineCore.preprocess_add_request
 
-    def __init__(self, service: Service | None) -> None:
+    def __init__(self, resolver: TauResolver | None) -> None:
         engine_core.install_in_engine_core()
         Core.preprocess_add_request = EngineCore.preprocess_add_request  # as it is wrapped now
-        engine_core._services[self] = service
+        engine_core._resolvers[self] = resolver
         self.mm_receiver_cache = None
         self.structured_output_manager = SimpleNamespace()
         init_none_hash(sha256)
@@ -54,7 +55,7 @@ class Core:
 
 def core(**options) -> Core:
     block = PrunePathConfig.model_construct(tau_curve=[(0.5, 0.5), (1.0, 0.0)])
-    return Core(Service(block, ServerOptions(**{"default_tau": 0.8, "full_queue": 10, **options})))
+    return Core(TauResolver(block, OperatorPolicy(**{"default_tau": 0.8, "full_queue": 10, **options})))
 
 
 def test_blocks_are_shared_by_requests_that_workers_run_at_one_tau():

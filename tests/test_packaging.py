@@ -133,7 +133,7 @@ def test_vllm_plugins_that_leave_prunepath_out_are_named(fake_engine):
 def test_a_torchvision_that_clashes_with_torch_is_named(fake_engine, loads):
     distribution(fake_engine, "torchvision", "0.28.0")
     (fake_engine / "torchvision.py").write_text("" if loads else "raise RuntimeError('operator nms does not exist')")
-    code = "from prunepath_vllm.entrypoints.engine_defaults import require_engine\nrequire_engine()"
+    code = "from prunepath_vllm.engine_environment import require_engine\nrequire_engine()"
     told = run(code, fake_engine, bare=True, VLLM_PLUGINS="prunepath")
     assert (told.returncode == 0) == loads, told.stderr
     expected = "torchvision 0.28.0 does not load beside torch 2.13.0+cpu"

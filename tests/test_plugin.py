@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from prunepath_vllm import plugin
+from prunepath_vllm.engine_version import check_engine_version
 from prunepath_vllm.errors import ConfigError, EngineVersionError
 from prunepath_vllm.families import FAMILIES
 
@@ -75,7 +76,7 @@ def test_tested_engines_are_accepted(monkeypatch, version):
     import vllm
 
     monkeypatch.setattr(vllm, "__version__", version)
-    plugin.check_engine_version()
+    check_engine_version()
 
 
 def test_moved_internals_are_named(monkeypatch):

@@ -7,28 +7,29 @@ import pytest
 from vllm.v1.metrics.stats import SchedulerStats
 
 from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.entrypoints.server.knob import expect_served_names
+from prunepath_vllm.entrypoints.server.queue_length import QueueLength, waiting_requests
 from prunepath_vllm.errors import ConfigError, TauError
-from prunepath_vllm.model_executor.engine_config import ServerOptions, Service
-from prunepath_vllm.model_executor.load import QueueLength, waiting_requests
-from prunepath_vllm.model_executor.requests import expect_served_names
+from prunepath_vllm.model_executor.operator_policy import OperatorPolicy
+from prunepath_vllm.model_executor.tau_resolution import TauResolver
 
 RANGE = {"min": 0.5, "max": 1.0}
 
 
-def service(**options) -> Service:
+def resolver(**options) -> TauResolver:
     block = PrunePathConfig.model_construct(tau_curve=[(0.5, 0.5), (1.0, 0.0)])
-    return Service(block, ServerOptions(**{"default_tau": 0.8, "full_queue": 10, **options}))
+    return TauResolver(block, OperatorPolicy(**{"default_tau": 0.8, "full_queue": 10, **options}))
 
 
 @pytest.mark.parametrize(
     ("waiting", "tau"), [(0, 1.0), (1, 0.95), (4, 0.8), (5, 0.75), (9, 0.55), (10, 0.5), (1000, 0.5)], ids=str
 )
 def test_tau_falls_linearly_until_the_queue_is_full(waiting, tau):
-    assert service().tau_of({"tau": RANGE}, waiting) == tau
+    assert resolver().tau_of({"tau": RANGE}, waiting) == tau
 
 
 def test_taus_are_few_so_that_they_share_prefix_blocks_and_ends_are_exact():
-    taus = [service(full_queue=1000).tau_of({"tau": {"min": 0.52, "max": 0.97}}, waiting) for waiting in range(1001)]
+    taus = [resolver(full_queue=1000).tau_of({"tau": {"min": 0.52, "max": 0.97}}, waiting) for waiting in range(1001)]
     assert sorted(set(taus)) == [0.52, 0.57, 0.62, 0.67, 0.72, 0.77, 0.82, 0.87, 0.92, 0.97]
     assert taus == sorted(taus, reverse=True)
 
@@ -44,12 +45,12 @@ def test_taus_are_few_so_that_they_share_prefix_blocks_and_ends_are_exact():
     ids=str,
 )
 def test_auto_ranges_over_what_the_operator_has_named(options, ends):
-    assert service(**options).options.auto_range == ends
-    assert tuple(service(**options).tau_of({"tau": "auto"}, waiting) for waiting in (10, 0)) == ends
+    assert resolver(**options).policy.auto_range == ends
+    assert tuple(resolver(**options).tau_of({"tau": "auto"}, waiting) for waiting in (10, 0)) == ends
 
 
 def test_a_range_is_narrowed_to_the_bounds_and_refused_outside_them():
-    bounded = service(min_tau=0.6, max_tau=0.9)
+    bounded = resolver(min_tau=0.6, max_tau=0.9)
     assert [bounded.tau_of({"tau": RANGE}, waiting) for waiting in (0, 10)] == [0.9, 0.6]
     with pytest.raises(TauError, match=r"\[0.2, 0.5\] has nothing in common with \[0.6, 0.9\]"):
         bounded.tau_of({"tau": {"min": 0.2, "max": 0.5}})
@@ -58,7 +59,7 @@ def test_a_range_is_narrowed_to_the_bounds_and_refused_outside_them():
 @pytest.mark.parametrize("tau", ["auto", RANGE], ids=str)
 def test_a_choice_left_to_the_server_and_a_sparsity_contradict(tau):
     with pytest.raises(TauError, match="both given"):
-        service().tau_of({"tau": tau, "sparsity": 0.3})
+        resolver().tau_of({"tau": tau, "sparsity": 0.3})
 
 
 def test_the_queue_is_what_the_schedulers_said_last():

@@ -1,9 +1,9 @@
 """``vllm bench latency``, dense and at several taus in one run.
 
-The loop that is timed is vLLM's own. One engine is started per model, in a process of its own, and every tau is
-measured on it: tau belongs to the request, so a start per tau would change nothing but the time a run takes. Beside
-vLLM's figures: the decode step, (time of N tokens - time of N / 4) / (3 N / 4), because the requests of a batch start a
-few steps apart, and the prefill of one long prompt.
+The loop that is timed is vLLM's, written again: vLLM's starts an engine each time it runs and knows no tau. Here one
+engine is started per model, in a process of its own, and every tau is measured on it: tau belongs to the request, so a
+start per tau would change nothing but the time a run takes. Beside vLLM's figures: the decode step, (time of N tokens -
+time of N / 4) / (3 N / 4), because the requests of a batch start a few steps apart, and the prefill of one long prompt.
 
 From a script, piece by piece: :func:`parse`, :func:`start_engine`, :func:`measure`.
 """
@@ -24,21 +24,25 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-import vllm
 from tqdm import tqdm
 from vllm import LLM, SamplingParams
 from vllm.benchmarks import latency as vllm_latency
 from vllm.engine.arg_utils import EngineArgs
+from vllm.inputs import TokensPrompt
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from prunepath_vllm.arguments import OneLineErrors, check_output_file, whole
 from prunepath_vllm.benchmarks import options, report, shapes
-from prunepath_vllm.entrypoints.engine_defaults import runs_on_cpu, set_server_defaults
+from prunepath_vllm.engine_environment import runs_on_cpu, set_server_defaults
 from prunepath_vllm.errors import UsageError
 
 TEXT_CHARACTERS = 1 << 20
 """Of --text, that are tokenised."""
+
+PERCENTAGES = (10, 25, 50, 75, 90, 99)
+"""Percentiles of a batch's latency, as ``vllm bench latency`` gives them."""
 
 Point = dict[str, float | None]
 """{"tau", "share"}: where on the dial to measure, and the share of active experts expected there (None: unknown)."""
@@ -57,7 +61,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(
         prog="prunepath bench latency",
         conflict_handler="resolve",
-        description="The engine's own latency benchmark, dense and at several taus in one run.",
+        description="The engine's latency benchmark, dense and at several taus in one run.",
     )
     vllm_latency.add_cli_args(parser)
     parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="PrunePath checkpoint directory")
@@ -186,45 +190,43 @@ def measure(llm: LLM, args: argparse.Namespace, points: Sequence[Point]) -> dict
     return {"rows": rows, "prefill": prefill, "peak_gib": max(peaks, default=None)}
 
 
-class _EngineAt:
-    """A running engine, in the place of the class that vLLM's benchmark starts one from; requests get a tau."""
-
-    def __init__(self, llm: LLM, tau: float | None) -> None:
-        self.llm_engine = llm.llm_engine
-        self._llm = llm
-        self._extra = None if tau is None else {"tau": tau}
-        self._vocabulary = llm.llm_engine.model_config.get_vocab_size()
-
-    def from_engine_args(self, engine_args: EngineArgs) -> "_EngineAt":
-        return self
-
-    def generate(self, prompts: list[Any], sampling_params: SamplingParams, use_tqdm: bool) -> None:
-        # vLLM draws token ids below 10,000, which a small vocabulary does not have.
-        inside = [
-            {"prompt_token_ids": [token % self._vocabulary for token in prompt["prompt_token_ids"]]}
-            for prompt in prompts
-        ]
-        sampling_params.extra_args = self._extra
-        self._llm.generate(inside, sampling_params, use_tqdm=use_tqdm)  # type: ignore[arg-type]
-
-
 def _engine_loop(llm: LLM, args: argparse.Namespace, tau: float | None, batch: int) -> dict[str, Any]:
-    """``vllm bench latency`` on an engine that runs already: what it writes as JSON."""
-    args = copy.copy(args)
-    original = vllm.LLM
-    with tempfile.TemporaryDirectory() as folder:
-        args.batch_size, args.output_json = batch, str(Path(folder) / "latency.json")
-        args.model = folder  # any directory: a name would be looked up, and nothing is loaded
-        args.disable_detokenize = args.disable_detokenize or args.shape is not None
-        # vLLM's benchmark imports the class when it is called: the one place to hand it an engine.
-        vllm.LLM = _EngineAt(llm, tau)  # type: ignore[misc,assignment]
-        try:
-            vllm_latency.main(args)
-        finally:
-            vllm.LLM = original  # type: ignore[misc]
-        result = json.loads(Path(args.output_json).read_text())
-    del result["model_id"]
-    return result
+    """The loop of ``vllm bench latency`` on an engine that runs already, and its figures under its names.
+
+    Raises:
+        UsageError: the engine has no room for input and output.
+    """
+    longest = llm.llm_engine.model_config.max_model_len
+    if args.input_len + args.output_len > longest:
+        raise UsageError(
+            f"--input-len {args.input_len} and --output-len {args.output_len}: expected at most {longest} together, "
+            "the engine's --max-model-len"
+        )
+    params = SamplingParams(
+        n=args.n,
+        temperature=1.0,
+        ignore_eos=True,
+        max_tokens=args.output_len,
+        detokenize=not args.disable_detokenize and args.shape is None,
+        extra_args=None if tau is None else {"tau": tau},
+    )
+    # vLLM draws token ids below 10,000, which a small vocabulary does not have.
+    vocabulary = min(10000, llm.llm_engine.model_config.get_vocab_size())
+    drawn = torch.randint(vocabulary, (batch, args.input_len), generator=_prompts).tolist()
+    prompts = [TokensPrompt(prompt_token_ids=tokens) for tokens in drawn]
+    for _ in range(args.num_iters_warmup):
+        llm.generate(prompts, params, use_tqdm=False)
+    latencies = []
+    for _ in range(args.num_iters):
+        begin = time.perf_counter()
+        llm.generate(prompts, params, use_tqdm=False)
+        latencies.append(time.perf_counter() - begin)
+    percentiles = zip(PERCENTAGES, np.percentile(latencies, PERCENTAGES).tolist(), strict=True)
+    return {
+        "avg_latency": statistics.fmean(latencies),
+        "latencies": latencies,
+        "percentiles": {str(percentage): seconds for percentage, seconds in percentiles},
+    }
 
 
 def _decode_step_ms(llm: LLM, args: argparse.Namespace, tau: float | None, batch: int) -> float:
@@ -347,7 +349,7 @@ def tables(result: dict[str, Any]) -> str:
     sparse, dense = result["sparse"], result.get("dense", {"rows": [], "prefill": []})
     batches = list(dict.fromkeys(row["batch_size"] for row in sparse["rows"]))
     known = {row["batch_size"]: row for row in dense["rows"]}
-    said = [f"{result['model']}: routed layer within {sparse['layer_error']:.1e} (relative RMS) of float32"]
+    parts = [f"{result['model']}: routed layer within {sparse['layer_error']:.1e} (relative RMS) of float32"]
     for key, title, unit in [("decode_step_ms", "decode step", 1.0), ("avg_latency", "average latency", 1e3)]:
         if key not in sparse["rows"][0]:
             continue
@@ -362,7 +364,7 @@ def tables(result: dict[str, Any]) -> str:
                 cells.append(f"{unit * row[key]:.3f}{report.ratio(reference, row[key])}")
             shown.append(cells)
         header = ["tau", "share", *(f"batch {batch}" for batch in batches)]
-        said.append(f"{title}, ms\n{report.table(header, shown)}")
+        parts.append(f"{title}, ms\n{report.table(header, shown)}")
     if sparse["prefill"]:
         reference = dense["prefill"][0]["prefill_ms"] if dense["prefill"] else None
         shown = [
@@ -373,8 +375,8 @@ def tables(result: dict[str, Any]) -> str:
             ]
             for row in dense["prefill"] + sparse["prefill"]
         ]
-        said.append(report.table(["tau", "share", f"prefill of {sparse['prefill'][0]['tokens']}, ms"], shown))
-    return "\n\n".join(said)
+        parts.append(report.table(["tau", "share", f"prefill of {sparse['prefill'][0]['tokens']}, ms"], shown))
+    return "\n\n".join(parts)
 
 
 def _label(row: dict[str, Any]) -> str:

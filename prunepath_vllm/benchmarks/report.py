@@ -7,9 +7,10 @@ from pathlib import Path
 from shutil import which
 from typing import Any
 
-from prunepath_vllm import __version__, arguments
-from prunepath_vllm.entrypoints.engine_defaults import runs_on_cpu
+from prunepath_vllm import arguments
+from prunepath_vllm.engine_environment import runs_on_cpu
 from prunepath_vllm.errors import PrunePathError, UsageError
+from prunepath_vllm.version import __version__
 
 
 class BenchmarkError(PrunePathError):

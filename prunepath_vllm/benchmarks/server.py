@@ -20,7 +20,7 @@ import torch
 
 from prunepath_vllm.benchmarks import report
 from prunepath_vllm.benchmarks.report import BenchmarkError
-from prunepath_vllm.entrypoints.engine_defaults import set_server_defaults
+from prunepath_vllm.engine_environment import set_server_defaults
 
 PROMPTS = (
     "The capital of France is",
@@ -117,13 +117,13 @@ def check_answers(url: str, path: str | Path, taus: Sequence[float | None]) -> d
     """
     from transformers import AutoModelForCausalLM
 
-    import prunepath_vllm
+    from prunepath_vllm.modeling import register_auto_classes
 
     name = ask(url, "/v1/models")["data"][0]["id"]
     asked = [(tau, prompt) for tau in taus for prompt in PROMPTS]
     with ThreadPoolExecutor(len(asked)) as pool:
         choices = list(pool.map(lambda pair: _complete(url, name, *pair), asked))
-    prunepath_vllm.register()
+    register_auto_classes()
     model = AutoModelForCausalLM.from_pretrained(path, dtype="auto").eval()
     off: dict[str, list[torch.Tensor]] = {}
     for (tau, _), choice in zip(asked, choices, strict=True):

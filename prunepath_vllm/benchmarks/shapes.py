@@ -78,9 +78,9 @@ def write_weights(folder: Path) -> None:
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    import prunepath_vllm
+    from prunepath_vllm.modeling import register_auto_classes
 
-    prunepath_vllm.register()
+    register_auto_classes()
     config = json.loads((folder / "config.json").read_text())
     model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder), dtype=torch.bfloat16)
     randomise(model)

@@ -252,8 +252,8 @@ def _copy_files(source: Path, staging: Path) -> None:
     for pattern in _COPIED_FILES:
         for file in source.glob(pattern):
             # What a training measured is the dense model's.
-            own = file.name in ("config.json", QUALITY_FILE) or file.name.endswith(".index.json")
-            if file.is_file() and not own:
+            written_anew = file.name in ("config.json", QUALITY_FILE) or file.name.endswith(".index.json")
+            if file.is_file() and not written_anew:
                 copy = staging / file.relative_to(source)
                 copy.parent.mkdir(exist_ok=True)
                 shutil.copyfile(file, copy)
@@ -279,12 +279,8 @@ def _write_weights(
     permuted: dict[str, tuple[int, int]] = {}  # tensor -> its layer, the dimension its neurons lie along
     outputs: dict[str, int] = {}  # second linear's weight -> its layer
     for layer in range(len(orders)):
-        for name in family.inputs(layer):
-            permuted[f"{name}.weight"] = (layer, 1 if family.conv1d else 0)
-            permuted[f"{name}.bias"] = (layer, 0)
-        output = f"{family.output(layer)}.weight"
-        permuted[output] = (layer, 0 if family.conv1d else 1)
-        outputs[output] = layer
+        permuted |= {name: (layer, axis) for name, axis in family.neuron_axes(layer).items()}
+        outputs[f"{family.output(layer)}.weight"] = layer
 
     writer = _ShardWriter(staging)
     stream = stream_tensors(source, tensors, new_names)

@@ -10,7 +10,6 @@ Shapes: N tokens, H hidden size, E experts, D neurons per expert, F = E * D.
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -110,8 +109,7 @@ def experts_of(model: PreTrainedModel, family: Family, layer: int, inputs: Tenso
 
 def output_rows(model: PreTrainedModel, family: Family, layer: int) -> Tensor:
     """The second linear of a feed-forward layer, a row a neuron: [F, H] in its dtype."""
-    weight: Any = model.get_submodule(family.output(layer)).weight
-    return weight if family.conv1d else weight.T
+    return family.out_in(model.get_submodule(family.output(layer)).weight).T
 
 
 def evenly_spread(count: int, wanted: int) -> Tensor:

@@ -61,8 +61,8 @@ def neuron_orders(
     orders = []
     for layer in layers:
         weight = read(f"{family.inputs(layer)[0]}.weight")  # the gate of a GLU, else the first linear
-        rows = weight.T if family.conv1d else weight
-        orders.append(_order(balanced_kmeans(rows.to(device), num_experts, generator=generator)))
+        rows = family.out_in(weight).to(device)
+        orders.append(_order(balanced_kmeans(rows, num_experts, generator=generator)))
     return orders
 
 

@@ -5,9 +5,9 @@ import importlib
 import sys
 from collections.abc import Sequence
 
-from prunepath_vllm import __version__
 from prunepath_vllm.arguments import OneLineErrors
 from prunepath_vllm.errors import PrunePathError, TauError, UsageError
+from prunepath_vllm.version import __version__
 
 COMMANDS = (
     "convert", "calibrate", "inspect", "generate", "serve", "train", "prune", "eval", "sweep", "figures", "bench",

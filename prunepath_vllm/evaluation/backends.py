@@ -221,7 +221,7 @@ class VllmBackend:
     name = "vllm"
 
     def __init__(self, checkpoint: Checkpoint, tokenizer: Any, engine: Mapping[str, Any]) -> None:
-        from prunepath_vllm.entrypoints.engine_defaults import offline_defaults
+        from prunepath_vllm.engine_environment import offline_defaults
 
         os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
         options = {"dtype": checkpoint.dtype, "seed": 0, **offline_defaults(), **engine}
@@ -328,7 +328,7 @@ class VllmBackend:
 
     def _extra(self, tau: float | None, i: int) -> dict[str, Any]:
         """What the i-th request of a call says to our layers; nothing to a dense model."""
-        from prunepath_vllm.model_executor.engine_config import REPORT_KEY
+        from prunepath_vllm.model_executor.counts import REPORT_KEY
 
         return {} if tau is None else {"tau": tau, REPORT_KEY: f"eval-{i}"}
 

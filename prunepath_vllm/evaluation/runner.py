@@ -11,17 +11,17 @@ import torch
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from prunepath_vllm import __version__
 from prunepath_vllm.arguments import require_package
 from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.devices import check_device
-from prunepath_vllm.entrypoints.engine_defaults import runs_on_cpu
+from prunepath_vllm.engine_environment import runs_on_cpu
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.evaluation import tasks
 from prunepath_vllm.evaluation.backends import Answer, Backend, Checkpoint, TransformersBackend, VllmBackend
 from prunepath_vllm.evaluation.journal import Journal
 from prunepath_vllm.evaluation.statistics import estimate
 from prunepath_vllm.evaluation.tasks import TASKS, Item, Options, Request, Task
+from prunepath_vllm.version import __version__
 
 BACKENDS = ("vllm", "transformers")
 SHARD_ITEMS = {"cpu": 64, "cuda": 256}

@@ -11,7 +11,7 @@ from typing import Any
 
 from prunepath_vllm.conversion.model_card import QUALITY_FILE
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
-from prunepath_vllm.entrypoints.engine_defaults import runs_on_cpu
+from prunepath_vllm.engine_environment import runs_on_cpu
 from prunepath_vllm.errors import PrunePathError, UsageError
 from prunepath_vllm.evaluation.plots import pareto_front
 from prunepath_vllm.evaluation.runner import Run

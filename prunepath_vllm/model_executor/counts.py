@@ -23,6 +23,10 @@ from prunepath_vllm.tau import DENSE_TAU
 GROUPS = ("first", "middle", "last")
 """Thirds of the model's layers, as /metrics has them."""
 
+REPORT_KEY = "prunepath_report"
+"""Key of a request's extra arguments: a name under which its experts are counted. Offline the caller's own; over HTTP
+the server gives one to each request that asks."""
+
 MAX_REPORTS = 1024
 """Reports kept on a worker; the oldest give way, in case nobody comes for them."""
 

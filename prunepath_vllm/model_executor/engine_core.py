@@ -17,7 +17,7 @@ from weakref import WeakKeyDictionary
 
 from prunepath_vllm.errors import UnsupportedFeatureError
 from prunepath_vllm.model_executor.compat import expect_parameters, wrap_once
-from prunepath_vllm.model_executor.engine_config import Service
+from prunepath_vllm.model_executor.tau_resolution import TauResolver
 from prunepath_vllm.tau import DENSE_TAU, PARAMETERS
 
 PREFILL_KEY = "prunepath_prefill_tau"
@@ -27,7 +27,7 @@ _CORE = "vllm.v1.engine.core"
 _HASHING = ("vllm.v1.core.kv_cache_utils", "vllm.v1.core.block_pool", "vllm.v1.simple_kv_offload.manager")
 """Modules that know the hash function; the second and third tell of it in KV events."""
 
-_services: WeakKeyDictionary[Any, Service | None] = WeakKeyDictionary()
+_resolvers: WeakKeyDictionary[Any, TauResolver | None] = WeakKeyDictionary()
 
 
 def install_in_engine_core() -> None:
@@ -54,11 +54,11 @@ def set_extra_arguments(params: Any, extra: dict[str, Any]) -> None:
     setattr(params, "extra_kwargs" if hasattr(params, "extra_kwargs") else "extra_args", extra)
 
 
-def settle(service: Service, request: Any) -> None:
+def settle(resolver: TauResolver, request: Any) -> None:
     """Give a request the tau that it runs at and the salt of its prompt's.
 
     Args:
-        service: what its engine serves.
+        resolver: its engine's.
         request: vLLM's ``EngineCoreRequest``, as it came; written to.
 
     Raises:
@@ -68,13 +68,13 @@ def settle(service: Service, request: Any) -> None:
     refuse_sessions(request)
     params = request.sampling_params or request.pooling_params
     extra = extra_arguments(params)
-    tau = service.tau_of(extra)
+    tau = resolver.tau_of(extra)
     extra = {name: value for name, value in extra.items() if name not in (*PARAMETERS, PREFILL_KEY)}
     extra["tau"] = tau
-    if service.options.prefill_tau is not None:
-        extra[PREFILL_KEY] = service.options.prefill_tau
+    if resolver.policy.prefill_tau is not None:
+        extra[PREFILL_KEY] = resolver.policy.prefill_tau
     set_extra_arguments(params, extra)
-    request.cache_salt = tau_cache_salt(request.cache_salt, service.prompt_tau(tau))
+    request.cache_salt = tau_cache_salt(request.cache_salt, resolver.prompt_tau(tau))
 
 
 def refuse_sessions(request: Any) -> None:
@@ -125,10 +125,10 @@ def decode_block_key(request: Any, start: int, end: int) -> tuple[str, str] | No
 def _with_settled_tau(preprocess_add_request: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(preprocess_add_request)
     def wrapped(self: Any, request: Any) -> Any:
-        if self not in _services:
-            _services[self] = Service.of(self.vllm_config)
-        if service := _services[self]:
-            settle(service, request)
+        if self not in _resolvers:
+            _resolvers[self] = TauResolver.of(self.vllm_config)
+        if resolver := _resolvers[self]:
+            settle(resolver, request)
         return preprocess_add_request(self, request)
 
     return wrapped

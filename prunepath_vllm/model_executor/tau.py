@@ -15,9 +15,10 @@ from torch import Tensor
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.kernels.tau import expand_taus
 from prunepath_vllm.model_executor.compat import VllmConfig, async_tensor_h2d, forward_hook
-from prunepath_vllm.model_executor.counts import ExpertCounts
-from prunepath_vllm.model_executor.engine_config import REPORT_KEY, Service, server_options
+from prunepath_vllm.model_executor.counts import REPORT_KEY, ExpertCounts
 from prunepath_vllm.model_executor.layers.routed_ffn import dense_products, layer_spec, triton_kernels
+from prunepath_vllm.model_executor.operator_policy import operator_policy
+from prunepath_vllm.model_executor.tau_resolution import TauResolver
 from prunepath_vllm.tau import DENSE_TAU
 
 _CONTEXT_KEY = "prunepath.token_taus"
@@ -35,8 +36,8 @@ class TokenTaus:
 
     def __init__(self, vllm_config: VllmConfig) -> None:
         self.prunepath: PrunePathConfig = vllm_config.model_config.hf_config.prunepath
-        self.service = Service(self.prunepath, server_options(vllm_config))
-        self.prefill_tau = self.service.options.prefill_tau
+        self.resolver = TauResolver(self.prunepath, operator_policy(vllm_config))
+        self.prefill_tau = self.resolver.policy.prefill_tau
         # Dense until the first step: profiling then measures the peak that serving can reach.
         max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.values = torch.ones(max_tokens, dtype=torch.float32)
@@ -59,7 +60,7 @@ class TokenTaus:
         Raises:
             TauError: the engine core was gone around with a tau that no request may have.
         """
-        return self.service.tau_of(_extra_arguments(sampling_params, pooling_params) or {})
+        return self.resolver.tau_of(_extra_arguments(sampling_params, pooling_params) or {})
 
     def report_name(self, sampling_params: Any, pooling_params: Any) -> str | None:
         """The name under which a request's experts are to be counted, where it asked for that."""

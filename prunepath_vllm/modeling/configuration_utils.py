@@ -5,7 +5,6 @@ from typing import Any, ClassVar, Self
 from prunepath_vllm.config import PrunePathConfig, check_quantization_config
 from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.families import FAMILIES
-from prunepath_vllm.modeling import prunepath_config_of
 
 
 class PrunePathConfigMixin:
@@ -56,5 +55,5 @@ class PrunePathConfigMixin:
 
     @property
     def prunepath(self) -> PrunePathConfig:
-        """The parsed block; see :func:`prunepath_vllm.modeling.prunepath_config_of`."""
-        return prunepath_config_of(self)
+        """The parsed block; see :func:`prunepath_vllm.modeling.prunepath_config_of`, which this class is below."""
+        return PrunePathConfig.parse(self.prunepath_config)

@@ -70,7 +70,7 @@ def _neurons(path: Path, family: Family, layer: int) -> list[bytes]:
     """Every neuron of a layer as the bytes of its weights: equal exactly where the neurons are."""
     names = [f"{name}.weight" for name in [*family.inputs(layer), family.output(layer)]]
     *inputs, output = (_read(path, family, name).float() for name in names)
-    rows = [weight.T if family.conv1d else weight for weight in inputs] + [output if family.conv1d else output.T]
+    rows = [family.out_in(weight) for weight in inputs] + [family.out_in(output).T]
     return [row.tobytes() for row in torch.cat(rows, dim=1).numpy()]
 
 
@@ -175,10 +175,10 @@ def merge_adapter(dense: str | Path, adapter: str | Path, destination: str | Pat
             if linear != name:
                 weight = updates.get(f"{linear}.weight")
                 weight = _read(dense, summary.family, f"{linear}.weight") if weight is None else weight
-                update = tensor.float() @ _wanted(tensors, f"{linear}{DOWN}").float()
-                if weight.shape != (update.T if summary.family.conv1d else update).shape:
+                update = summary.family.out_in(tensor.float() @ _wanted(tensors, f"{linear}{DOWN}").float())
+                if weight.shape != update.shape:
                     raise CheckpointError(f"{adapter}: {name} does not fit {linear}.weight {list(weight.shape)}")
-                updates[f"{linear}.weight"] = weight.float() + (update.T if summary.family.conv1d else update)
+                updates[f"{linear}.weight"] = weight.float() + update
             elif not name.endswith((DOWN, ORDER.removeprefix("{}"))):
                 updates[name] = tensor
         unknown = sorted(name for name in updates if name not in summary.tensors and not name.endswith("router.bias"))
@@ -197,15 +197,8 @@ def _ordered(
     neurons = family.intermediate_size(read_config(dense))
     if not torch.equal(order.sort().values, torch.arange(neurons)):
         raise CheckpointError(f"adapter: {name}: expected every neuron from 0 to {neurons - 1} once")
-    result: dict[str, Tensor] = {}
-    for name in family.inputs(layer):
-        weight = _read(dense, family, f"{name}.weight")
-        result[f"{name}.weight"] = weight.index_select(1 if family.conv1d else 0, order)
-        if f"{name}.bias" in known:
-            result[f"{name}.bias"] = _read(dense, family, f"{name}.bias").index_select(0, order)
-    output = f"{family.output(layer)}.weight"
-    result[output] = _read(dense, family, output).index_select(0 if family.conv1d else 1, order)
-    return result
+    axes = {name: axis for name, axis in family.neuron_axes(layer).items() if name in known}
+    return {name: _read(dense, family, name).index_select(axis, order) for name, axis in axes.items()}
 
 
 def _wanted(tensors: Mapping[str, Tensor], name: str) -> Tensor:

@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from typing import Any
 
 from prunepath_vllm.arguments import OneLineErrors
-from prunepath_vllm.entrypoints.engine_defaults import require_engine
+from prunepath_vllm.engine_environment import require_engine
 
 BENCHMARKS = {
     "kernel": "the routed layer alone, on a CUDA GPU",
-    "latency": "the engine's own latency benchmark; takes any `vllm bench latency` flag",
+    "latency": "the engine's latency benchmark; takes any `vllm bench latency` flag",
     "serve": "the engine's own benchmark of a server; takes any `vllm bench serve` flag",
     "tune": "make the table of kernel choices for this GPU and a shape",
 }

@@ -9,10 +9,11 @@ from importlib import resources
 from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
 
-from prunepath_vllm import __version__, plugin
-from prunepath_vllm.entrypoints.engine_defaults import require_engine
+from prunepath_vllm import plugin
+from prunepath_vllm.engine_environment import require_engine
 from prunepath_vllm.errors import PrunePathError
 from prunepath_vllm.families import FAMILIES
+from prunepath_vllm.version import __version__
 
 _PACKAGES = ("torch", "triton", "transformers", "tokenizers", "safetensors", "pydantic", "numpy")
 _REQUIRED = ("torch", "transformers", "safetensors", "pydantic", "numpy")

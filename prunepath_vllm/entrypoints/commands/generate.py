@@ -4,7 +4,7 @@ import argparse
 import os
 
 from prunepath_vllm.arguments import number, whole
-from prunepath_vllm.entrypoints.engine_defaults import offline_defaults, require_engine
+from prunepath_vllm.engine_environment import offline_defaults, require_engine
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.tau import resolve_tau
 

@@ -7,7 +7,7 @@ import sys
 import tempfile
 
 from prunepath_vllm.arguments import OneLineErrors
-from prunepath_vllm.entrypoints.engine_defaults import require_engine, set_server_defaults
+from prunepath_vllm.engine_environment import require_engine, set_server_defaults
 
 DRAIN_SECONDS = 10
 """How long a server that is told to stop goes on with the answers it has begun."""

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from prunepath_vllm.arguments import check_output_file, check_plot, whole
+from prunepath_vllm.engine_environment import require_engine
 from prunepath_vllm.entrypoints.commands.eval import journal_path
-from prunepath_vllm.entrypoints.engine_defaults import require_engine
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.tau import parse_tau_list
 

@@ -11,25 +11,25 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from typing import Any, NoReturn
 
-from prunepath_vllm.entrypoints.server.report import FIELD, Report, asks_for_report, report_to
-from prunepath_vllm.errors import TauError
-from prunepath_vllm.model_executor.compat import expect_parameters, wrap_once
-from prunepath_vllm.model_executor.engine_config import Service
-from prunepath_vllm.model_executor.requests import (
+from prunepath_vllm.entrypoints.server.knob import (
     KNOBS,
     TauRequestError,
     expect_served_names,
     request_knob,
     settled_knob,
 )
+from prunepath_vllm.entrypoints.server.report import FIELD, Report, asks_for_report, report_to
+from prunepath_vllm.errors import TauError
+from prunepath_vllm.model_executor.compat import expect_parameters, wrap_once
+from prunepath_vllm.model_executor.tau_resolution import TauResolver
 
 RUNNER = "vllm.entrypoints.launchers.run_batch"
 
 _BODY = "prunepath_body"
 """Attribute of vLLM's parsed line: the body as it was written."""
 
-_serving: ContextVar[tuple[Service, Any] | None] = ContextVar("prunepath_batch", default=None)
-"""What the engine of the batch serves, and vLLM's client of it; None where its model is not a PrunePath one."""
+_serving: ContextVar[tuple[TauResolver, Any] | None] = ContextVar("prunepath_batch", default=None)
+"""The resolver of the batch's engine, and vLLM's client of it; None where its model is not a PrunePath one."""
 
 
 def install_in_batch_runner() -> None:
@@ -45,17 +45,17 @@ def install_in_batch_runner() -> None:
     expect_parameters(runner.run_batch, "engine_client", "args")
     expect_parameters(runner.BatchRequestInput.model_validate_json, "json_data")
     expect_parameters(runner.run_request, "serving_engine_func", "request", "tracker")
-    wrap_once(runner, "run_batch", _with_service)
+    wrap_once(runner, "run_batch", _with_resolver)
     wrap_once(runner.BatchRequestInput, "model_validate_json", _with_written_body)
     wrap_once(runner, "run_request", _with_knob)
 
 
-def _with_service(run_batch: Callable[..., Any]) -> Callable[..., Any]:
+def _with_resolver(run_batch: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run_batch)
     async def wrapped(engine_client: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
-        if service := Service.of(engine_client.vllm_config):
+        if resolver := TauResolver.of(engine_client.vllm_config):
             expect_served_names(args)
-            _serving.set((service, engine_client))  # seen by the tasks of all lines
+            _serving.set((resolver, engine_client))  # seen by the tasks of all lines
         return await run_batch(engine_client, args, *rest, **kwargs)
 
     return wrapped
@@ -88,9 +88,9 @@ def _with_knob(run_request: Callable[..., Any]) -> Callable[..., Any]:
         serving, body = _serving.get(), getattr(request, _BODY, None)
         if serving is None or body is None:
             return await run_request(serving_engine_func, request, tracker, *args, **kwargs)
-        service, engine = serving
+        resolver, engine = serving
         try:
-            knob, report = settled_knob(body, service, engine), Report() if asks_for_report(body) else None
+            knob, report = settled_knob(body, resolver, engine), Report() if asks_for_report(body) else None
         except TauError as error:
             return await run_request(functools.partial(_refuse, error), request, tracker, *args, **kwargs)
         with request_knob(knob), report_to(report):

@@ -9,7 +9,7 @@ from prometheus_client import Histogram
 from starlette.types import ASGIApp, Receive, Scope, Send
 from vllm.logger import init_logger
 
-from prunepath_vllm.model_executor.engine_config import Service
+from prunepath_vllm.model_executor.tau_resolution import TauResolver
 
 TAU_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0, 1.05)
 PUBLISH_SECONDS = 5.0
@@ -18,7 +18,7 @@ PUBLISH_SECONDS = 5.0
 logger = init_logger("vllm.prunepath")
 
 
-def count_request(service: Service, tau: float, extra: dict[str, Any]) -> None:
+def count_request(resolver: TauResolver, tau: float, extra: dict[str, Any]) -> None:
     """Count an admitted request by the tau it runs at."""
     _requested_tau().observe(tau)
 

@@ -7,7 +7,7 @@ from typing import Any
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from prunepath_vllm.entrypoints.server.answers import AnswerSender, dump
-from prunepath_vllm.model_executor.requests import KNOBS, body_values, json_body
+from prunepath_vllm.entrypoints.server.knob import KNOBS, body_values, json_body
 
 
 class RenderMiddleware:

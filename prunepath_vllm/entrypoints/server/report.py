@@ -25,10 +25,10 @@ from vllm.logger import init_logger
 
 from prunepath_vllm.config import expected_sparsity, sparsity_curve
 from prunepath_vllm.entrypoints.server.answers import AnswerSender, dump
+from prunepath_vllm.entrypoints.server.knob import body_values, json_body, refusal
 from prunepath_vllm.errors import TauError
-from prunepath_vllm.model_executor.counts import MAX_REPORTS
-from prunepath_vllm.model_executor.engine_config import REPORT_KEY, Service
-from prunepath_vllm.model_executor.requests import body_values, json_body, refusal
+from prunepath_vllm.model_executor.counts import MAX_REPORTS, REPORT_KEY
+from prunepath_vllm.model_executor.tau_resolution import TauResolver
 from prunepath_vllm.tau import shown
 
 FIELD = "prunepath"
@@ -83,14 +83,14 @@ _report: ContextVar[Report | None] = ContextVar("prunepath_report", default=None
 """Of the HTTP request being handled; None where it has not asked."""
 
 
-def fill_report(service: Service, tau: float, extra: dict[str, Any]) -> None:
+def fill_report(resolver: TauResolver, tau: float, extra: dict[str, Any]) -> None:
     """Write what is known of a request when it is admitted, if it asked for a report, and have it counted."""
     report = _report.get()
     if report is None:
         return
     extra[REPORT_KEY] = report.name
-    prompt_tau = service.prompt_tau(tau)
-    curve = sparsity_curve(service.prunepath)
+    prompt_tau = resolver.prompt_tau(tau)
+    curve = sparsity_curve(resolver.prunepath)
     shares = [None, None] if curve is None else expected_sparsity(np.array([tau, prompt_tau]), curve).tolist()
     report.content["tau"], report.content["prompt_tau"] = tau, prompt_tau
     report.content["expected_ffn_sparsity"], report.content["expected_prompt_ffn_sparsity"] = shares

@@ -6,12 +6,12 @@ from typing import Any
 from fastapi import APIRouter, Request
 from fastapi.responses import HTMLResponse
 
-from prunepath_vllm import __version__
+from prunepath_vllm.entrypoints.server.knob import app_resolver
 from prunepath_vllm.families import family_of
 from prunepath_vllm.model_executor.compat import VllmConfig
-from prunepath_vllm.model_executor.engine_config import Service
-from prunepath_vllm.model_executor.requests import app_service
+from prunepath_vllm.model_executor.tau_resolution import TauResolver
 from prunepath_vllm.tau import DENSE_TAU, MAX_TAU
+from prunepath_vllm.version import __version__
 
 router = APIRouter()
 
@@ -30,20 +30,20 @@ async def get_playground() -> HTMLResponse:
 async def get_info(request: Request) -> dict[str, Any]:
     """The model's experts and curve, and what a request may ask for."""
     state = request.app.state
-    service = app_service(request.app)
-    assert service is not None  # these routes exist beside a PrunePath model alone
-    return info(service, state.vllm_config, state.args.served_model_name or [state.args.model])
+    resolver = app_resolver(request.app)
+    assert resolver is not None  # these routes exist beside a PrunePath model alone
+    return info(resolver, state.vllm_config, state.args.served_model_name or [state.args.model])
 
 
-def info(service: Service, vllm_config: VllmConfig, served_names: list[str]) -> dict[str, Any]:
+def info(resolver: TauResolver, vllm_config: VllmConfig, served_names: list[str]) -> dict[str, Any]:
     """The answer of ``GET /prunepath/info``.
 
     Args:
-        service: what `vllm_config`'s engine serves.
+        resolver: of `vllm_config`'s engine.
         vllm_config: the engine's.
         served_names: names that requests may use for the model.
     """
-    prunepath, options = service.prunepath, service.options
+    prunepath, options = resolver.prunepath, resolver.policy
     config = vllm_config.model_config.hf_config.to_dict()
     family = family_of(config, converted=True)
     return {

@@ -92,7 +92,7 @@ def mean_shares(model: Any, summary: CheckpointSummary, tokens: Tensor) -> Tenso
     means: list[Tensor] = []
 
     def observe(down: Any, args: tuple[Tensor, ...]) -> None:
-        norms = torch.linalg.vector_norm(down.weight.float(), dim=1 if family.conv1d else 0)
+        norms = torch.linalg.vector_norm(family.out_in(down.weight).float(), dim=0)
         rows = (contribution_shares(sequence, norms, experts).mean(dim=0) for sequence in args[0])
         means.append(torch.stack(list(rows)).mean(dim=0))
 
@@ -117,10 +117,7 @@ def save_experts(summary: CheckpointSummary, kept: Tensor, folder: Path) -> None
     dimensions: dict[str, tuple[int, int]] = {}  # tensor -> its layer, the dimension its neurons lie along
     dropped: set[str] = set()
     for layer in range(summary.num_layers):
-        for name in family.inputs(layer):
-            dimensions[f"{name}.weight"] = (layer, 1 if family.conv1d else 0)
-            dimensions[f"{name}.bias"] = (layer, 0)
-        dimensions[f"{family.output(layer)}.weight"] = (layer, 0 if family.conv1d else 1)
+        dimensions |= {name: (layer, axis) for name, axis in family.neuron_axes(layer).items()}
         dropped |= {f"{family.router(layer)}.weight", f"{family.router(layer)}.bias"}
     tensors: dict[str, Tensor] = {}
     for name, tensor in stream_tensors(summary.path, summary.tensors):

@@ -87,7 +87,7 @@ def prune_model(model: Any, family: Family, layers: int, tokens: Tensor, sparsit
         for name in (*family.inputs(layer), family.output(layer)):
             linear = model.get_submodule(name)
             linears.append(linear)
-            handles.append(linear.register_forward_pre_hook(_Prune(sparsity, family.conv1d)))
+            handles.append(linear.register_forward_pre_hook(_Prune(sparsity, family)))
     run_layer_by_layer(model, family, layers, tokens)
     for handle in handles:
         handle.remove()
@@ -97,14 +97,13 @@ def prune_model(model: Any, family: Family, layers: int, tokens: Tensor, sparsit
 class _Prune:
     """Before a linear computes: prune it by its input."""
 
-    def __init__(self, sparsity: float, conv1d: bool) -> None:
-        self.sparsity, self.conv1d = sparsity, conv1d
+    def __init__(self, sparsity: float, family: Family) -> None:
+        self.sparsity, self.family = sparsity, family
 
     def __call__(self, linear: Any, args: tuple[Tensor, ...]) -> None:
         inputs = args[0].flatten(0, -2)
         norms = torch.linalg.vector_norm(inputs, dim=0, dtype=torch.float32)
-        weight = linear.weight.data
-        prune_rows(weight.T if self.conv1d else weight, norms, self.sparsity)
+        prune_rows(self.family.out_in(linear.weight.data), norms, self.sparsity)
 
 
 def prune_rows(weight: Tensor, norms: Tensor, sparsity: float) -> None:

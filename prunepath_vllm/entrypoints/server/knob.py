@@ -1,126 +1,28 @@
-"""The front end: a request's tau is validated before it is admitted, so that a bad one is answered with HTTP 400.
+"""The knob over HTTP: ``tau`` / ``sparsity`` of JSON bodies, at the top level or under ``vllm_xargs``.
 
-What keeps taus apart is in the engine core (engine_core.py), which sees every request, whatever brought it.
-
-Offline, tau rides on the engine's parameter objects. Over HTTP, a middleware reads ``tau`` / ``sparsity`` from the
-body, at the top level or under ``vllm_xargs``, before the engine's schemas drop the first and turn booleans into
-numbers in the second; a context variable carries what it read to where the engine builds its own request.
+Read before the engine's schemas drop the first and turn booleans into numbers in the second. What was read goes on to
+where the engine admits the request (model_executor/admission.py).
 """
 
-import functools
 import json
-import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from typing import Any
-from weakref import WeakKeyDictionary
 
-from starlette.middleware import Middleware
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
-from vllm.v1.engine.input_processor import InputProcessor
 
+from prunepath_vllm.entrypoints.server.queue_length import waiting_requests
 from prunepath_vllm.errors import ConfigError, TauError
-from prunepath_vllm.model_executor.compat import (
-    VLLMValidationError,
-    create_error_response,
-    expect_parameters,
-    wrap_once,
-)
-from prunepath_vllm.model_executor.engine_config import REPORT_KEY, Service
-from prunepath_vllm.model_executor.engine_core import extra_arguments, refuse_sessions, set_extra_arguments
-from prunepath_vllm.model_executor.load import expect_scheduler_stats, waiting_requests
+from prunepath_vllm.model_executor.admission import TauRequestError, request_knob
+from prunepath_vllm.model_executor.compat import create_error_response
+from prunepath_vllm.model_executor.counts import REPORT_KEY
+from prunepath_vllm.model_executor.tau_resolution import TauResolver
 from prunepath_vllm.tau import DENSE_TAU, PARAMETERS, is_adaptive, parse_tau_range, resolve_tau
-
-_http_knob: ContextVar[dict[str, Any] | None] = ContextVar("prunepath_http_knob", default=None)
-"""``tau`` / ``sparsity`` of the HTTP request being handled; inherited by the tasks that stream its answer."""
-
-Observer = Callable[[Service, float, dict[str, Any]], None]
-"""Called with every admitted request: what the engine serves, the request's tau, and the engine's own copy of its extra
-arguments, which may be added to."""
-
-_observers: list[Observer] = []
-_services: WeakKeyDictionary[InputProcessor, Service | None] = WeakKeyDictionary()
 
 KNOBS = (*PARAMETERS, REPORT_KEY)
 """What a body may ask of this package."""
 
 _BODY = "prunepath.body"
 """Key of an ASGI scope: its JSON body, parsed."""
-
-API_SERVER = "vllm.entrypoints.launchers.app"
-
-
-class TauRequestError(VLLMValidationError, ValueError):
-    """A request's tau or sparsity cannot be honoured: HTTP 400, and a ValueError offline."""
-
-    def __init__(self, error: TauError) -> None:
-        # Not its value: vLLM would repeat it whole, however long, and the message names it.
-        VLLMValidationError.__init__(self, str(error), parameter=error.parameter)
-
-
-def install_request_hooks() -> None:
-    """Hook the engine's front end in this process. Idempotent; models other than PrunePath's pass untouched.
-
-    Raises:
-        EngineVersionError: vLLM's front end has moved.
-    """
-    expect_parameters(InputProcessor.process_inputs, "self", "request_id", "prompt", "params")
-    expect_scheduler_stats()
-    wrap_once(InputProcessor, "process_inputs", _with_tau)
-    # The API server imports its launcher before it reads any model's configuration; elsewhere there is no HTTP.
-    if API_SERVER in sys.modules:
-        expect_parameters(sys.modules[API_SERVER].init_entrypoints_middleware, "args", "app")
-        wrap_once(sys.modules[API_SERVER], "init_entrypoints_middleware", _with_middleware)
-
-
-def observe_admissions(observer: Observer) -> None:
-    """Call `observer` with every request admitted in this process. Idempotent."""
-    if observer not in _observers:
-        _observers.append(observer)
-
-
-def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(process_inputs)
-    def wrapped(self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
-        if self not in _services:
-            _services[self] = Service.of(self.vllm_config)
-        service = _services[self]
-        if service is None:
-            return process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        # The body's own values win over the copies that the engine's schema has coerced.
-        requested = {**extra_arguments(params), **(_http_knob.get() or {})}
-        try:
-            tau = service.tau_of(requested)
-        except TauError as error:
-            raise TauRequestError(error) from None
-        request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
-        refuse_sessions(request)
-        # The engine's copy is written, never the caller's parameters.
-        extra = {name: value for name, value in requested.items() if name not in PARAMETERS}
-        extra["tau"] = tau
-        for observer in _observers:
-            observer(service, tau, extra)
-        for name in ("sampling_params", "pooling_params"):
-            if (own := getattr(request, name)) is not None:
-                own = own.clone() if own is params else own
-                set_extra_arguments(own, extra)
-                setattr(request, name, own)
-        return request
-
-    return wrapped
-
-
-def _with_middleware(init_entrypoints_middleware: Callable[..., Any]) -> Callable[..., Any]:
-    @functools.wraps(init_entrypoints_middleware)
-    def wrapped(args: Any, app: Any, *rest: Any, **kwargs: Any) -> None:
-        expect_served_names(args)
-        init_entrypoints_middleware(args, app, *rest, **kwargs)
-        # Innermost: authentication and request identifiers come first.
-        app.user_middleware.append(Middleware(KnobMiddleware))
-
-    return wrapped
 
 
 class KnobMiddleware:
@@ -137,8 +39,8 @@ class KnobMiddleware:
         try:
             body, receive = await json_body(scope, receive)
             knob: dict[str, Any] = {}
-            if body is not None and (service := app_service(scope["app"])) is not None:
-                knob = settled_knob(body, service, scope["app"].state.engine_client)
+            if body is not None and (resolver := app_resolver(scope["app"])) is not None:
+                knob = settled_knob(body, resolver, scope["app"].state.engine_client)
                 receive = _without_range(body, knob, receive)
         except TauError as error:
             await refusal(error)(scope, receive, send)
@@ -147,31 +49,21 @@ class KnobMiddleware:
             await self.app(scope, receive, send)
 
 
-@contextmanager
-def request_knob(knob: dict[str, Any]) -> Iterator[None]:
-    """What is admitted within, here and in tasks begun here, has this ``tau`` or ``sparsity``."""
-    token = _http_knob.set(knob)
-    try:
-        yield
-    finally:
-        _http_knob.reset(token)
-
-
-def settled_knob(body: dict[str, Any], service: Service, engine: Any) -> dict[str, Any]:
+def settled_knob(body: dict[str, Any], resolver: TauResolver, engine: Any) -> dict[str, Any]:
     """``tau`` or ``sparsity`` of a JSON body, with what it leaves to the server chosen; empty where nothing is asked.
 
     Args:
         body: a request's.
-        service: what the engine serves.
+        resolver: the engine's.
         engine: vLLM's client of it, whose queue is listened to from the first body on.
 
     Raises:
         TauError: see :func:`knob_of_body`; or a tau outside the operator's bounds.
     """
     knob = knob_of_body(body)
-    if not knob and (tau := service.options.default_tau_by_model.get(str(body.get("model")))) is not None:
+    if not knob and (tau := resolver.policy.default_tau_by_model.get(str(body.get("model")))) is not None:
         knob = {"tau": tau}
-    tau = service.tau_of(knob, waiting_requests(engine))
+    tau = resolver.tau_of(knob, waiting_requests(engine))
     # Chosen once, for all prompts and choices of the body.
     return {"tau": tau} if is_adaptive(knob.get("tau")) else knob
 
@@ -180,7 +72,7 @@ def expect_served_names(args: Any) -> None:
     """Refuse defaults for names that the server does not have: a typing error would go unnoticed.
 
     Args:
-        args: the server's command line, whose ``additional_config`` :func:`server_options` has checked.
+        args: the server's command line, whose ``additional_config`` :func:`operator_policy` has checked.
 
     Raises:
         ConfigError: names the name.
@@ -194,10 +86,10 @@ def expect_served_names(args: Any) -> None:
         )
 
 
-def app_service(app: Any) -> Service | None:
-    """What vLLM's FastAPI `app` serves, once it is up."""
+def app_resolver(app: Any) -> TauResolver | None:
+    """The resolver of the engine behind vLLM's FastAPI `app`; None where its model is not a PrunePath one."""
     if not hasattr(app.state, "prunepath"):
-        app.state.prunepath = Service.of(app.state.vllm_config)
+        app.state.prunepath = TauResolver.of(app.state.vllm_config)
     return app.state.prunepath
 
 

@@ -6,6 +6,7 @@ from importlib.util import find_spec
 from typing import Any
 
 from prunepath_vllm.cpu_wheel import answer_for_vllm
+from prunepath_vllm.engine_version import check_engine_version
 from prunepath_vllm.errors import UsageError
 
 CPU_KV_CACHE_GIB = "1"
@@ -57,8 +58,6 @@ def runs_on_cpu() -> bool:
     """
     require_engine()
     from vllm.platforms import current_platform
-
-    from prunepath_vllm.plugin import check_engine_version
 
     check_engine_version()
     return current_platform.is_cpu()

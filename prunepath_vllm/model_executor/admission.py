@@ -1,0 +1,97 @@
+"""Admission: a request's tau is validated before the engine takes the request, so that a bad one is an HTTP 400.
+
+vLLM's ``InputProcessor`` makes every request, online or offline, sampling or pooling, the engine's own. Offline, tau
+rides on the parameter objects; a server (entrypoints/server/knob.py) says what a request's body asked for by
+:func:`request_knob`. What keeps taus apart is in the engine core (engine_core.py), which sees every request, whatever
+brought it.
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+from weakref import WeakKeyDictionary
+
+from vllm.v1.engine.input_processor import InputProcessor
+
+from prunepath_vllm.errors import TauError
+from prunepath_vllm.model_executor.compat import VLLMValidationError, expect_parameters, wrap_once
+from prunepath_vllm.model_executor.engine_core import extra_arguments, refuse_sessions, set_extra_arguments
+from prunepath_vllm.model_executor.tau_resolution import TauResolver
+from prunepath_vllm.tau import PARAMETERS
+
+_request_knob: ContextVar[dict[str, Any] | None] = ContextVar("prunepath_request_knob", default=None)
+"""``tau`` / ``sparsity`` of the body being handled; inherited by the tasks that stream its answer."""
+
+Observer = Callable[[TauResolver, float, dict[str, Any]], None]
+"""Called with every admitted request: its engine's resolver, the request's tau, and the engine's own copy of its extra
+arguments, which may be added to."""
+
+_observers: list[Observer] = []
+_resolvers: WeakKeyDictionary[InputProcessor, TauResolver | None] = WeakKeyDictionary()
+
+
+class TauRequestError(VLLMValidationError, ValueError):
+    """A request's tau or sparsity cannot be honoured: HTTP 400, and a ValueError offline."""
+
+    def __init__(self, error: TauError) -> None:
+        # Not its value: vLLM would repeat it whole, however long, and the message names it.
+        VLLMValidationError.__init__(self, str(error), parameter=error.parameter)
+
+
+def install_in_input_processor() -> None:
+    """Hook admission in this process. Idempotent; models other than PrunePath's pass untouched.
+
+    Raises:
+        EngineVersionError: vLLM's front end has moved.
+    """
+    expect_parameters(InputProcessor.process_inputs, "self", "request_id", "prompt", "params")
+    wrap_once(InputProcessor, "process_inputs", _with_tau)
+
+
+def observe_admissions(observer: Observer) -> None:
+    """Call `observer` with every request admitted in this process. Idempotent."""
+    if observer not in _observers:
+        _observers.append(observer)
+
+
+@contextmanager
+def request_knob(knob: dict[str, Any]) -> Iterator[None]:
+    """What is admitted within, here and in tasks begun here, has this ``tau`` or ``sparsity``."""
+    token = _request_knob.set(knob)
+    try:
+        yield
+    finally:
+        _request_knob.reset(token)
+
+
+def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(process_inputs)
+    def wrapped(self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
+        if self not in _resolvers:
+            _resolvers[self] = TauResolver.of(self.vllm_config)
+        resolver = _resolvers[self]
+        if resolver is None:
+            return process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        # The body's own values win over the copies that the engine's schema has coerced.
+        requested = {**extra_arguments(params), **(_request_knob.get() or {})}
+        try:
+            tau = resolver.tau_of(requested)
+        except TauError as error:
+            raise TauRequestError(error) from None
+        request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
+        refuse_sessions(request)
+        # The engine's copy is written, never the caller's parameters.
+        extra = {name: value for name, value in requested.items() if name not in PARAMETERS}
+        extra["tau"] = tau
+        for observer in _observers:
+            observer(resolver, tau, extra)
+        for name in ("sampling_params", "pooling_params"):
+            if (engine_params := getattr(request, name)) is not None:
+                engine_params = engine_params.clone() if engine_params is params else engine_params
+                set_extra_arguments(engine_params, extra)
+                setattr(request, name, engine_params)
+        return request
+
+    return wrapped

@@ -1,0 +1,83 @@
+"""The operator's policy on tau: defaults, bounds and what load does, read from ``--additional-config``."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from prunepath_vllm.errors import ConfigError
+from prunepath_vllm.model_executor.compat import VllmConfig
+from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, parse_tau
+
+
+@dataclass(frozen=True)
+class OperatorPolicy:
+    """What the operator allows and chooses: the ``prunepath`` object of ``--additional-config``.
+
+    Attributes:
+        default_tau: the tau of requests that name none; the checkpoint's unless given.
+        min_tau, max_tau: what a request may ask for, both ends included.
+        prefill_tau: prompts are computed at this tau whatever their request's, so that they share prefix-cache blocks;
+            None computes them at the request's.
+        default_tau_by_model: default_tau of requests by the served name that they ask for; others get default_tau.
+        full_queue: waiting requests from which on a request that leaves its tau to the server gets the lowest; as many
+            as may run at once unless given.
+    """
+
+    default_tau: float
+    full_queue: int
+    min_tau: float = 0.0
+    max_tau: float = MAX_TAU
+    prefill_tau: float | None = None
+    default_tau_by_model: Mapping[str, float] = field(default_factory=dict)
+
+    @property
+    def auto_range(self) -> tuple[float, float]:
+        """What ``"auto"`` ranges over: never below what the operator has named, never more than dense."""
+        low = self.min_tau or self.default_tau
+        return low, max(low, min(self.max_tau, DENSE_TAU))
+
+
+def operator_policy(vllm_config: VllmConfig) -> OperatorPolicy:
+    """Read and check the ``prunepath`` object of ``--additional-config``.
+
+    Raises:
+        ConfigError: an unknown key, bounds that leave nothing, a default outside them, prefill_tau with a model that
+            generates nothing, or a full_queue that is no number of requests.
+        TauError: a value that is no tau.
+    """
+    where = "additional_config.prunepath"
+    additional = vllm_config.additional_config
+    given: Any = additional.get("prunepath", {}) if isinstance(additional, dict) else {}
+    if not isinstance(given, dict):
+        raise ConfigError(f"{where}: expected an object, got {given!r}")
+    known = [one.name for one in fields(OperatorPolicy)]
+    if unknown := set(given) - set(known):
+        raise ConfigError(f"{where}: unknown key {min(unknown)!r}; expected one of {', '.join(known)}")
+    full_queue = given.get("full_queue", vllm_config.scheduler_config.max_num_seqs)
+    if isinstance(full_queue, bool) or not isinstance(full_queue, int) or full_queue < 1:
+        raise ConfigError(f"{where}.full_queue: expected a whole number of requests, at least 1, got {full_queue!r}")
+    named = given.get("default_tau_by_model", {})
+    if not isinstance(named, dict):
+        raise ConfigError(f"{where}.default_tau_by_model: expected an object of served names and taus, got {named!r}")
+    named = {name: parse_tau(value, f"{where}.default_tau_by_model.{name}") for name, value in named.items()}
+    taus = {
+        name: parse_tau(value, f"{where}.{name}")
+        for name, value in given.items()
+        if name not in ("full_queue", "default_tau_by_model")
+    }
+    defaults = {"default_tau": vllm_config.model_config.hf_config.prunepath.unset_tau}
+    policy = OperatorPolicy(full_queue=full_queue, default_tau_by_model=named, **{**defaults, **taus})
+    if policy.min_tau > policy.max_tau:
+        raise ConfigError(f"{where}.min_tau: {policy.min_tau} is above max_tau {policy.max_tau}")
+    source = "" if "default_tau" in given else " (the checkpoint's)"
+    all_defaults = {"default_tau": (policy.default_tau, source)}
+    all_defaults |= {f"default_tau_by_model.{name}": (tau, "") for name, tau in named.items()}
+    for key, (tau, source) in all_defaults.items():
+        if not policy.min_tau <= tau <= policy.max_tau:
+            raise ConfigError(
+                f"{where}.{key}: {tau}{source} is outside [{policy.min_tau}, {policy.max_tau}] (min_tau, max_tau); "
+                "expected one that requests may ask for"
+            )
+    if policy.prefill_tau is not None and vllm_config.model_config.runner_type == "pooling":
+        raise ConfigError(f"{where}.prefill_tau: this model is all prompt and generates nothing; expected it unset")
+    return policy
