@@ -165,6 +165,10 @@ class Family:
         """Linears whose outputs are neurons: gate (GLU families) and up."""
         return [name.format(layer) for name in (self.gate, self.up) if name is not None]
 
+    def dense_inputs(self, layer: int) -> list[str]:
+        """:meth:`inputs` as the dense model has them: one linear where it holds them merged, the gate's rows first."""
+        return self.inputs(layer) if self.merged is None else [self.merged.format(layer)]
+
     def output(self, layer: int) -> str:
         """The linear whose inputs are neurons."""
         return self.down.format(layer)

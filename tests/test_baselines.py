@@ -60,7 +60,7 @@ def test_wanda_prunes_every_feed_forward_linear_by_its_own_inputs(name):
     family, model = family_row(name), build_dense(name)
     before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
     linears = prune_model(model, family, LAYERS, tokens(), 0.5)
-    names = [linear for layer in range(LAYERS) for linear in (*family.inputs(layer), family.output(layer))]
+    names = [linear for layer in range(LAYERS) for linear in (*family.dense_inputs(layer), family.output(layer))]
     assert len(linears) == len(names)
     for key, tensor in model.state_dict().items():
         if key.removesuffix(".weight") not in names:

@@ -5,7 +5,7 @@ import json
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from tiny_models import FAMILY_NAMES, INTERMEDIATE, LAYERS, build_dense
+from tiny_models import FAMILY_NAMES, INTERMEDIATE, LAYERS, build_dense, split_gate_up
 
 from prunepath_vllm.config import PrunePathConfig, check_dense_shape
 from prunepath_vllm.errors import ConfigError
@@ -140,6 +140,11 @@ def test_unset_tau(changes, tau):
 def test_the_family_table_describes_the_dense_models(family):
     row, model = FAMILY[family], build_dense(family)
     config, shapes = model.config.to_dict(), {name: tuple(t.shape) for name, t in model.state_dict().items()}
+    if row.merged is not None:
+        shapes = {name: tuple(t.shape) for name, t in split_gate_up(model.state_dict()).items()}
+        assert {row.merged.format(layer) for layer in range(LAYERS)} <= {name for name, _ in model.named_modules()}
+    if row.gate is not None:
+        assert model.get_submodule(row.attention.format(0)) is model.model.layers[0].self_attn
     config["architectures"] = [type(model).__name__]
     assert family_of(config, converted=False) is row
     assert row.intermediate_size(config) == INTERMEDIATE

@@ -34,6 +34,7 @@ from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.entrypoints import cli
 from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
 from prunepath_vllm.families import FAMILIES
+from prunepath_vllm.training.adapter import neuron_order
 
 EXPERTS = INTERMEDIATE // 32
 TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs.\n" * 20
@@ -112,6 +113,10 @@ def test_converted_neurons_are_the_dense_ones_permuted(family, split, dense_chec
     row = next(row for row in FAMILIES if row.name == family)
     routers = {f"{row.router(layer)}.weight" for layer in range(LAYERS)}
     assert set(converted) == set(dense) | routers
+    if split == "random":
+        assert [o.tolist() for o in neuron_order(source, path)] == [
+            order(family, dense, converted, layer).tolist() for layer in range(LAYERS)
+        ]
     orders = []
     for layer in range(LAYERS):
         found = order(family, dense, converted, layer)

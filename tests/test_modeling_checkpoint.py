@@ -21,7 +21,7 @@ from transformers import (
 
 from prunepath_vllm.errors import CheckpointError, ConfigError
 from prunepath_vllm.families import FAMILIES
-from prunepath_vllm.modeling import prunepath_config_of, register_auto_classes
+from prunepath_vllm.modeling import modeling_glu, prunepath_config_of, register_auto_classes
 from prunepath_vllm.modeling.configuration_glu import PrunePathLlamaConfig
 from prunepath_vllm.modeling.modeling_glu import PrunePathLlamaForCausalLM
 from prunepath_vllm.modeling.modeling_utils import checkpoint_directory
@@ -246,13 +246,21 @@ def test_a_config_without_the_block_builds_no_model():
         PrunePathLlamaForCausalLM(PrunePathLlamaConfig(num_hidden_layers=1, hidden_size=64, intermediate_size=64))
 
 
-def test_registration_is_lazy():
-    code = """
+def test_registration_is_lazy_and_classes_made_from_rows_are_found_in_another_process():
+    made = [modeling_glu.PrunePathGemma3TextModel, PrunePathLlamaForCausalLM, PrunePathLlamaConfig]
+    code = f"""
 import sys
+import pickle
 import prunepath_vllm.modeling as modeling
-assert not {"torch", "transformers"} & set(sys.modules)
+assert not {{"torch", "transformers"}} & set(sys.modules)
 modeling.register_configs()
 assert not any(name.startswith("prunepath_vllm.modeling.modeling_") for name in sys.modules)
 assert "transformers.models.llama.modeling_llama" not in sys.modules
+for made, name in zip(pickle.loads({pickle.dumps(made)!r}), {[one.__name__ for one in made]!r}, strict=True):
+    assert made.__name__ == made.__qualname__ == name
+    assert getattr(sys.modules[made.__module__], name) is made
+    assert made.__doc__
 """
     subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+    with pytest.raises(AttributeError, match="PrunePathFalconForCausalLM"):
+        _ = modeling_glu.PrunePathFalconForCausalLM

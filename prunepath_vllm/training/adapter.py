@@ -75,10 +75,18 @@ def _neurons(path: Path, family: Family, layer: int) -> list[bytes]:
 
 
 def _read(path: Path, family: Family, name: str) -> Tensor:
-    """One tensor, by its name with the backbone's prefix: checkpoints of a bare backbone lack it."""
+    """One tensor, by its name in a converted checkpoint.
+
+    Checkpoints of a bare backbone lack its prefix, and dense ones may hold gate and up as one.
+    """
     tensors = read_tensor_index(path)
+    module, part, count = name.rpartition(".")[0], 0, 1
+    if family.merged is not None and name not in tensors:
+        layer = next(int(word) for word in module.split(".") if word.isdigit())
+        part, count = family.inputs(layer).index(module), 2
+        name = name.replace(module, family.merged.format(layer))
     ((_, tensor),) = stream_tensors(path, tensors, [name if name in tensors else name.removeprefix(family.base_prefix)])
-    return tensor
+    return tensor.chunk(count)[part]
 
 
 def save_adapter(

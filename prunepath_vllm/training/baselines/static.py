@@ -126,6 +126,10 @@ def save_experts(summary: CheckpointSummary, kept: Tensor, folder: Path) -> None
             tensor = tensor.index_select(dim, neurons[layer])
         if name not in dropped:
             tensors[name] = tensor.contiguous()
+    if family.merged is not None:
+        for layer in range(summary.num_layers):
+            parts = [tensors.pop(f"{name}.weight") for name in family.inputs(layer)]
+            tensors[f"{family.merged.format(layer)}.weight"] = torch.cat(parts)
     save_file(tensors, folder / WEIGHTS_FILE, metadata={"format": "pt"})
     config = {key: value for key, value in summary.config.items() if key != "prunepath_config"}
     config |= {

@@ -84,7 +84,7 @@ def prune_model(model: Any, family: Family, layers: int, tokens: Tensor, sparsit
     linears = []
     handles = []
     for layer in range(layers):
-        for name in (*family.inputs(layer), family.output(layer)):
+        for name in (*family.dense_inputs(layer), family.output(layer)):
             linear = model.get_submodule(name)
             linears.append(linear)
             handles.append(linear.register_forward_pre_hook(_Prune(sparsity, family)))
