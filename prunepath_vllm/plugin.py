@@ -6,7 +6,7 @@ Idempotent and lazy: model code is named, not imported; CUDA is not touched.
 from prunepath_vllm.errors import EngineVersionError
 from prunepath_vllm.families import FAMILIES
 
-TESTED_ENGINE = ((0, 32), (0, 33))
+TESTED_ENGINE = ((0, 32), (0, 34))
 """vLLM versions from the first (inclusive) to the second (exclusive)."""
 
 

@@ -247,7 +247,7 @@ def warm_up_like_a_gpu():
 
     def warm_up(worker):
         seven = np.array([7])
-        TokenTaus.of(worker.vllm_config).counts.begin_step(np.ones(1, np.float32), 0 * seven, seven, seven, ())
+        TokenTaus.of(worker.get_model()).counts.begin_step(np.ones(1, np.float32), 0 * seven, seven, seven, ())
         return original(worker)
 
     original, CPUWorker.compile_or_warm_up_model = CPUWorker.compile_or_warm_up_model, warm_up

@@ -25,12 +25,12 @@ from prunepath_vllm.errors import ConfigError, TauError
 from prunepath_vllm.model_executor.compat import (
     VLLMValidationError,
     create_error_response,
-    expect_parameters,
+    expect_loaded,
     wrap_once,
 )
 from prunepath_vllm.model_executor.engine_config import REPORT_KEY, Service
 from prunepath_vllm.model_executor.engine_core import extra_arguments, refuse_sessions, set_extra_arguments
-from prunepath_vllm.model_executor.load import expect_scheduler_stats, waiting_requests
+from prunepath_vllm.model_executor.load import waiting_requests
 from prunepath_vllm.tau import DENSE_TAU, PARAMETERS, is_adaptive, parse_tau_range, resolve_tau
 
 _http_knob: ContextVar[dict[str, Any] | None] = ContextVar("prunepath_http_knob", default=None)
@@ -66,12 +66,10 @@ def install_request_hooks() -> None:
     Raises:
         EngineVersionError: vLLM's front end has moved.
     """
-    expect_parameters(InputProcessor.process_inputs, "self", "request_id", "prompt", "params")
-    expect_scheduler_stats()
+    expect_loaded()
     wrap_once(InputProcessor, "process_inputs", _with_tau)
     # The API server imports its launcher before it reads any model's configuration; elsewhere there is no HTTP.
     if API_SERVER in sys.modules:
-        expect_parameters(sys.modules[API_SERVER].init_entrypoints_middleware, "args", "app")
         wrap_once(sys.modules[API_SERVER], "init_entrypoints_middleware", _with_middleware)
 
 
