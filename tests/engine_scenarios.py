@@ -75,7 +75,7 @@ def counter(llm, name):
 
 def decoder():
     """Mixed taus in one batch, the same alone, prefix-cache hits across taus, n > 1, and a default."""
-    llm = engine(enforce_eager=OPTIONS.get("eager", True))
+    llm = engine(enforce_eager=OPTIONS.get("eager", True), **OPTIONS.get("engine", {}))
     taus = [TAUS[i % len(TAUS)] for i in range(len(PROMPTS))]
     mixed = llm.generate(PROMPTS, [params(tau) for tau in taus], use_tqdm=False)
     llm.reset_prefix_cache()
@@ -91,6 +91,7 @@ def decoder():
         "shared_prefix": [row(output, tau) for output, tau in zip(shared, order, strict=True)],
         "n3": row(several, 0.5),
         "default": row(default, None),
+        "accepted": counter(llm, "vllm:spec_decode_num_accepted_tokens") if OPTIONS.get("engine") else 0,
     }
 
 
