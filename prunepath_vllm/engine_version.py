@@ -3,7 +3,7 @@
 from prunepath_vllm.errors import EngineVersionError
 from prunepath_vllm.version import __version__
 
-TESTED_ENGINE = ((0, 32), (0, 33))
+TESTED_ENGINE = ((0, 32), (0, 34))
 """vLLM versions from the first (inclusive) to the second (exclusive)."""
 
 

@@ -75,7 +75,7 @@ def counter(llm, name):
 
 def decoder():
     """Mixed taus in one batch, the same alone, prefix-cache hits across taus, n > 1, and a default."""
-    llm = engine(enforce_eager=OPTIONS.get("eager", True))
+    llm = engine(enforce_eager=OPTIONS.get("eager", True), **OPTIONS.get("engine", {}))
     taus = [TAUS[i % len(TAUS)] for i in range(len(PROMPTS))]
     mixed = llm.generate(PROMPTS, [params(tau) for tau in taus], use_tqdm=False)
     llm.reset_prefix_cache()
@@ -91,6 +91,7 @@ def decoder():
         "shared_prefix": [row(output, tau) for output, tau in zip(shared, order, strict=True)],
         "n3": row(several, 0.5),
         "default": row(default, None),
+        "accepted": counter(llm, "vllm:spec_decode_num_accepted_tokens") if OPTIONS.get("engine") else 0,
     }
 
 
@@ -270,7 +271,7 @@ def warm_up_like_a_gpu():
 
     def warm_up(worker):
         seven = np.array([7])
-        TokenTaus.of(worker.vllm_config).counts.begin_step(np.ones(1, np.float32), 0 * seven, seven, seven, ())
+        TokenTaus.of(worker.get_model()).counts.begin_step(np.ones(1, np.float32), 0 * seven, seven, seven, ())
         return original(worker)
 
     original, CPUWorker.compile_or_warm_up_model = CPUWorker.compile_or_warm_up_model, warm_up

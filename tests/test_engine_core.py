@@ -88,6 +88,13 @@ def test_a_prefill_tau_shares_prompts_and_separates_answers():
     assert not set(other_prefill.block_hashes) & set(one.block_hashes)
 
 
+@pytest.mark.parametrize(("start", "end", "marked"), [(16, 33, False), (32, 49, False), (32, 51, True), (48, 65, True)])
+def test_a_hash_that_looks_tokens_ahead_is_marked_where_it_covers_an_answer(start, end, marked):
+    """vLLM 0.33 may hash a block with the tokens after it; the prompt has 50 tokens."""
+    request = core(prefill_tau=1.0).take({"tau": 0.5})
+    assert engine_core.decode_block_key(request, start, end) == (("prunepath", "tau=0.5 from 50") if marked else None)
+
+
 @pytest.mark.parametrize("forged", [0.5, "x", None], ids=str)
 def test_nobody_else_writes_the_prefill_tau(forged):
     assert core().take({"prunepath_prefill_tau": forged}).sampling_params.extra_args == {"tau": 0.8}

@@ -57,7 +57,7 @@ def test_register_names_engine_models_without_importing_them():
     assert process.returncode == 0, process.stderr[-2000:]
 
 
-@pytest.mark.parametrize("version", ["0.31.2", "0.33.0", "1.0.0", "0.33.0rc1+cpu", "dev"])
+@pytest.mark.parametrize("version", ["0.31.2", "0.34.0", "1.0.0", "0.34.0rc1+cpu", "dev"])
 def test_untested_engine_is_refused_with_both_versions(monkeypatch, version):
     import vllm
 
@@ -68,10 +68,10 @@ def test_untested_engine_is_refused_with_both_versions(monkeypatch, version):
         with pytest.raises(EngineVersionError) as error:
             register()
         assert version in str(error.value)
-        assert "0.32" in str(error.value)
+        assert ">= 0.32, < 0.34" in str(error.value)
 
 
-@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu"])
+@pytest.mark.parametrize("version", ["0.32.0", "0.32.1", "0.32.0+cpu", "0.33.0", "0.33.1"])
 def test_tested_engines_are_accepted(monkeypatch, version):
     import vllm
 
@@ -84,8 +84,6 @@ def test_moved_internals_are_named(monkeypatch):
 
     with pytest.raises(EngineVersionError, match="nowhere"):
         compat.wrap_once(compat, "nowhere", lambda original: original)
-    with pytest.raises(EngineVersionError, match="run"):
-        compat.expect_parameters(run, "command")
 
 
 def test_an_engine_without_the_plugin_refuses_the_checkpoint(prunepath_checkpoint):

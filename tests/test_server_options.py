@@ -1,5 +1,6 @@
 """The operator's options without a server: what is refused, and how load picks a tau. test_server_policy.py has one."""
 
+import asyncio
 import re
 from types import SimpleNamespace
 
@@ -7,9 +8,12 @@ import pytest
 from vllm.v1.metrics.stats import SchedulerStats
 
 from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.entrypoints.server import batch
 from prunepath_vllm.entrypoints.server.knob import expect_served_names
 from prunepath_vllm.entrypoints.server.queue_length import QueueLength, waiting_requests
+from prunepath_vllm.entrypoints.server.report import Report
 from prunepath_vllm.errors import ConfigError, TauError
+from prunepath_vllm.model_executor import admission
 from prunepath_vllm.model_executor.operator_policy import OperatorPolicy
 from prunepath_vllm.model_executor.tau_resolution import TauResolver
 
@@ -78,6 +82,41 @@ def test_the_queue_is_what_the_schedulers_said_last():
 
 def test_without_statistics_nothing_is_known_to_wait():
     assert waiting_requests(SimpleNamespace(logger_manager=None)) == 0
+
+
+def test_a_report_adds_up_what_each_data_parallel_engine_counted():
+    """Two stages of two and one layers; of three engines the second ran none of the request's prompts."""
+    engines = [
+        [[([2, 4], 8), ([0, 0], 0)], [([8], 8), ([0], 0)]],  # by worker: of the prompt, and of the answer
+        [None, None],
+        [[([6, 0], 8), ([1, 2], 4)], [([8], 8), ([3], 4)]],
+    ]
+
+    async def call(method, *args):
+        assert (method, args) == ("collective_rpc", ("prunepath_report", None, ("it",), None))
+        return engines
+
+    report = Report(name="it", content={"tau": 0.5})
+    told = asyncio.run(report.complete(SimpleNamespace(engine_core=SimpleNamespace(call_utility_all_async=call))))
+    assert told["prompt_ffn_sparsity_by_layer"] == [0.5, 0.75, 0.0]
+    assert told["ffn_sparsity_by_layer"] == [0.75, 0.5, 0.25]
+    assert told["ffn_sparsity"] == 0.5
+
+
+@pytest.mark.parametrize("rest", [(), ("tracker",)], ids=["0.33", "0.32"])
+def test_a_batch_line_has_its_knob_under_either_release(rest):
+    seen = []
+
+    async def run_request(endpoint, request, *args):
+        seen.append((endpoint, request, args, admission._request_knob.get()))
+
+    line = SimpleNamespace(prunepath_body={"tau": 0.5})
+    token = batch._serving.set((resolver(), None))
+    try:
+        asyncio.run(batch._with_knob(run_request)("endpoint", line, *rest))
+    finally:
+        batch._serving.reset(token)
+    assert seen == [("endpoint", line, rest, {"tau": 0.5})]
 
 
 def test_a_default_for_a_name_that_is_not_served_stops_the_server():

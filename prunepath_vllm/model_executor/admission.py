@@ -16,7 +16,7 @@ from weakref import WeakKeyDictionary
 from vllm.v1.engine.input_processor import InputProcessor
 
 from prunepath_vllm.errors import TauError
-from prunepath_vllm.model_executor.compat import VLLMValidationError, expect_parameters, wrap_once
+from prunepath_vllm.model_executor.compat import VLLMValidationError, expect_loaded, wrap_once
 from prunepath_vllm.model_executor.engine_core import extra_arguments, refuse_sessions, set_extra_arguments
 from prunepath_vllm.model_executor.tau_resolution import TauResolver
 from prunepath_vllm.tau import PARAMETERS
@@ -46,7 +46,7 @@ def install_in_input_processor() -> None:
     Raises:
         EngineVersionError: vLLM's front end has moved.
     """
-    expect_parameters(InputProcessor.process_inputs, "self", "request_id", "prompt", "params")
+    expect_loaded()
     wrap_once(InputProcessor, "process_inputs", _with_tau)
 
 

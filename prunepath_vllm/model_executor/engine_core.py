@@ -16,7 +16,7 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from prunepath_vllm.errors import UnsupportedFeatureError
-from prunepath_vllm.model_executor.compat import expect_parameters, wrap_once
+from prunepath_vllm.model_executor.compat import expect_module, wrap_once
 from prunepath_vllm.model_executor.tau_resolution import TauResolver
 from prunepath_vllm.tau import DENSE_TAU, PARAMETERS
 
@@ -37,11 +37,12 @@ def install_in_engine_core() -> None:
         EngineVersionError: the engine core has moved.
     """
     if core := sys.modules.get(_CORE):
-        expect_parameters(core.EngineCore.preprocess_add_request, "self", "request")
+        expect_module(_CORE, core)
         wrap_once(core.EngineCore, "preprocess_add_request", _with_settled_tau)
-    for module in filter(None, map(sys.modules.get, _HASHING)):
-        expect_parameters(module.generate_block_hash_extra_keys, "request", "start_token_idx", "end_token_idx")
-        wrap_once(module, "generate_block_hash_extra_keys", _with_decode_tau)
+    for name in _HASHING:
+        if module := sys.modules.get(name):
+            expect_module(name, module)
+            wrap_once(module, "generate_block_hash_extra_keys", _with_decode_tau)
 
 
 def extra_arguments(params: Any) -> dict[str, Any]:

@@ -3,7 +3,7 @@
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from torch import Tensor
+from torch import Tensor, nn
 from vllm.v1.worker.gpu.model_states.default import DefaultModelState
 from vllm.v1.worker.gpu.model_states.encoder_only import EncoderOnlyModelState
 
@@ -16,9 +16,9 @@ _ModelState: Any = DefaultModelState if TYPE_CHECKING else object
 class _TauStateMixin(_ModelState):
     """What both model states add to vLLM's."""
 
-    def __init__(self, vllm_config: VllmConfig, *args: Any, **kwargs: Any) -> None:
-        super().__init__(vllm_config, *args, **kwargs)
-        self.token_taus = TokenTaus.of(vllm_config)
+    def __init__(self, vllm_config: VllmConfig, model: nn.Module, *args: Any, **kwargs: Any) -> None:
+        super().__init__(vllm_config, model, *args, **kwargs)
+        self.token_taus = TokenTaus.of(model)
         self.slot_taus = np.ones(self.max_num_reqs, dtype=np.float32)
         self.slot_prompt_lens = np.zeros(self.max_num_reqs, dtype=np.int64)
         self.slot_reports: dict[int, str] = {}

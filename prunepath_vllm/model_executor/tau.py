@@ -7,6 +7,7 @@ call :meth:`TokenTaus.fill` right before the forward, also before the replay of 
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
+from weakref import WeakValueDictionary
 
 import numpy as np
 import torch
@@ -21,11 +22,12 @@ from prunepath_vllm.model_executor.operator_policy import operator_policy
 from prunepath_vllm.model_executor.tau_resolution import TauResolver
 from prunepath_vllm.tau import DENSE_TAU
 
-_CONTEXT_KEY = "prunepath.token_taus"
+_of_configs: WeakValueDictionary[int, "TokenTaus"] = WeakValueDictionary()
+"""By the id of the VllmConfig that each was made for and holds; where a layer that is being built finds its model's."""
 
 
 class TokenTaus:
-    """The step's taus, one per token; the tensor every routed layer of the model reads.
+    """The step's taus, one per token; the tensor every routed layer of the model reads. The model owns it.
 
     Attributes:
         values: float32 [max_num_batched_tokens] on the model's device.
@@ -35,6 +37,7 @@ class TokenTaus:
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
+        self.vllm_config = vllm_config
         self.prunepath: PrunePathConfig = vllm_config.model_config.hf_config.prunepath
         self.resolver = TauResolver(self.prunepath, operator_policy(vllm_config))
         self.prefill_tau = self.resolver.policy.prefill_tau
@@ -45,14 +48,21 @@ class TokenTaus:
         self.counts = ExpertCounts(self.prunepath, num_layers, max_tokens)
         self.dense_step = torch.ones((), dtype=torch.bool, device="cpu")
         self.spec = layer_spec(vllm_config)
+        _of_configs[id(vllm_config)] = self
 
     @classmethod
-    def of(cls, vllm_config: VllmConfig) -> "TokenTaus":
-        """The one instance of the model being built or run under `vllm_config`."""
-        context = vllm_config.compilation_config.static_forward_context
-        if _CONTEXT_KEY not in context:
-            context[_CONTEXT_KEY] = cls(vllm_config)
-        return context[_CONTEXT_KEY]
+    def being_built(cls, vllm_config: VllmConfig) -> "TokenTaus":
+        """The one of the model last begun under `vllm_config`, for its layers: they are built before it is whole.
+
+        Raises:
+            KeyError: none was begun, or it is gone.
+        """
+        return _of_configs[id(vllm_config)]
+
+    @classmethod
+    def of(cls, model: Any) -> "TokenTaus":
+        """The one of a whole model, as vLLM's runners and workers hand it out (``get_model()``)."""
+        return model.token_taus
 
     def resolve(self, sampling_params: Any, pooling_params: Any) -> float:
         """A request's tau, which the engine core has settled; the default of vLLM's own warm-up requests.
@@ -159,7 +169,7 @@ class _V1RunnerTaus:
 
     def __init__(self, runner: Any) -> None:
         self.runner = runner
-        self.token_taus = TokenTaus.of(runner.vllm_config)
+        self.token_taus = TokenTaus.of(runner.get_model())
         self.resolved: dict[str, tuple[Any, float, str | None]] = {}
 
     def before_forward(self, positions: Tensor) -> None:
@@ -168,9 +178,9 @@ class _V1RunnerTaus:
         known = [self._resolve(req_id) for req_id in req_ids]
         taus = np.array([tau for _, tau, _ in known], dtype=np.float32)
         reports = [name for _, _, name in known]
-        query_start_loc = self.runner.query_start_loc.gpu[: len(req_ids) + 1]
-        device_taus = async_tensor_h2d(taus, device=query_start_loc.device)
-        slots = torch.arange(len(req_ids), dtype=torch.int32, device=query_start_loc.device)
+        starts = self.runner.query_start_loc.gpu[: len(req_ids) + 1]
+        device_taus = async_tensor_h2d(taus, device=starts.device)
+        slots = torch.arange(len(req_ids), dtype=torch.int32, device=starts.device)
         dense_step, prompt_lens = self.token_taus.plan(
             taus,
             batch.num_computed_tokens_cpu[: len(req_ids)],
@@ -181,7 +191,7 @@ class _V1RunnerTaus:
         self.token_taus.fill(
             device_taus,
             slots,
-            query_start_loc,
+            starts,
             positions,
             positions.shape[-1],
             dense_step=dense_step,

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.worker.worker_base import WorkerBase
 
+from prunepath_vllm.model_executor.compat import expect_loaded
 from prunepath_vllm.model_executor.layers.routed_ffn import compile_kernels
 from prunepath_vllm.model_executor.tau import TokenTaus, attach_to_v1_runner
 
@@ -17,11 +18,13 @@ class PrunePathWorkerMixin(_Worker):
     def init_device(self) -> None:
         """Build the model runner, then hook its forward."""
         super().init_device()
+        expect_loaded()  # the runner's modules are there now
         attach_to_v1_runner(self)
 
     def compile_or_warm_up_model(self) -> Any:
         """Compile what vLLM's warm-up leaves out, warm up, then count from 0."""
-        token_taus = TokenTaus.of(self.vllm_config)
+        expect_loaded()  # and the model's
+        token_taus = TokenTaus.of(self.get_model())
         # First: vLLM's warm-up ends by watching for kernels compiled later.
         token_taus.compile_kernels()
         compile_kernels(self.get_model(), len(token_taus.values))
@@ -40,7 +43,7 @@ class PrunePathWorkerMixin(_Worker):
         model: Any = self.model_runner.get_model()
         path = weights_path or self.vllm_config.model_config.model
         if weights_iterator is None and (weights_path is not None or os.path.isdir(path)):
-            model.expect_reloadable(path, TokenTaus.of(self.vllm_config).prunepath)
+            model.expect_reloadable(path, TokenTaus.of(self.get_model()).prunepath)
             model.forget_router_biases()
         super().reload_weights(
             weights_iterator=weights_iterator, weights_path=weights_path, is_checkpoint_format=is_checkpoint_format
@@ -49,8 +52,8 @@ class PrunePathWorkerMixin(_Worker):
 
     def prunepath_report(self, name: str) -> list[tuple[list[int], int]] | None:
         """See :meth:`ExpertCounts.take_report`."""
-        return TokenTaus.of(self.vllm_config).counts.take_report(name)
+        return TokenTaus.of(self.get_model()).counts.take_report(name)
 
     def prunepath_publish(self) -> None:
         """See :meth:`ExpertCounts.publish`."""
-        TokenTaus.of(self.vllm_config).counts.publish()
+        TokenTaus.of(self.get_model()).counts.publish()

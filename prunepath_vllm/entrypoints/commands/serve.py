@@ -60,11 +60,11 @@ def run(args: argparse.Namespace) -> int:
 def _end_streams() -> None:
     """When the server stops, cut the streams that the engine has not finished.
 
-    vLLM 0.32 ends the engine and then waits, for ever, for their connections to close.
+    vLLM ends the engine and then waits, for ever, for their connections to close.
     """
     from vllm.entrypoints.cli import serve
 
-    from prunepath_vllm.model_executor.compat import expect_parameters
+    from prunepath_vllm.model_executor.compat import expect_module
 
-    expect_parameters(serve.run_server, "args", "uvicorn_kwargs")
+    expect_module("vllm.entrypoints.cli.serve", serve)
     serve.run_server = functools.partial(serve.run_server, timeout_graceful_shutdown=CUT_SECONDS)

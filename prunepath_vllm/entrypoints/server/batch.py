@@ -20,7 +20,7 @@ from prunepath_vllm.entrypoints.server.knob import (
 )
 from prunepath_vllm.entrypoints.server.report import FIELD, Report, asks_for_report, report_to
 from prunepath_vllm.errors import TauError
-from prunepath_vllm.model_executor.compat import expect_parameters, wrap_once
+from prunepath_vllm.model_executor.compat import expect_module, wrap_once
 from prunepath_vllm.model_executor.tau_resolution import TauResolver
 
 RUNNER = "vllm.entrypoints.launchers.run_batch"
@@ -39,15 +39,13 @@ def install_in_batch_runner() -> None:
         EngineVersionError: the runner has moved inside.
     """
     main = sys.modules.get("__main__")
-    runner = main if getattr(getattr(main, "__spec__", None), "name", None) == RUNNER else sys.modules.get(RUNNER)
-    if runner is None:
+    launcher = main if getattr(getattr(main, "__spec__", None), "name", None) == RUNNER else sys.modules.get(RUNNER)
+    if launcher is None:
         return
-    expect_parameters(runner.run_batch, "engine_client", "args")
-    expect_parameters(runner.BatchRequestInput.model_validate_json, "json_data")
-    expect_parameters(runner.run_request, "serving_engine_func", "request", "tracker")
-    wrap_once(runner, "run_batch", _with_resolver)
-    wrap_once(runner.BatchRequestInput, "model_validate_json", _with_written_body)
-    wrap_once(runner, "run_request", _with_knob)
+    expect_module(RUNNER, launcher)
+    wrap_once(launcher, "run_batch", _with_resolver)
+    wrap_once(launcher.BatchRequestInput, "model_validate_json", _with_written_body)
+    wrap_once(launcher, "run_request", _with_knob)
 
 
 def _with_resolver(run_batch: Callable[..., Any]) -> Callable[..., Any]:
@@ -84,17 +82,17 @@ def _with_written_body(model_validate_json: Callable[..., Any]) -> Callable[...,
 
 def _with_knob(run_request: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run_request)
-    async def wrapped(serving_engine_func: Any, request: Any, tracker: Any, *args: Any, **kwargs: Any) -> Any:
+    async def wrapped(serving_engine_func: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
         serving, body = _serving.get(), getattr(request, _BODY, None)
         if serving is None or body is None:
-            return await run_request(serving_engine_func, request, tracker, *args, **kwargs)
+            return await run_request(serving_engine_func, request, *args, **kwargs)
         resolver, engine = serving
         try:
             knob, report = settled_knob(body, resolver, engine), Report() if asks_for_report(body) else None
         except TauError as error:
-            return await run_request(functools.partial(_refuse, error), request, tracker, *args, **kwargs)
+            return await run_request(functools.partial(_refuse, error), request, *args, **kwargs)
         with request_knob(knob), report_to(report):
-            output = await run_request(serving_engine_func, request, tracker, *args, **kwargs)
+            output = await run_request(serving_engine_func, request, *args, **kwargs)
         if report and output.response is not None and output.response.body is not None:
             setattr(output.response.body, FIELD, await report.complete(engine))
         return output

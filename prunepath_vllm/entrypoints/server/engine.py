@@ -7,7 +7,7 @@ from typing import Any
 
 from starlette.middleware import Middleware
 
-from prunepath_vllm.model_executor.compat import VllmConfig, expect_parameters, wrap_once
+from prunepath_vllm.model_executor.compat import VllmConfig, expect_loaded, wrap_once
 from prunepath_vllm.model_executor.engine_config import PrunePathEngineConfig
 
 API_SERVER = "vllm.entrypoints.launchers.app"
@@ -24,17 +24,15 @@ class ServedEngineConfig(PrunePathEngineConfig):
         # Not at the top: the plugin loads this module in every process, the front end has its own.
         from prunepath_vllm.entrypoints.server.batch import install_in_batch_runner
         from prunepath_vllm.entrypoints.server.metrics import count_request
-        from prunepath_vllm.entrypoints.server.queue_length import expect_scheduler_stats
         from prunepath_vllm.entrypoints.server.report import fill_report
         from prunepath_vllm.model_executor.admission import observe_admissions
 
-        expect_scheduler_stats()
+        expect_loaded()
         observe_admissions(count_request)
         observe_admissions(fill_report)
         install_in_batch_runner()
         # The API server imports its launcher before it reads any model's configuration; elsewhere there is no HTTP.
         if app := sys.modules.get(API_SERVER):
-            expect_parameters(app.init_entrypoints_middleware, "args", "app")
             wrap_once(app, "init_entrypoints_middleware", _with_middleware)
 
 

@@ -6,8 +6,6 @@ from vllm.logger import init_logger
 from vllm.v1.metrics.loggers import AggregateStatLoggerBase, StatLoggerManager
 from vllm.v1.metrics.stats import SchedulerStats
 
-from prunepath_vllm.model_executor.compat import expect_parameters
-
 logger = init_logger("vllm.prunepath")
 
 
@@ -36,16 +34,6 @@ class QueueLength(AggregateStatLoggerBase):
     def mean(self) -> float:
         """Requests waiting per engine; there are several under data parallelism."""
         return sum(self.waiting.values()) / max(1, len(self.waiting))
-
-
-def expect_scheduler_stats() -> None:
-    """Refuse an engine whose statistics are told in another way.
-
-    Raises:
-        EngineVersionError: they are.
-    """
-    expect_parameters(StatLoggerManager.record, "self", "scheduler_stats", "iteration_stats")
-    expect_parameters(SchedulerStats, "num_running_reqs", "num_waiting_reqs", "num_skipped_waiting_reqs")
 
 
 def waiting_requests(engine: Any) -> float:

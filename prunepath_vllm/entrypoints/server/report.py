@@ -65,18 +65,29 @@ class Report:
 
     async def _count(self, engine: Any) -> None:
         try:
-            counts = await engine.collective_rpc("prunepath_report", args=(self.name,))
+            # Not engine.collective_rpc: of several data-parallel engines it brings the first one's answer alone.
+            call = ("collective_rpc", "prunepath_report", None, (self.name,), None)
+            engines = await engine.engine_core.call_utility_all_async(*call)
         except Exception as error:  # the answer itself is there, and worth more than its report
             logger.warning("No count for a report: %s", error)
-            counts = []
+            engines = []
         for name in _COUNTED:
             self.content[name] = self.content[f"{name}_by_layer"] = None
-        # A pipeline's stages each speak for their layers.
-        for name, stages in zip(_COUNTED, zip(*filter(None, counts), strict=True), strict=False):
-            if stages[0][1]:
-                layers = [1 - active / possible for counted, possible in stages for active in counted]
+        # A pipeline's stages each speak for their layers; engines that ran none of the request's prompts say nothing.
+        told = [stages for workers in engines if (stages := list(filter(None, workers)))]
+        for part, name in enumerate(_COUNTED):
+            layers = [layer for stage in zip(*told, strict=True) for layer in _sparsities([one[part] for one in stage])]
+            if layers:
                 self.content[name] = sum(layers) / len(layers)
                 self.content[f"{name}_by_layer"] = [round(sparsity, 4) for sparsity in layers]
+
+
+def _sparsities(counts: list[tuple[list[int], int]]) -> list[float]:
+    """By layer of a stage, from what each engine counted: active experts by layer, and those there were. [] of none."""
+    possible = sum(one for _, one in counts)
+    return (
+        [1 - sum(layer) / possible for layer in zip(*(active for active, _ in counts), strict=True)] if possible else []
+    )
 
 
 _report: ContextVar[Report | None] = ContextVar("prunepath_report", default=None)

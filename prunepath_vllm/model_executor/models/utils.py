@@ -23,7 +23,16 @@ _BUILT_IN = ("num_experts", "expert_size", "selection", "threshold", "gate", "de
 
 
 class PrunePathModelMixin(_Model):
-    """Weight loading and the V2 model state; comes before vLLM's model class in the bases."""
+    """Taus, weight loading and the V2 model state; comes before vLLM's model class in the bases.
+
+    Attributes:
+        token_taus: what the model's routed layers read. Not in the engine's ``static_forward_context``, whose values
+            vLLM takes for layers of its own.
+    """
+
+    def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
+        self.token_taus = TokenTaus(vllm_config)  # before the layers; nn.Module's own __init__ leaves it
+        super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def get_model_state_cls(self) -> type:
         """The V2 runner asks the model for its state."""
@@ -100,7 +109,7 @@ def build_routed_ffn(vllm_config: VllmConfig, layer: int) -> tuple[RoutedFFN, Ex
     """The routed layer and the router of one feed-forward block; `layer` counts through the whole model."""
     config = vllm_config.model_config.hf_config
     prunepath: PrunePathConfig = config.prunepath
-    taus = TokenTaus.of(vllm_config)
+    taus = TokenTaus.being_built(vllm_config)
     active_counts, experts_read = taus.counts.buffers(layer)
     step = StepState(taus.values, taus.dense_step, active_counts, experts_read, taus.counts.dense_runs)
     return RoutedFFN(taus.spec, step), ExpertRouter(config.hidden_size, prunepath)
