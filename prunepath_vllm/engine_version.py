@@ -14,15 +14,25 @@ def check_engine_version() -> None:
         EngineVersionError: names the installed version and the tested range.
     """
     import vllm
+
+    expect_tested(vllm.__version__)
+
+
+def expect_tested(engine: str) -> None:
+    """Refuse a version of vLLM that is outside the tested range.
+
+    Raises:
+        EngineVersionError: names it and the range.
+    """
     from packaging.version import InvalidVersion, Version
 
     first, end = (".".join(map(str, bound)) for bound in TESTED_ENGINE)
     try:
-        supported = Version(first) <= Version(Version(vllm.__version__).base_version) < Version(end)
+        supported = Version(first) <= Version(Version(engine).base_version) < Version(end)
     except InvalidVersion:
         supported = False
     if not supported:
         raise EngineVersionError(
-            f"prunepath-vllm {__version__} was tested with vLLM >= {first}, < {end}; vLLM {vllm.__version__} is "
-            "installed. Nothing was registered"
+            f"prunepath-vllm {__version__} was tested with vLLM >= {first}, < {end}; vLLM {engine} is installed. "
+            "Nothing was registered"
         )

@@ -11,7 +11,7 @@ TORCH=2.13.0
 engine=cpu
 if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then engine=cuda; fi
 
-stamp=$VENV/.prunepath-$(cat requirements/"$engine".txt pyproject.toml setup.py scripts/install.sh | sha256sum | cut -c1-16)
+stamp=$VENV/.prunepath-$(cat requirements/"$engine".txt pyproject.toml setup.py scripts/install.sh prunepath_vllm/kernels/native/*.{cpp,h,py} | sha256sum | cut -c1-16)
 if [ -e "$stamp" ]; then
     echo "install: .venv is up to date ($engine)"
     exit 0

@@ -48,6 +48,22 @@ def test_help_without_anything_installed(line):
     assert told.stderr == ""
 
 
+def test_check_reads_what_is_installed_without_importing_it():
+    told = run(command("check", then=f"assert not {HEAVY - {'yaml'}!r} & set(sys.modules), sys.modules.keys()"))
+    assert told.returncode == 0, told.stdout + told.stderr
+    facts = dict(line.split(maxsplit=1) for line in told.stdout.splitlines() if line)
+    assert facts["engine"].startswith("vLLM 0.32")
+    assert facts["kernels"] == "native"
+    assert facts["serving:"].startswith("all that it needs is installed")
+
+
+def test_check_knows_the_name_of_the_native_kernel():
+    from prunepath_vllm.entrypoints.commands import check
+    from prunepath_vllm.kernels.native.build import LIBRARY
+
+    assert f'"{LIBRARY}"' in Path(check.__file__).read_text()
+
+
 def test_check_without_anything_installed_says_what_is_missing():
     told = run(command("check"), bare=True)
     assert told.returncode == 1

@@ -44,6 +44,7 @@ PUBLIC = {
     "vllm.engine.arg_utils": ("EngineArgs",),
     "vllm.envs": ("VLLM_USE_RUST_FRONTEND",),
     "vllm.exceptions": ("VLLMValidationError",),
+    "vllm.inputs": ("TokensPrompt",),
     "vllm.logger": ("init_logger",),
     "vllm.platforms": ("current_platform",),
 }

@@ -1,4 +1,7 @@
-"""``prunepath check``: versions, engine, GPU and kernels; what works here and what does not, for a bug report too."""
+"""``prunepath check``: versions, engine, GPU and kernels; what works here and what does not, for a bug report too.
+
+What is installed is read without importing any of it, in well under a second; ``--try`` starts what serving needs.
+"""
 
 import argparse
 import json
@@ -8,9 +11,11 @@ from collections.abc import Callable, Sequence
 from importlib import resources
 from importlib.metadata import PackageNotFoundError, distribution, version
 from importlib.util import find_spec
+from pathlib import Path
 
 from prunepath_vllm import plugin
 from prunepath_vllm.engine_environment import require_engine
+from prunepath_vllm.engine_version import expect_tested
 from prunepath_vllm.errors import PrunePathError
 from prunepath_vllm.families import FAMILIES
 from prunepath_vllm.version import __version__
@@ -33,12 +38,13 @@ def add_parser(
     parser = subparsers.add_parser(
         "check", parents=parents, help="what works on this machine and what does not; paste it into a bug report"
     )
+    parser.add_argument("--try", dest="tried", action="store_true", help="import the engine, too: half a minute")
     parser.add_argument("--json", action="store_true", help="the same facts as JSON")
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print one line per fact, those that take an import of torch or vLLM last; exit 1 where serving cannot work."""
+    """Print one line per fact, those that take an import last; exit 1 where serving cannot work."""
     facts: dict[str, str] = {}
 
     def tell(name: str, value: str) -> None:
@@ -53,16 +59,23 @@ def run(args: argparse.Namespace) -> int:
     tell("system", _system())
     tell("environment", _environment())
     missing = [name for name in _REQUIRED if facts[name] == _ABSENT]
-    tell("device", _tried(_device, missing))
-    tell("kernels", _tried(_kernels, missing))
-    engine, serves = _engine(missing)
+    if args.tried:
+        tell("device", _tried(_device, missing))
+        tell("kernels", _tried(_kernels, missing))
+        engine, serves = _engine(missing)
+    else:
+        gpus = _gpus()
+        tell("device", ", ".join(gpus) or f"CPU only, {len(os.sched_getaffinity(0))} cores")
+        tell("kernels", _triton_table(gpus[0]) if gpus else _native_kernel())
+        engine, serves = _installed_engine(missing)
     tell("engine", engine)
     if serves:
         tell("architectures", ", ".join(family.name for family in FAMILIES))
     if args.json:
         print(json.dumps({**facts, "serving": serves}, indent=2))
     else:
-        print(f"\nserving: {'works here' if serves else 'does not work here'}")
+        works = "works here" if args.tried else "all that it needs is installed; `prunepath check --try` starts it"
+        print(f"\nserving: {works if serves else 'does not work here'}")
     return 0 if serves else 1
 
 
@@ -108,6 +121,28 @@ def _environment() -> str:
         if name.startswith(_SETTINGS)
     }
     return " ".join(f"{name}={value}" for name, value in shown.items()) or "nothing that concerns the engine"
+
+
+def _gpus() -> list[str]:
+    """Names of NVIDIA GPUs, as their driver tells them in /proc."""
+    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    models = [line for file in files for line in file.read_text().splitlines() if line.startswith("Model:")]
+    return [line.removeprefix("Model:").strip() for line in models]
+
+
+def _installed_engine(missing: Sequence[str]) -> tuple[str, bool]:
+    """What engine is installed, and whether this package would serve with it, by what is on disk."""
+    if missing:
+        return f"{', '.join(missing)} not installed: neither conversion nor serving works", False
+    if find_spec("vllm") is None:
+        return "vLLM is not installed: conversion, training and transformers work, serving does not", False
+    try:
+        require_engine()
+        found = version("vllm")
+        expect_tested(found)
+    except Exception as error:
+        return _reason(error), False
+    return f"vLLM {found}, finds the plugin", True
 
 
 def _engine(missing: Sequence[str]) -> tuple[str, bool]:
@@ -156,12 +191,24 @@ def _kernels() -> str:
     import torch
 
     if not torch.cuda.is_available():
-        return "PyTorch on the CPU (the Triton kernels need a CUDA GPU)"
+        from prunepath_vllm.kernels import native
+
+        return f"native ({', '.join(native.isas())})" if native.isas() else _native_kernel()
+    return _triton_table(torch.cuda.get_device_name())
+
+
+def _native_kernel() -> str:
+    """Whether the CPU's kernel was built at installation."""
+    if (resources.files("prunepath_vllm") / "kernels" / "native" / "libprunepath_cpu.so").is_file():
+        return "native"
+    return "PyTorch: the native kernel was not built, expect no speed-up (a C++ compiler, then install again)"
+
+
+def _triton_table(gpu: str) -> str:
+    """What the Triton kernels know of a GPU."""
     if find_spec("triton") is None:
         return "PyTorch: Triton is not installed, expect no speed-up"
-    from prunepath_vllm.kernels.ffn import table_name
-
-    table = resources.files("prunepath_vllm.kernels") / "configs" / table_name(torch.cuda.get_device_name())
+    table = resources.files("prunepath_vllm") / "kernels" / "configs" / f"{gpu.lower().replace(' ', '_')}.json"
     if not table.is_file():
         return "Triton, no table shipped for this GPU (see `prunepath bench tune`)"
     return f"Triton, tuned for {', '.join(json.loads(table.read_text()))}"
