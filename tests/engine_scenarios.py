@@ -161,12 +161,11 @@ def families():
         for kind, checkpoint in checkpoints.items():
             CHECKPOINT = checkpoint
             llm = engine(enforce_eager=True)
-            taus = TAUS if kind == "sparse" else (1.0,)
-            many = [taus[i % len(taus)] for i in range(len(PROMPTS))]
-            mixed = llm.generate(PROMPTS, [params(tau) for tau in many], use_tqdm=False)
+            taus = [TAUS[i % len(TAUS)] for i in range(len(PROMPTS))] if kind == "sparse" else []
+            mixed = llm.generate(PROMPTS[: len(taus)], [params(tau) for tau in taus], use_tqdm=False)
             full = llm.generate(PROMPTS, [params(1.0) for _ in PROMPTS], use_tqdm=False)
             found[name][kind] = {
-                "mixed": [row(output, tau) for output, tau in zip(mixed, many, strict=True)],
+                "mixed": [row(output, tau) for output, tau in zip(mixed, taus, strict=True)],
                 "tau 1": [list(output.outputs[0].token_ids) for output in full],
             }
             llm.llm_engine.engine_core.shutdown()

@@ -102,7 +102,7 @@ VARIANTS: dict[str, dict[str, list[dict[str, Any]]]] = {
     | {"attn_logit_softcapping": [dict(attn_logit_softcapping=None), dict(attn_logit_softcapping=50.0)]},
     "gemma3_text": {field: values for field, values in GEMMA.items() if field != "dtype"}
     | {
-        "layer_types": [dict(layer_types=["full_attention"] * LAYERS), dict(sliding_window_pattern=2)],
+        "layer_types": [dict(layer_types=["full_attention"] * LAYERS), dict(sliding_window_pattern=3)],
         "rope_parameters": [
             dict(rope_parameters=dict(full_attention=LINEAR, sliding_attention=dict(rope_type="default"))),
             dict(rope_parameters=dict(sliding_attention=dict(rope_type="default", rope_theta=100.0))),
@@ -248,7 +248,7 @@ REFUSED = [
     ("gemma2", "layer_types", dict(sliding_window=None)),
     ("gemma2", "layer_types", dict(layer_types=["chunked_attention"] * LAYERS)),
     ("gemma2", "dtype", dict(dtype="float16")),
-    ("gemma3_text", "rope_parameters.rope_type", dict(rope_parameters=LINEAR)),
+    ("gemma3_text", "rope_parameters.factor", dict(rope_parameters=LINEAR)),
     (
         "gemma3_text",
         "rope_parameters.full_attention.rope_type",

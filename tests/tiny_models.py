@@ -53,7 +53,11 @@ GLU_MODELS: dict[str, tuple[Any, Any, dict[str, Any]]] = {
         ),
     ),
     "gemma2": (Gemma2Config, Gemma2ForCausalLM, dict(attn_logit_softcapping=5.0, **_GEMMA)),
-    "gemma3_text": (Gemma3TextConfig, Gemma3ForCausalLM, dict(final_logit_softcapping=20.0, **_GEMMA)),
+    "gemma3_text": (
+        Gemma3TextConfig,
+        Gemma3ForCausalLM,
+        dict(final_logit_softcapping=20.0, sliding_window_pattern=2, **_GEMMA),
+    ),
 }
 """Configuration, model, and what a tiny one differs in; one line more for a family that is a row of families.py."""
 

@@ -30,7 +30,7 @@ class PrunePathConfigMixin:
             for one in (rope, *rope.values()):  # Gemma 3 has one for each kind of layer
                 if isinstance(one, dict) and isinstance(one.get("factor"), int):
                     one["factor"] = float(one["factor"])  # vLLM's linear scaling takes a whole number for a list
-        if "sliding_attention" not in (vars(self).get("layer_types") or ("sliding_attention",)):
+        if vars(self).get("use_sliding_window") and "sliding_attention" not in vars(self).get("layer_types", ()):
             self.sliding_window = None  # vLLM takes it for the window of every layer
         if self.prunepath_config is not None:
             block = PrunePathConfig.parse(self.prunepath_config)
