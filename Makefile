@@ -5,7 +5,7 @@ DEMO := .cache/SmolLM2-135M-Instruct-PrunePath
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
-.PHONY: install serve demo test lint format clean
+.PHONY: install serve demo test test-gpu lint format clean
 
 install:
 	@bash scripts/install.sh
@@ -20,6 +20,9 @@ serve: demo
 test: install
 	@$(BIN)/python scripts/demo.py --fetch-only
 	$(BIN)/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+
+test-gpu: install
+	$(BIN)/python -m pytest -m gpu -n 6 --dist load -rA --durations=10
 
 lint: install
 	$(BIN)/ruff check .

@@ -26,13 +26,14 @@ pytestmark = [
 ]
 
 VARIANTS = {
+    "qwen3": {},
     "llama": {},
     "qwen2": dict(gate="sigmoid", router_bias=True),
     "gpt2": dict(dense_positions=3, expert_size=16),
 }
 
 
-@pytest.mark.parametrize("family", ENGINE_FAMILY_NAMES)
+@pytest.mark.parametrize("family", [*ENGINE_FAMILY_NAMES, "qwen3"])
 def test_mixed_taus_under_cuda_graphs_equal_the_naive_model(prunepath_checkpoint, family):
     checkpoint = prunepath_checkpoint(family, default_tau=0.6, **VARIANTS[family])
     result = run_engine("decoder", checkpoint, "cuda", eager=False)
