@@ -149,11 +149,11 @@ def test_every_expert_size_on_every_path(num_tokens, size):
             x, taus, layer.router, layer.weights, spec, tuning=Tuning(((1, start_choice(spec, num_tokens, path)),))
         )
         assert within(y), (path, errors(y).mean().item(), errors(y).max().item())
-    # The tolerance tells when the first token's neuron of median contribution is left out.
+    # The tolerance tells when a neuron of the first token is left out whose contribution is about the mean.
     gate, up = (x[0].float() @ layer.weights.w_in.float().t()).chunk(2)
     each = (F.silu(gate) * up * gates[0].repeat_interleave(size)).abs() * layer.weights.w_out_t.float().norm(dim=1)
     used = each.nonzero().squeeze(1)
-    middle = used[each[used].argsort()[len(used) // 2]]
+    middle = used[each[used].argsort()[len(used) * 3 // 4]]
     less = replace(layer.weights, w_out_t=layer.weights.w_out_t.clone())
     less.w_out_t[middle] = 0
     assert not within(layer_output(x, gates, less, spec))

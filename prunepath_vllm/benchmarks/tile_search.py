@@ -236,7 +236,7 @@ class Bench:
 
         alike: correlation of two tokens, and so of their router logits.
         """
-        gen = torch.Generator("cuda").manual_seed(num_tokens)
+        gen = torch.Generator("cuda").manual_seed(1 << 20 | num_tokens)  # no layer's seed: tokens would be its rows
         active = max(1, round(share * self.spec.num_experts))
 
         def rand(*sizes: int) -> Tensor:
