@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from tiny_models import FAMILY_NAMES, build_tokenizer
+from tiny_models import ENGINE_FAMILY_NAMES, FAMILY_NAMES, build_tokenizer
 from torch._dynamo.testing import CompileCounterWithBackend
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
@@ -337,7 +337,7 @@ def one_step(checkpoint, family, *, compiled, rank=None, checkpointing=False):
 
 
 @pytest.mark.parametrize("options", [{}, dict(rank=4), dict(checkpointing=True)], ids=str)
-@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("family", [*ENGINE_FAMILY_NAMES, "roberta"])
 def test_layers_compile_whole_and_once(prunepath_checkpoint, family, options):
     checkpoint = prunepath_checkpoint(family, dense_positions=1)
     loss, norms, _ = one_step(checkpoint, family, compiled=False, **options)
