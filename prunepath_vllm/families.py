@@ -67,6 +67,11 @@ class Family:
     """Positions count from pad_token_id + 1, so that the table's first rows are no position of any token."""
 
     @property
+    def dense_options(self) -> dict[str, str]:
+        """Arguments of ``from_pretrained`` with which the dense model computes what its configuration says."""
+        return {"attn_implementation": "eager"} if self.caps_attention else {}
+
+    @property
     def model_type(self) -> str:
         """``model_type`` of a converted checkpoint; foreign to an engine without the plugin."""
         return f"prunepath_{self.name}"

@@ -28,7 +28,8 @@ def family_row(name):
 
 def load_dense(path, family):
     auto = AutoModelForSequenceClassification if family == "roberta" else AutoModelForCausalLM
-    return auto.from_pretrained(path).eval()
+    (row,) = (row for row in FAMILIES if row.name == family)
+    return auto.from_pretrained(path, **row.dense_options).eval()
 
 
 @pytest.fixture(scope="module")

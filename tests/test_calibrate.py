@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny_models import CAUSAL_FAMILY_NAMES, FAMILY_NAMES, build_dense, save_prunepath
+from tiny_models import ENGINE_FAMILY_NAMES, FAMILY_NAMES, build_dense, save_prunepath
 from transformers import AutoTokenizer
 
 import prunepath_vllm
@@ -306,7 +306,7 @@ def test_command(tmp_path, text, capsys):
     assert main(["calibrate", str(path), "--text", str(tmp_path / "no.txt")]) == 2
 
 
-@pytest.mark.parametrize("family", CAUSAL_FAMILY_NAMES)
+@pytest.mark.parametrize("family", [*ENGINE_FAMILY_NAMES, "gemma2"])
 def test_eval_perplexity_is_the_dense_models_at_tau_1(family, calibrated, text, tmp_path, capsys):
     path, dense, output = calibrated(family), tmp_path / "dense", tmp_path / "out.json"
     model = build_dense(family)

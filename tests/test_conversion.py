@@ -334,7 +334,7 @@ def test_destination_in_use_is_refused_and_an_empty_one_taken(llama, tmp_path):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"model_type": "mistral", "architectures": ["MistralForCausalLM"]}, ["mistral", "llama"]),
+        ({"model_type": "opt", "architectures": ["OPTForCausalLM"]}, ["opt", "llama"]),
         ({"architectures": ["LlamaModel"]}, ["LlamaModel", "LlamaForCausalLM"]),
         ({"hidden_act": "relu2"}, ["hidden_act", "relu2", "silu"]),
         ({"quantization_config": {"quant_method": "awq"}}, ["quantization_config", "awq"]),

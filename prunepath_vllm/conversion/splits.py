@@ -95,7 +95,8 @@ def _coactivation(
         length=min(COACTIVATION_CONTEXT, family.positions(config) or COACTIVATION_CONTEXT),
         max_tokens=COACTIVATION_TOKENS,
     )
-    model = getattr(transformers, family.auto_class).from_pretrained(source, dtype="auto").to(device).eval()
+    auto_class = getattr(transformers, family.auto_class)
+    model = auto_class.from_pretrained(source, dtype="auto", **family.dense_options).to(device).eval()
     orders: list[Tensor] = []
     progress = tqdm(total=family.num_layers(config), desc="grouping neurons (coactivation)", unit="layer")
 

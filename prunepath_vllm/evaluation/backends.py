@@ -123,7 +123,8 @@ class TransformersBackend:
             import transformers
 
             auto_class = getattr(transformers, checkpoint.family.auto_class)
-            self.model: Any = auto_class.from_pretrained(checkpoint.path, dtype="auto").eval().to(device)
+            options = checkpoint.family.dense_options
+            self.model: Any = auto_class.from_pretrained(checkpoint.path, dtype="auto", **options).eval().to(device)
         else:
             self.model = load_model(checkpoint.summary, device)
 

@@ -51,7 +51,8 @@ def prune_with_wanda(
     config = read_config(src)
     family = family_of(config, converted=False)
     tokens = calibration_sequences(src, text, sequences)
-    model = getattr(transformers, family.auto_class).from_pretrained(src, dtype="auto").eval().to(device)
+    auto_class = getattr(transformers, family.auto_class)
+    model = auto_class.from_pretrained(src, dtype="auto", **family.dense_options).eval().to(device)
     dtype = model.dtype
     model = compute_dtype(model)
     linears = prune_model(model, family, family.num_layers(config), tokens, sparsity)
