@@ -268,10 +268,10 @@ def warm_up_like_a_gpu():
 
     from prunepath_vllm.model_executor.tau import TokenTaus
 
-    def warm_up(worker):
+    def warm_up(self):
         seven = np.array([7])
-        TokenTaus.of(worker.get_model()).counts.begin_step(np.ones(1, np.float32), 0 * seven, seven, seven, ())
-        return original(worker)
+        TokenTaus.of(self.get_model()).counts.begin_step(np.ones(1, np.float32), 0 * seven, seven, seven, ())
+        return original(self)
 
     original, CPUWorker.compile_or_warm_up_model = CPUWorker.compile_or_warm_up_model, warm_up
 
