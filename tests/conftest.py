@@ -14,6 +14,7 @@ import pytest
 from tiny_models import save_dense, save_prunepath
 
 SLOWEST = (
+    "test_kernels_interpreted.py",
     "test_server_policy.py",
     "test_engine.py",
     "test_bench_engine.py",
@@ -28,7 +29,6 @@ SLOWEST = (
     "test_eval_reference.py",
     "test_real_model.py",
     "test_examples.py",
-    "test_kernels_interpreted.py",
     "test_kernels_compiled.py",
     "test_cli.py",
     "test_training.py",

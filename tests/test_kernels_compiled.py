@@ -11,6 +11,7 @@ import pytest
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 
 
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("capability", [80, 90], ids=["sm80", "sm90"])
 def test_kernels_compile_without_spills(capability, tmp_path):
     file = Path(__file__).with_name("compiled_kernels.py")

@@ -5,7 +5,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 
+
+@pytest.mark.timeout(2400)
 def test_kernels_under_the_interpreter():
     file = Path(__file__).with_name("interpreted_kernels.py")
     done = subprocess.run(
