@@ -147,12 +147,10 @@ def _installed_engine(missing: Sequence[str]) -> tuple[str, bool]:
 
 def _engine(missing: Sequence[str]) -> tuple[str, bool]:
     """What the engine is, and whether all that ``prunepath serve`` needs of it is there: tried, not looked up."""
-    if missing:
-        return f"{', '.join(missing)} not installed: neither conversion nor serving works", False
-    if find_spec("vllm") is None:
-        return "vLLM is not installed: conversion, training and transformers work, serving does not", False
+    told, installed = _installed_engine(missing)
+    if not installed:
+        return told, False
     try:
-        require_engine()
         import vllm
         from vllm.platforms import current_platform
 
