@@ -127,7 +127,8 @@ def tau_for_sparsity(tau_curve: Sequence[tuple[float, float]], sparsity: float) 
     if upper in (0, len(points)):
         return _dense_as_workers_see_it(points[0 if upper == 0 else -1][1])
     (s0, tau0), (s1, tau1) = points[upper - 1], points[upper]
-    return _dense_as_workers_see_it(tau0 + (tau1 - tau0) * ((sparsity - s0) / (s1 - s0)))
+    between = tau0 + (tau1 - tau0) * ((sparsity - s0) / (s1 - s0))
+    return _dense_as_workers_see_it(max(between, tau1))  # rounding may pass the end by a bit
 
 
 def level_curve(measured: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:

@@ -11,7 +11,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 from tiny_models import save_dense, save_prunepath
+
+settings.register_profile("repeatable", derandomize=True)
+settings.register_profile("explore", max_examples=5000)
+settings.load_profile("repeatable")  # the same code gets the same verdict; --hypothesis-profile=explore looks further
 
 SLOWEST = (
     "test_kernels_interpreted.py",
