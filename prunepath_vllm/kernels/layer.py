@@ -164,12 +164,15 @@ class Weights:
         b_in: [F] or [2 F], or None.
         w_out_t: [F, H], the second linear transposed: expert e is the rows [e D, (e + 1) D).
         b_out: [H], or None. Added once, never gated.
+        w_up: [F, H] where the rows that follow the gate's are a tensor of their own, w_in being the gate's; else None.
+            The native kernel alone takes it.
     """
 
     w_in: Tensor
     b_in: Tensor | None
     w_out_t: Tensor
     b_out: Tensor | None
+    w_up: Tensor | None = None
 
 
 @dataclass(frozen=True)

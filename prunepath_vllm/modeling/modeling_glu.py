@@ -13,6 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prunepath_vllm.families import FAMILIES, Family
+from prunepath_vllm.modeling.inference import routed_ffn
 from prunepath_vllm.modeling.modeling_utils import ROUTING_OUTPUTS, Instead, RoutedCausalLM, RoutedDecoder
 from prunepath_vllm.modeling.routing import Router
 
@@ -35,11 +36,16 @@ class RoutedGLU(nn.Module):
         self.gate_proj = nn.Linear(hidden, neurons, bias=bias)
         self.up_proj = nn.Linear(hidden, neurons, bias=bias)
         self.down_proj = nn.Linear(neurons, hidden, bias=bias)
-        self.act_fn = ACT2FN[activation]
+        self.activation, self.act_fn = activation, ACT2FN[activation]
         self.router = Router(hidden, config.prunepath, bias=router_bias)
 
-    def forward(self, x: Tensor, tau: Tensor) -> Tensor:
-        """x [B, S, H] and tau float32 [B, S] to [B, S, H]."""
+    def forward(self, x: Tensor, tau: Tensor, *, native: bool = False) -> Tensor:
+        """x [B, S, H] and tau float32 [B, S] to [B, S, H]; by the CPU kernel where `native` allows and it pays."""
+        if native:
+            inputs = [self.gate_proj, self.up_proj]
+            y = routed_ffn(x, tau, self.router, inputs, self.down_proj, self.activation)
+            if y is not None:
+                return y
         neurons = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
         return self.down_proj(self.router.scale(x, neurons, tau))
 
@@ -55,11 +61,13 @@ class RoutedDecoderLayer(GradientCheckpointingLayer):
         activation = self.family.activation(vars(config))
         self.mlp = RoutedGLU(config, activation, router_bias=router_bias)
 
-    def forward(self, hidden_states: Tensor, *, tau: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, hidden_states: Tensor, *, tau: Tensor, native: bool = False, **kwargs: Any) -> Tensor:
         """Hidden states [B, S, H] and tau float32 [B, S] to [B, S, H]; the rest is for attention."""
         # The dense forward as it is, norms and multipliers of the family included, for a layer whose mlp knows its tau.
         mlp = self.mlp
-        return self.dense_class.forward(Instead(self, mlp=lambda x: mlp(x, tau)), hidden_states, **kwargs)
+        return self.dense_class.forward(
+            Instead(self, mlp=lambda x: mlp(x, tau, native=native)), hidden_states, **kwargs
+        )
 
 
 class RoutedGLUModel(RoutedDecoder):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block, GPT2LMHeadModel, GPT2Model
 
 from prunepath_vllm.modeling.configuration_gpt2 import PrunePathGPT2Config
+from prunepath_vllm.modeling.inference import routed_ffn
 from prunepath_vllm.modeling.modeling_utils import ROUTING_OUTPUTS, RoutedCausalLM, RoutedDecoder
 from prunepath_vllm.modeling.routing import Router
 
@@ -16,9 +17,14 @@ class PrunePathGPT2MLP(GPT2MLP):
     def __init__(self, config: PrunePathGPT2Config, *, router_bias: bool) -> None:
         super().__init__(config.prunepath.intermediate_size, config)
         self.router = Router(config.hidden_size, config.prunepath, bias=router_bias)
+        self.activation = config.activation_function
 
-    def forward(self, x: Tensor, tau: Tensor) -> Tensor:
-        """x [B, S, H] and tau float32 [B, S] to [B, S, H]."""
+    def forward(self, x: Tensor, tau: Tensor, *, native: bool = False) -> Tensor:
+        """x [B, S, H] and tau float32 [B, S] to [B, S, H]; by the CPU kernel where `native` allows and it pays."""
+        if native:
+            y = routed_ffn(x, tau, self.router, [self.c_fc], self.c_proj, self.activation)
+            if y is not None:
+                return y
         neurons = self.act(self.c_fc(x))
         return self.dropout(self.c_proj(self.router.scale(x, neurons, tau)))
 
@@ -37,6 +43,7 @@ class PrunePathGPT2Block(GPT2Block):
         attention_mask: Tensor | None = None,
         *_cross_attention: None,
         tau: Tensor,
+        native: bool = False,
         encoder_attention_mask: None = None,
         **kwargs: Any,
     ) -> Tensor:
@@ -45,7 +52,7 @@ class PrunePathGPT2Block(GPT2Block):
             self.ln_1(hidden_states), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
         )
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.ln_2(hidden_states), tau)
+        return hidden_states + self.mlp(self.ln_2(hidden_states), tau, native=native)
 
 
 class PrunePathGPT2Model(RoutedDecoder, GPT2Model):

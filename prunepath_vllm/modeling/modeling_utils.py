@@ -18,6 +18,7 @@ from prunepath_vllm.checkpoint import check_finite, validate_checkpoint
 from prunepath_vllm.errors import CheckpointError, UnsupportedFeatureError, UsageError
 from prunepath_vllm.families import FAMILIES
 from prunepath_vllm.kernels import reference
+from prunepath_vllm.modeling.inference import in_inference
 from prunepath_vllm.modeling.routing import Router, Tau, parse_taus, token_taus
 
 ROUTING_OUTPUTS = {"router_logits": OutputRecorder(Router, index=1), "active_experts": OutputRecorder(Router, index=2)}
@@ -154,8 +155,12 @@ class RoutedDecoder(RoutedBackbone):
         if position_ids is None:
             past = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = torch.arange(past, past + tokens.shape[1], device=tokens.device).unsqueeze(0)
+        recorded = any(
+            kwargs.get(f"output_{name}", getattr(self.config, f"output_{name}", False)) for name in ROUTING_OUTPUTS
+        )
         return self.routed_forward(
             tau=tau,
+            native=in_inference(tokens.device) and not recorded and not self.training,
             positions=position_ids,
             batch_size=tokens.shape[0],
             input_ids=input_ids,

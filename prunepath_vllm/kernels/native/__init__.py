@@ -21,7 +21,7 @@ ISA_VARIABLE = "PRUNEPATH_CPU_ISA"
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
 _ACTIVATIONS = {Activation.SILU: 0, Activation.GELU: 1, Activation.GELU_TANH: 2, Activation.RELU: 3}
-_POINTERS = "x router_input tau y router_weight router_down router_bias w_in w_out b_in b_out scale_in scale_out"
+_POINTERS = "x router_input tau y router_weight router_down router_bias w_in w_up w_out b_in b_out scale_in scale_out"
 
 
 class _Arguments(ctypes.Structure):
@@ -136,7 +136,11 @@ class RoutedFFN:
         rank = router.weight.shape[1] if router.down is not None else 0
         stored = (torch.int8,) if weights.w_out_t.dtype == torch.int8 else (spec.dtype,)
         _check("second linear, transposed", weights.w_out_t, (spec.neurons, hidden), stored)
-        _check("first linear", weights.w_in, (spec.input_rows, hidden), stored)
+        if weights.w_up is None:
+            _check("first linear", weights.w_in, (spec.input_rows, hidden), stored)
+        else:
+            _check("first linear's gate", weights.w_in, (spec.neurons, hidden), stored)
+            _check("first linear's other half", weights.w_up, (spec.neurons, hidden), stored)
         _check("router weight", router.weight, (experts, rank or hidden), DTYPES)
         optional = {
             "router_down": (router.down, (rank, hidden), DTYPES),
@@ -152,6 +156,7 @@ class RoutedFFN:
             router_weight=router.weight.data_ptr(),
             router_weight_type=_TYPES[router.weight.dtype],
             w_in=weights.w_in.data_ptr(),
+            w_up=(weights.w_in[spec.neurons :] if weights.w_up is None else weights.w_up).data_ptr(),
             w_out=weights.w_out_t.data_ptr(),
             weight_type=_TYPES[weights.w_in.dtype],
             hidden=hidden,
@@ -221,7 +226,7 @@ def ready(router: RouterWeights, weights: Weights, spec: LayerSpec) -> RoutedFFN
 
     It is found again by where the tensors lie and what they are, which is all that it knows of them.
     """
-    tensors = (router.weight, router.bias, router.down, weights.w_in, weights.b_in, weights.w_out_t, weights.b_out)
+    tensors = (router.weight, router.bias, router.down, *vars(weights).values())
     key = (spec, *((one.data_ptr(), one.dtype) for one in tensors if one is not None))
     layer = _made.get(key)
     if layer is None:

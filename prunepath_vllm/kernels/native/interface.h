@@ -16,7 +16,8 @@ struct Arguments {
     const void* router_weight; // [E, H], or [E, rank]
     const void* router_down;   // [rank, H] or null
     const void* router_bias;   // [E] or null
-    const void* w_in;          // [2 F, H], gate rows first, if glu; else [F, H]
+    const void* w_in;          // [F, H]; with glu the gate's rows
+    const void* w_up;          // [F, H] if glu
     const void* w_out;         // [F, H]
     const void* b_in;          // [2 F] or [F], or null
     const void* b_out;         // [H] or null

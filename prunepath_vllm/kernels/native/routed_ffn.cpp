@@ -245,8 +245,8 @@ void first_linear(const Tile& s, int worker) {
         Group &g = groups[building], &waiting = groups[1 - building];
         for (int half = 0; half <= a.glu; half++)
             for (int i = 0; i < g.size; i++)
-                g.rows[half * g.size + i] = (const char*)a.w_in + (half * a.experts * a.expert_size + g.neuron[i]) *
-                                                                      a.hidden * s.weights.element_bytes;
+                g.rows[half * g.size + i] =
+                    (const char*)(half ? a.w_up : a.w_in) + g.neuron[i] * a.hidden * s.weights.element_bytes;
         if (waiting.size) compute(s, waiting, g);
         waiting.size = 0;
         building = 1 - building;
