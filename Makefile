@@ -1,7 +1,8 @@
 # Two commands: `make serve` and `make test`. Both may be run again; what exists is not redone.
 VENV := .venv
 BIN := $(VENV)/bin
-DEMO := .cache/SmolLM2-135M-Instruct-PrunePath
+# What `make serve` serves: smollm2 (in minutes), or qwen2.5-coder-1.5b (1.1 GB to fetch, then a quarter of an hour).
+MODEL ?= smollm2
 HOST ?= 127.0.0.1
 PORT ?= 8000
 
@@ -11,11 +12,12 @@ install:
 	@bash scripts/install.sh
 
 demo: install
-	@$(BIN)/python scripts/demo.py
+	@$(BIN)/python scripts/demo.py --model $(MODEL)
 
 serve: demo
-	@$(BIN)/python scripts/demo.py --hints $(HOST) $(PORT)
-	@$(BIN)/prunepath serve $(DEMO) --host $(HOST) --port $(PORT) --served-model-name smollm2 --max-model-len 2048
+	@$(BIN)/python scripts/demo.py --model $(MODEL) --hints $(HOST) $(PORT)
+	@$(BIN)/prunepath serve $$($(BIN)/python scripts/demo.py --model $(MODEL) --checkpoint) --host $(HOST) --port $(PORT) \
+	    --served-model-name $(MODEL) --max-model-len 2048
 
 test: install
 	@$(BIN)/python scripts/demo.py --fetch-only
