@@ -3,6 +3,7 @@
 docs/calibration.md has the measurements. Shapes: N tokens, H hidden size, E experts, D neurons per expert, F = E * D.
 """
 
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from prunepath_vllm.errors import UsageError
 from prunepath_vllm.families import Family
 from prunepath_vllm.files import check_writable
 from prunepath_vllm.kernels import reference
+from prunepath_vllm.kernels.cpu import has_fast_product
 from prunepath_vllm.tau import level_curve
 
 MAX_TOKENS = 8192
@@ -97,7 +99,7 @@ def calibrate(
     )
     check_writable(summary.path)
 
-    model = load_model(summary, device)
+    model = _in_a_fast_dtype(load_model(summary, device))
     factor = _output_factor(model, summary)
     held_out = max(1, len(sequences) // HELD_OUT_SHARE)
     skip = positions_to_skip(summary.family, dense_positions)
@@ -178,6 +180,15 @@ def load_model(summary: CheckpointSummary, device: str) -> PreTrainedModel:
     register_auto_classes()
     model = getattr(transformers, summary.family.auto_class).from_pretrained(summary.path, dtype="auto")
     return model.requires_grad_(False).eval().to(device)
+
+
+def _in_a_fast_dtype(model: PreTrainedModel) -> PreTrainedModel:
+    """The model in float32 on a CPU that is slow in its dtype, if that takes at most half of the memory."""
+    if model.device.type == "cpu" and not has_fast_product(model.dtype):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if 4 * model.num_parameters() <= memory / 2:
+            return model.float()
+    return model
 
 
 def _output_factor(model: PreTrainedModel, summary: CheckpointSummary) -> float:

@@ -64,16 +64,13 @@ def routed_ffn(
         if gather:
             touched = active.any(dim=0).nonzero().squeeze(-1)
             if touched.numel() < GATHER_BELOW * spec.num_experts:
-                if counters.read is not None:
-                    counters.read.add_(touched.numel())
+                counters.add_reads(touched.numel(), spec.num_experts)
                 if touched.numel() == 0:  # threshold selection may choose nothing
                     return _add_bias(torch.zeros_like(x), weights.b_out)
                 return _add_bias(_gathered(x, scale, touched, weights, spec), weights.b_out)
     elif counters.active is not None:
         counters.active.add_(spec.num_experts)
-    if counters.read is not None:
-        counters.read.add_(spec.num_experts)
-
+    counters.add_reads(spec.num_experts, spec.num_experts)
     h = _neurons(F.linear(x, weights.w_in, weights.b_in), spec)
     if scale is not None:
         h = scale_neurons(h, scale)
@@ -85,9 +82,14 @@ def native_tokens(dtype: torch.dtype) -> float:
     """Tokens up to which layers of a dtype take the native kernel here; 0 where it cannot be used."""
     if native.unavailable():
         return 0
-    product = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
-    fast = product is None or (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, product)())
-    return NATIVE_TOKENS if fast else float("inf")
+    return NATIVE_TOKENS if has_fast_product(dtype) else float("inf")
+
+
+@functools.cache
+def has_fast_product(dtype: torch.dtype) -> bool:
+    """Whether this processor multiplies matrices of a dtype as fast as float32; several times slower if not."""
+    supported = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}.get(dtype)
+    return supported is None or (torch.backends.mkldnn.is_available() and getattr(torch.ops.mkldnn, supported)())
 
 
 def _gathered(x: Tensor, scale: Tensor, experts: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:

@@ -183,10 +183,19 @@ class Counters:
         active: int32 [T]; each token's number of active experts.
         read: int32 or int64 [1]; the number of experts whose weights were read: those that some token uses, or all
             where a dense product computes them.
+        full: int64 scalar or [1]; calls on a CPU that read every expert.
     """
 
     active: Tensor | None = None
     read: Tensor | None = None
+    full: Tensor | None = None
+
+    def add_reads(self, experts: int, num_experts: int) -> None:
+        """Count a call that read the weights of `experts` of E."""
+        if self.read is not None:
+            self.read.add_(experts)
+        if self.full is not None and experts == num_experts:
+            self.full.add_(1)
 
 
 NO_COUNTERS = Counters()

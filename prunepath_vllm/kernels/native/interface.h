@@ -25,6 +25,7 @@ struct Arguments {
     const float* scale_out;    // [F] or null: the same for w_out
     int32_t* active_counts;    // [T] or null, added to
     void* experts_read;        // [1] or null, added to
+    int64_t* full_reads;       // [1] or null, 1 added if every expert was read
     int64_t tokens, hidden, experts, expert_size, rank;
     int32_t x_type, router_input_type, router_weight_type, router_down_type, router_bias_type;
     int32_t weight_type, b_in_type, b_out_type;

@@ -460,9 +460,10 @@ int routed_ffn(const Arguments& a) {
         }
         GOMP_parallel(run, &s, available > wanted ? available : wanted, 0);
     }
+    int64_t count = 0;
+    for (int64_t e = 0; e < a.experts; e++) count += s.read[e];
+    if (a.full_reads && count == a.experts) ++*a.full_reads;
     if (a.experts_read) {
-        int64_t count = 0;
-        for (int64_t e = 0; e < a.experts; e++) count += s.read[e];
         if (a.experts_read_bytes == 8)
             *(int64_t*)a.experts_read += count;
         else

@@ -4,7 +4,8 @@ Shapes: T tokens, H hidden size, E experts, D neurons per expert on this rank, F
 """
 
 import functools
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
 from typing import Any, cast
 
 import torch
@@ -23,7 +24,7 @@ from prunepath_vllm.activations import ACTIVATIONS
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import UnsupportedFeatureError
 from prunepath_vllm.families import family_of
-from prunepath_vllm.kernels import cpu
+from prunepath_vllm.kernels import cpu, native
 from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, RoutingRule, Weights
 from prunepath_vllm.model_executor.compat import VllmConfig
 
@@ -176,15 +177,15 @@ def _routed_ffn_op(
     weights: list[torch.Tensor | None],
     spec: str,
 ) -> torch.Tensor:
+    # The counters are not declared as mutated: no graph reads them, and functionalisation would copy them around every
+    # layer.
+    if x.is_cpu and x.shape[0] <= cpu.native_tokens(x.dtype):
+        return _native_layer(step, router, weights, spec)(x)
     state = StepState(*step)
-    # Not declared as mutated: no graph reads the counters, and functionalisation would copy them around every layer.
     counters = Counters(state.active_counts[: x.shape[0]], state.experts_read)
     layer = x, state.tau[: x.shape[0]], RouterWeights(*router), Weights(*cast(Any, weights)), LayerSpec.decode(spec)
-    if x.device.type == "cpu":
-        before = int(state.experts_read)
-        y = cpu.routed_ffn(*layer, counters=counters)
-        state.dense_runs.add_(int(state.experts_read) - before == layer[-1].num_experts)
-        return y
+    if x.is_cpu:
+        return cpu.routed_ffn(*layer, counters=replace(counters, full=state.dense_runs))
     kernels = triton_kernels()
     if kernels is None:
         return cpu.routed_ffn(*layer, gather=False, counters=counters)
@@ -192,6 +193,25 @@ def _routed_ffn_op(
     host_dense = bool(state.dense_step) and not torch.cuda.is_current_stream_capturing()
     tuning = kernels.load_tuning(torch.cuda.get_device_name(x.device), layer[-1])
     return kernels.routed_ffn(*layer, tuning=tuning, counters=counters, host_dense=host_dense)
+
+
+_native_layers: dict[tuple, Callable[[Tensor], Tensor]] = {}
+
+
+def _native_layer(
+    step: list[Tensor], router: list[Tensor], weights: list[Tensor | None], spec: str
+) -> Callable[[Tensor], Tensor]:
+    """The CPU kernel on one layer's tensors. It is found by where they lie: a compiled graph hands over tensors alone.
+
+    Making it anew, with its checks, would take as long as a small model's layer.
+    """
+    key = (spec, len(step[0]), *[0 if one is None else one.data_ptr() for one in (*step, *router, *weights)])
+    if (call := _native_layers.get(key)) is None:
+        state = StepState(*step)
+        layer = native.RoutedFFN(RouterWeights(*router), Weights(*cast(Any, weights)), LayerSpec.decode(spec))
+        counters = Counters(state.active_counts, state.experts_read, state.dense_runs)
+        call = _native_layers[key] = layer.on_buffers(state.tau, counters)
+    return call
 
 
 @functools.cache
