@@ -100,12 +100,8 @@ def _expect(reach: Reach, module: ModuleType) -> None:
             raise moved(f"{what}.{min(missing)}")
 
 
-def wrap_once(
-    owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]], mark: str = "_prunepath"
-) -> None:
+def wrap_once(owner: Any, name: str, wrapper: Callable[[Callable[..., Any]], Callable[..., Any]]) -> None:
     """Replace ``owner.name`` by ``wrapper(original)``, the first time only.
-
-    A second wrapper around the first has a `mark` of its own, and ``functools.wraps`` to keep the first one's.
 
     Raises:
         EngineVersionError: the attribute is gone.
@@ -113,10 +109,10 @@ def wrap_once(
     original = getattr(owner, name, None)
     if original is None:
         raise moved(f"{getattr(owner, '__name__', owner)}.{name}")
-    if getattr(original, mark, False):
+    if hasattr(original, "_prunepath"):
         return
-    replacement = wrapper(original)
-    setattr(replacement, mark, True)
+    replacement: Any = wrapper(original)
+    replacement._prunepath = True
     setattr(owner, name, replacement)
 
 

@@ -541,14 +541,7 @@ REACHES = (
         keywords=("device",),
     ),
     # Benchmarks
-    Reach(
-        "vllm.benchmarks.latency",
-        "main",
-        "the loop that `bench latency` times",
-        _BENCHMARK,
-        parameters=("args",),
-    ),
-    Reach("vllm.benchmarks.latency", "add_cli_args", "its flags", _BENCHMARK, parameters=("parser",)),
+    Reach("vllm.benchmarks.latency", "add_cli_args", "flags of `bench latency`", _BENCHMARK, parameters=("parser",)),
     Reach("vllm.benchmarks.serve", "main", "what `bench serve` runs", _BENCHMARK, parameters=("args",)),
     Reach("vllm.benchmarks.serve", "add_cli_args", "flags of `bench serve`", _BENCHMARK, parameters=("parser",)),
 )
