@@ -38,14 +38,14 @@ class RoutedGLU(nn.Module):
         self.act_fn = ACT2FN[activation]
         self.router = Router(hidden, config.prunepath, bias=router_bias)
 
-    def forward(self, x: Tensor, tau: Tensor) -> Tensor:
-        """x [B, S, H] and tau float32 [B, S] to [B, S, H]."""
+    def forward(self, x: Tensor, tau: Tensor, router_input: Tensor | None = None) -> Tensor:
+        """x [B, S, H] and tau float32 [B, S] to [B, S, H]; the router reads `router_input`, or else x."""
         neurons = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(self.router.scale(x, neurons, tau))
+        return self.down_proj(self.router.scale(x if router_input is None else router_input, neurons, tau))
 
 
 class RoutedDecoderLayer(GradientCheckpointingLayer):
-    """A decoder layer that hands tau to its feed-forward layer alone. Put it before the dense class."""
+    """A decoder layer that hands its feed-forward layer tau and what its router reads. Before the dense class."""
 
     family: Family
     dense_class: Any
@@ -54,12 +54,22 @@ class RoutedDecoderLayer(GradientCheckpointingLayer):
         super().__init__(config, layer_idx)
         activation = self.family.activation(vars(config))
         self.mlp = RoutedGLU(config, activation, router_bias=router_bias)
+        self.routes_by_attention = config.prunepath.router.input == "attention"
 
     def forward(self, hidden_states: Tensor, *, tau: Tensor, **kwargs: Any) -> Tensor:
         """Hidden states [B, S, H] and tau float32 [B, S] to [B, S, H]; the rest is for attention."""
         # The dense forward as it is, norms and multipliers of the family included, for a layer whose mlp knows its tau.
-        mlp = self.mlp
-        return self.dense_class.forward(Instead(self, mlp=lambda x: mlp(x, tau)), hidden_states, **kwargs)
+        mlp, attention = self.mlp, self.self_attn
+        router_input: Tensor | None = None
+
+        def attend(hidden_states: Tensor, **options: Any) -> Any:
+            nonlocal router_input
+            router_input = hidden_states
+            return attention(hidden_states=hidden_states, **options)
+
+        seen = {"self_attn": attend} if self.routes_by_attention else {}
+        instead = Instead(self, mlp=lambda x: mlp(x, tau, router_input), **seen)
+        return self.dense_class.forward(instead, hidden_states, **kwargs)
 
 
 class RoutedGLUModel(RoutedDecoder):

@@ -17,10 +17,10 @@ class PrunePathGPT2MLP(GPT2MLP):
         super().__init__(config.prunepath.intermediate_size, config)
         self.router = Router(config.hidden_size, config.prunepath, bias=router_bias)
 
-    def forward(self, x: Tensor, tau: Tensor) -> Tensor:
-        """x [B, S, H] and tau float32 [B, S] to [B, S, H]."""
+    def forward(self, x: Tensor, tau: Tensor, router_input: Tensor | None = None) -> Tensor:
+        """x [B, S, H] and tau float32 [B, S] to [B, S, H]; the router reads `router_input`, or else x."""
         neurons = self.act(self.c_fc(x))
-        return self.dropout(self.c_proj(self.router.scale(x, neurons, tau)))
+        return self.dropout(self.c_proj(self.router.scale(x if router_input is None else router_input, neurons, tau)))
 
 
 class PrunePathGPT2Block(GPT2Block):
@@ -29,6 +29,7 @@ class PrunePathGPT2Block(GPT2Block):
     def __init__(self, config: PrunePathGPT2Config, layer_idx: int, *, router_bias: bool) -> None:
         super().__init__(config, layer_idx=layer_idx)
         self.mlp = PrunePathGPT2MLP(config, router_bias=router_bias)
+        self.routes_by_attention = config.prunepath.router.input == "attention"
 
     def forward(
         self,
@@ -41,11 +42,11 @@ class PrunePathGPT2Block(GPT2Block):
         **kwargs: Any,
     ) -> Tensor:
         """Hidden states [B, S, H] and tau float32 [B, S] to [B, S, H]; the rest is for attention."""
-        attended, _ = self.attn(
-            self.ln_1(hidden_states), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
-        )
+        normed = self.ln_1(hidden_states)
+        attended, _ = self.attn(normed, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.ln_2(hidden_states), tau)
+        router_input = normed if self.routes_by_attention else None
+        return hidden_states + self.mlp(self.ln_2(hidden_states), tau, router_input)
 
 
 class PrunePathGPT2Model(RoutedDecoder, GPT2Model):

@@ -58,7 +58,9 @@ class ExpertRouter(nn.Module):
 
     def __init__(self, hidden_size: int, prunepath: PrunePathConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(prunepath.num_experts, hidden_size), requires_grad=False)
+        rank = prunepath.router.rank
+        self.weight = nn.Parameter(torch.empty(prunepath.num_experts, rank or hidden_size), requires_grad=False)
+        self.down = None if rank is None else nn.Linear(hidden_size, rank, bias=False).requires_grad_(False)
         self.bias = nn.Parameter(torch.zeros(prunepath.num_experts), requires_grad=False)
 
 
@@ -157,12 +159,20 @@ class RoutedFFN(nn.Module):
         for field in fields(step):  # buffers: inputs of a compiled graph, whose addresses stay
             self.register_buffer(field.name, getattr(step, field.name), persistent=False)
 
-    def forward(self, x: Tensor, router: ExpertRouter, inputs: ExpertInputs, outputs: ExpertOutputs) -> Tensor:
-        """x: [T, H] in the model's dtype; returns the same."""
+    def forward(
+        self,
+        x: Tensor,
+        router: ExpertRouter,
+        inputs: ExpertInputs,
+        outputs: ExpertOutputs,
+        router_input: Tensor | None = None,
+    ) -> Tensor:
+        """x: [T, H] in the model's dtype; returns the same. The router reads `router_input`, likewise, or else x."""
         y = torch.ops.prunepath.routed_ffn(
             x,
+            router_input,
             [self.tau, self.dense_step, self.active_counts, self.experts_read, self.dense_runs],
-            [router.weight, router.bias],
+            [router.weight, router.bias, None if router.down is None else router.down.weight],
             [inputs.weight, inputs.bias, outputs.weight, outputs.bias],
             self.encoded_spec,
         )
@@ -171,27 +181,31 @@ class RoutedFFN(nn.Module):
 
 def _routed_ffn_op(
     x: torch.Tensor,
+    router_input: torch.Tensor | None,
     step: list[torch.Tensor],
-    router: list[torch.Tensor],
+    router: list[torch.Tensor | None],
     weights: list[torch.Tensor | None],
     spec: str,
 ) -> torch.Tensor:
     state = StepState(*step)
     # Not declared as mutated: no graph reads the counters, and functionalisation would copy them around every layer.
     counters = Counters(state.active_counts[: x.shape[0]], state.experts_read)
-    layer = x, state.tau[: x.shape[0]], RouterWeights(*router), Weights(*cast(Any, weights)), LayerSpec.decode(spec)
+    tau, router_weights = state.tau[: x.shape[0]], RouterWeights(*cast(Any, router))
+    layer = x, tau, router_weights, Weights(*cast(Any, weights)), LayerSpec.decode(spec)
     if x.device.type == "cpu":
         before = int(state.experts_read)
-        y = cpu.routed_ffn(*layer, counters=counters)
+        y = cpu.routed_ffn(*layer, router_input=router_input, counters=counters)
         state.dense_runs.add_(int(state.experts_read) - before == layer[-1].num_experts)
         return y
     kernels = triton_kernels()
     if kernels is None:
-        return cpu.routed_ffn(*layer, gather=False, counters=counters)
+        return cpu.routed_ffn(*layer, router_input=router_input, gather=False, counters=counters)
     # A captured graph is replayed for any taus: there the flag of the moment means nothing.
     host_dense = bool(state.dense_step) and not torch.cuda.is_current_stream_capturing()
     tuning = kernels.load_tuning(torch.cuda.get_device_name(x.device), layer[-1])
-    return kernels.routed_ffn(*layer, tuning=tuning, counters=counters, host_dense=host_dense)
+    return kernels.routed_ffn(
+        *layer, tuning=tuning, router_input=router_input, counters=counters, host_dense=host_dense
+    )
 
 
 @functools.cache
