@@ -262,6 +262,13 @@ def test_convert_calibrates_what_the_routers_read(family, text, tmp_path, capsys
     assert (first - second).norm() > 0.1 * first.norm()
 
 
+def test_static_pruning_leaves_no_part_of_a_router(prunepath_checkpoint, text, tmp_path):
+    source = prunepath_checkpoint("llama", **ROUTERS["attention, rank 6"])
+    command = ["prune", str(source), str(tmp_path / "pruned"), "--method", "static", "--sparsity", "0.4"]
+    assert cli.main([*command, "--text", str(text)]) == 0
+    assert not any(".router." in name for name in load_file(tmp_path / "pruned" / "model.safetensors"))
+
+
 def test_the_factors_are_the_nearest_of_their_rank():
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(200, 12, generator=generator) * torch.logspace(0, -2, 12)
