@@ -103,7 +103,7 @@ def load_prunepath_config(path: str | Path) -> tuple[Family, PrunePathConfig, di
         check_quantization_config(config)
         prunepath = PrunePathConfig.parse(config.get("prunepath_config"))
         prunepath.check_intermediate_size(family.intermediate_size(config))
-        family.hidden_size(config)
+        prunepath.check_router(family.hidden_size(config))
         family.num_layers(config)
         check_fields(family, config)
     except ConfigError as error:
@@ -200,6 +200,19 @@ def ffn_tensor_shapes(family: Family, config: Mapping[str, Any], layer: int) -> 
     return shapes
 
 
+def router_tensor_shapes(
+    family: Family, config: Mapping[str, Any], prunepath: PrunePathConfig, layer: int, *, bias: bool
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one layer's router tensors."""
+    router, hidden, rank = family.router(layer), family.hidden_size(config), prunepath.router.rank
+    shapes: dict[str, tuple[int, ...]] = {f"{router}.weight": (prunepath.num_experts, rank or hidden)}
+    if rank is not None:
+        shapes[f"{router}.down.weight"] = (rank, hidden)
+    if bias:
+        shapes[f"{router}.bias"] = (prunepath.num_experts,)
+    return shapes
+
+
 def check_tensors(where: object, tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Check that each expected tensor is there, has its shape and a floating dtype.
 
@@ -250,9 +263,7 @@ def validate_checkpoint(path: str | Path, *, check_values: bool = False) -> Chec
     expected: dict[str, tuple[int, ...]] = {}
     for layer in layers:
         expected.update(ffn_tensor_shapes(family, config, layer))
-        expected[f"{family.router(layer)}.weight"] = (prunepath.num_experts, family.hidden_size(config))
-        if with_bias:
-            expected[f"{family.router(layer)}.bias"] = (prunepath.num_experts,)
+        expected.update(router_tensor_shapes(family, config, prunepath, layer, bias=bool(with_bias)))
     ffn = _ffn_pattern(family)
     for name in tensors:
         if ffn.match(name) and name not in expected:

@@ -10,7 +10,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_valida
 from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, MIN_FLOAT32, float32, parse_tau, shown, tau_for_sparsity
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+"""The newest format. 1, which has no ``router`` field, is read for ever and still written where it says everything."""
 SPARSE_TAU = 0.5
 """Any tau below 1; under threshold selection all of them mean "the experts above the threshold"."""
 
@@ -26,12 +27,23 @@ class Split(BaseModel):
     """What the grouping was computed from: ``"weights"``, or the calibration text's name."""
 
 
+class RouterOptions(BaseModel):
+    """What a router reads, and whether it is one matrix or the product of two thin ones."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    input: Literal["ffn", "attention"] = "ffn"
+    """What enters the feed-forward module (the paper's), or the same block's self-attention module."""
+    rank: int | None = Field(default=None, gt=0)
+    """r: logits = (x down^T) weight^T + bias, down [r, hidden] and weight [E, r]; null: x weight^T + bias."""
+
+
 class PrunePathConfig(BaseModel):
     """Everything a PrunePath checkpoint says beyond its dense model's configuration."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     num_experts: int = Field(gt=0)
     """E, experts per feed-forward layer."""
     expert_size: int = Field(gt=0)
@@ -51,6 +63,8 @@ class PrunePathConfig(BaseModel):
     split: Split
     base_model: str | None = None
     """Name of the dense checkpoint this one was converted from."""
+    router: RouterOptions = RouterOptions()
+    """Format 2 alone has the field."""
 
     @field_validator("default_tau")
     @classmethod
@@ -125,6 +139,18 @@ class PrunePathConfig(BaseModel):
                 f"{self.intermediate_size}; expected the model's feed-forward size {intermediate_size}"
             )
 
+    def check_router(self, hidden_size: int) -> None:
+        """Refuse a router whose rank is above the model's width, where a full one is smaller.
+
+        Raises:
+            ConfigError: names both.
+        """
+        rank = self.router.rank
+        if rank is not None and rank > hidden_size:
+            raise ConfigError(
+                f"prunepath_config.router.rank: {shown(rank)}; expected 1 to {hidden_size}, the hidden size, or null"
+            )
+
     @classmethod
     def parse(cls, data: Any, *, where: str = "prunepath_config") -> "PrunePathConfig":
         """Validate a ``prunepath_config`` block read from JSON.
@@ -137,10 +163,15 @@ class PrunePathConfig(BaseModel):
         if not isinstance(data, Mapping):
             raise ConfigError(f"{where}: expected an object, got {type(data).__name__}")
         version = data.get("format_version")
-        if version != FORMAT_VERSION or isinstance(version, bool):
+        if version not in (1, FORMAT_VERSION) or isinstance(version, bool):
             raise ConfigError(
                 f"{where}.format_version: {shown(version)} is not a format this version reads; "
-                f"expected {FORMAT_VERSION}"
+                f"expected 1 or {FORMAT_VERSION}"
+            )
+        if version == 1 and "router" in data:
+            raise ConfigError(
+                f"{where}.router: Extra inputs are not permitted in format_version 1, got {shown(data['router'])}; "
+                "expected format_version 2"
             )
         try:
             return cls.model_validate(dict(data))
@@ -152,8 +183,11 @@ class PrunePathConfig(BaseModel):
             raise ConfigError(f"{name}: {first['msg'].removeprefix('Value error, ')}{got}") from None
 
     def to_json(self) -> dict[str, Any]:
-        """The block as plain JSON values."""
-        return self.model_dump(mode="json")
+        """The block as plain JSON values, in the lowest format that says everything."""
+        block = self.model_dump(mode="json")
+        if self.router == RouterOptions():
+            del block["router"]
+        return block | {"format_version": 2 if "router" in block else 1}
 
 
 def is_threshold(value: float) -> bool:

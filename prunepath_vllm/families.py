@@ -45,7 +45,8 @@ class Family:
     default_activation: str = "silu"
     """The activation function where config.json does not say."""
     attention: str = ""
-    """GLU families: the self-attention module; what enters it is the output of the block's first norm."""
+    """The self-attention module, which routers may read the input of: the output of the block's first norm, or of the
+    block before where norms come last (RoBERTa)."""
     dense_backbone: str = ""
     """GLU families: transformers' class between embedding and head; ``<stem>Model`` unless given."""
     dense_config: str = ""
@@ -245,6 +246,7 @@ FAMILIES: tuple[Family, ...] = (
         dense_architecture="GPT2LMHeadModel",
         auto_class="AutoModelForCausalLM",
         ffn="transformer.h.{}.mlp",
+        attention="transformer.h.{}.attn",
         up="transformer.h.{}.mlp.c_fc",
         down="transformer.h.{}.mlp.c_proj",
         embedding="transformer.wte.weight",
@@ -264,6 +266,7 @@ FAMILIES: tuple[Family, ...] = (
         dense_architecture="RobertaForSequenceClassification",
         auto_class="AutoModelForSequenceClassification",
         ffn="roberta.encoder.layer.{}.intermediate",
+        attention="roberta.encoder.layer.{}.attention",
         up="roberta.encoder.layer.{}.intermediate.dense",
         down="roberta.encoder.layer.{}.output.dense",
         embedding="roberta.embeddings.word_embeddings.weight",

@@ -260,6 +260,23 @@ def test_padding_rows_choose_nothing_and_move_nothing(path, selection):
     assert torch.equal(*results)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize(("path", "num_tokens"), EVERY_PATH)
+def test_a_router_of_low_rank_that_reads_another_input(path, num_tokens, dtype):
+    x, router, weights, spec = make_case(num_tokens, 12, 8, 32, dtype=dtype)
+    seen, second, _, _ = make_case(num_tokens, 12, 8, 32, dtype=dtype)
+    router = RouterWeights(
+        second.weight[:, :20].contiguous(), router.bias, make_case(1, 20, 8, 32, dtype=dtype)[1].weight
+    )
+    seen = -seen  # other experts than x would choose
+    tau = mixed_taus(num_tokens)
+    spec = replace(spec, rule=RoutingRule(gate="sigmoid"))
+    logits = seen.double() @ router.down.double().t() @ router.weight.double().t() + router.bias.double()
+    gates = reference.expert_weights(logits.float(), tau, **vars(spec.rule))
+    y = routed_ffn(x, tau, router, weights, spec, tuning=NO_TUNING[path], router_input=seen)
+    assert error(y, reference_ffn(x, gates, weights, "silu", True)) < TOLERANCE[dtype]
+
+
 @pytest.mark.parametrize("num_reqs", [1, 5, 150])
 @pytest.mark.parametrize("dense_positions", [0, 2])
 @pytest.mark.parametrize("prefill", [False, True], ids=["", "prefill"])

@@ -44,12 +44,15 @@ class NaiveFFN(nn.Module):
         self.block, self.router, self.up, self.down, self.gate = block, router, up, down, gate
         self.activation = activation
         self.tau = 1.0
+        self.attention_input: Tensor | None = None
         self.active_counts: list[int] = []
 
-    def token(self, x: Tensor, tau: float) -> Tensor:
-        """One token: x [H] to y [H]."""
+    def token(self, x: Tensor, routed: Tensor, tau: float) -> Tensor:
+        """One token: x [H] to y [H]; `routed` [H] is what the router reads."""
         size = self.block["expert_size"]
-        logits = linear(x, self.router)
+        if "down.weight" in self.router:
+            routed = self.router["down.weight"] @ routed
+        logits = linear(routed, self.router)
         active = active_experts(logits, tau, selection=self.block["selection"], threshold=self.block["threshold"])
         self.active_counts.append(len(active))
         y = torch.zeros_like(x)
@@ -68,7 +71,11 @@ class NaiveFFN(nn.Module):
         batch, length, _ = x.shape
         assert batch == 1
         dense_positions = self.block["dense_positions"]
-        tokens = [self.token(x[0, s], 1.0 if s < dense_positions else self.tau) for s in range(length)]
+        routed = x
+        if self.block.get("router", {}).get("input") == "attention":
+            routed = self.attention_input
+        taus = [1.0 if s < dense_positions else self.tau for s in range(length)]
+        tokens = [self.token(x[0, s], routed[0, s], taus[s]) for s in range(length)]
         return torch.stack(tokens).unsqueeze(0)
 
 
@@ -97,7 +104,8 @@ def load_naive(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     model.tie_weights()
 
     def parameters(name: str, transpose: bool = False) -> dict[str, Tensor]:
-        found = {kind: tensors[f"{name}.{kind}"] for kind in ("weight", "bias") if f"{name}.{kind}" in tensors}
+        kinds = ("weight", "bias", "down.weight")
+        found = {kind: tensors[f"{name}.{kind}"] for kind in kinds if f"{name}.{kind}" in tensors}
         return {"weight": found["weight"].t(), "bias": found["bias"]} if transpose else found
 
     if isinstance(model, GPT2LMHeadModel):
@@ -106,12 +114,14 @@ def load_naive(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
             up, down = parameters(f"{name}.c_fc", transpose=True), parameters(f"{name}.c_proj", transpose=True)
             gelu_tanh = lambda x: F.gelu(x, approximate="tanh")  # noqa: E731
             layer.mlp = NaiveFFN(block, parameters(f"{name}.router"), up, down, None, gelu_tanh)
+            watch_attention(layer.attn, layer.mlp)
     elif isinstance(model, RobertaForSequenceClassification):
         for index, layer in enumerate(model.roberta.encoder.layer):
             name = f"roberta.encoder.layer.{index}"
             up, down = parameters(f"{name}.intermediate.dense"), parameters(f"{name}.output.dense")
             layer.intermediate = nn.Identity()
             layer.output.dense = NaiveFFN(block, parameters(f"{name}.intermediate.router"), up, down, None, F.gelu)
+            watch_attention(layer.attention, layer.output.dense)
     else:
         gelu = "hidden_activation" in config  # Gemma's; silu is what the other tiny models have
         glu_activation = (lambda x: F.gelu(x, approximate="tanh")) if gelu else F.silu
@@ -119,7 +129,17 @@ def load_naive(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
             name = f"model.layers.{index}.mlp"
             gate, up, down = (parameters(f"{name}.{kind}_proj") for kind in ("gate", "up", "down"))
             layer.mlp = NaiveFFN(block, parameters(f"{name}.router"), up, down, gate, glu_activation)
+            watch_attention(layer.self_attn, layer.mlp)
     return model
+
+
+def watch_attention(attention: nn.Module, ffn: NaiveFFN) -> None:
+    """Keep what enters a block's self-attention module, for routers that read it."""
+
+    def keep(_: nn.Module, args: tuple, kwargs: dict) -> None:
+        ffn.attention_input = args[0] if args else kwargs["hidden_states"]
+
+    attention.register_forward_pre_hook(keep, with_kwargs=True)
 
 
 @torch.no_grad()

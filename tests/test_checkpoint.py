@@ -212,7 +212,7 @@ def test_no_safetensors(llama, pickle):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda config: config["prunepath_config"].update(format_version=2), ["format_version", "2", "1"]),
+        (lambda config: config["prunepath_config"].update(format_version=3), ["format_version", "3", "1 or 2"]),
         (lambda config: config["prunepath_config"].update(colour="red"), ["colour"]),
         (lambda config: config["prunepath_config"].update(expert_size=16), ["expert_size 16", "128", "256"]),
         (lambda config: config["prunepath_config"].pop("gate"), ["gate"]),

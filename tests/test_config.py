@@ -51,7 +51,7 @@ def test_optional_fields_have_defaults():
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (dict(format_version=2), "format_version: 2 .* expected 1"),
+        (dict(format_version=3), "format_version: 3 .* expected 1 or 2"),
         (dict(format_version=...), "format_version: None"),
         (dict(format_version=True), "format_version: True"),
         (dict(format_version="1"), "format_version: '1'"),

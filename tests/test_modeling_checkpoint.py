@@ -220,7 +220,7 @@ def test_a_hub_name_is_checked_in_the_hubs_cache(monkeypatch, tmp_path):
         (lambda c: c.pop("prunepath_config"), "prunepath_config: expected an object, got NoneType"),
         (lambda c: c.update(prunepath_config=[1]), "prunepath_config: expected an object, got list"),
         (lambda c: c["prunepath_config"].update(num_experts=7), "num_experts 7 .* 256"),
-        (lambda c: c["prunepath_config"].update(format_version=2), "format_version: 2"),
+        (lambda c: c["prunepath_config"].update(format_version=3), "format_version: 3"),
         (lambda c: c["prunepath_config"].update(gate="relu"), "gate"),
         (lambda c: c["prunepath_config"].pop("split"), "split"),
         (lambda c: c["prunepath_config"].update(top_k=2), "top_k"),

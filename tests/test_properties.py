@@ -156,7 +156,7 @@ def right_curve(value: Any) -> bool:
 
 
 RIGHT: dict[tuple[str, ...], Callable[[Any], bool]] = {
-    ("format_version",): lambda value: type(value) in (int, float) and value == 1,
+    ("format_version",): lambda value: type(value) in (int, float) and value in (1, 2),
     ("num_experts",): is_int(1),
     ("expert_size",): is_int(1),
     ("selection",): lambda value: value in ("cumulative_mass", "threshold"),

@@ -167,6 +167,8 @@ def save_prunepath(
     tau_curve: list[list[float]] | None = None,
     router_bias: bool = False,
     router_scale: float = 0.15,
+    router_input: str = "ffn",
+    router_rank: int | None = None,
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
     **overrides,
@@ -201,7 +203,10 @@ def save_prunepath(
         tensors[down] = tensors[down][order] if row.conv1d else tensors[down][:, order]
         if gate == "sigmoid":
             tensors[down] = 2 * tensors[down]
-        router = torch.randn(num_experts, hidden, generator=generator) * router_scale
+        router = torch.randn(num_experts, router_rank or hidden, generator=generator) * router_scale
+        if router_rank is not None:
+            down = torch.randn(router_rank, hidden, generator=generator) / router_rank**0.5
+            tensors[f"{row.router(layer)}.down.weight"] = down.to(dtype)
         tensors[f"{row.router(layer)}.weight"] = router.to(dtype)
         if router_bias:
             tensors[f"{row.router(layer)}.bias"] = torch.randn(num_experts, generator=generator).to(dtype) * 0.5
@@ -221,6 +226,8 @@ def save_prunepath(
         split=dict(method="random", seed=seed, source=None),
         base_model=f"tiny-{family}",
     )
+    if (router_input, router_rank) != ("ffn", None):
+        config["prunepath_config"] |= dict(format_version=2, router=dict(input=router_input, rank=router_rank))
     path.mkdir(parents=True, exist_ok=True)
     (path / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     save_file(

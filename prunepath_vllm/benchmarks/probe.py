@@ -60,9 +60,8 @@ def check_first_layer(model: nn.Module) -> list[float | str] | None:
         ffn.tau[:tokens] = taus
         ffn.dense_step.fill_(False)
         y = ffn(x, router, inputs, outputs).float()
-        gates = reference.expert_weights(
-            reference.router_logits(x, router.weight, router.bias), taus, **asdict(ffn.spec.rule)
-        )
+        logits = reference.router_logits(x, router.weight, router.bias, router.down and router.down.weight)
+        gates = reference.expert_weights(logits, taus, **asdict(ffn.spec.rule))
         expected = layer_output(x, gates, weights, ffn.spec)
         if ffn.world > 1:
             expected = tensor_model_parallel_all_reduce(expected)

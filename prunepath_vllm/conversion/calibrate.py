@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
@@ -62,7 +63,8 @@ def calibrate(
 ) -> list[tuple[float, float]]:
     """Fit every router of a checkpoint to a text and measure its tau curve, in place.
 
-    The function at tau >= 1 stays what it was. Under the sigmoid gate the fitted routers saturate the gates by a
+    Each router is fitted to what it reads, low-rank ones by :func:`factor_router`. The function at tau >= 1 stays what
+    it was. Under the sigmoid gate the fitted routers saturate the gates by a
     constant bias, and the second linears lose the factor 2 that made up for a zero router's gates. The directory is
     replaced as a whole: a crash leaves the old checkpoint.
 
@@ -104,10 +106,10 @@ def calibrate(
     held_out = max(1, len(sequences) // HELD_OUT_SHARE)
     skip = positions_to_skip(summary.family, dense_positions)
     observations = observe(model, summary.family, sequences[:-held_out], skip=skip, seed=seed)
-    routers = _fit_routers(model, summary, observations)
+    routers = _fit_routers(model, summary, observations)  # weight and down of every layer
 
     updates: dict[str, Tensor | None] = {}
-    for layer, weight in enumerate(routers):
+    for layer, (weight, down_weight) in enumerate(routers):
         name = summary.family.router(layer)
         router: Any = model.get_submodule(name)
         with torch.no_grad():
@@ -118,6 +120,10 @@ def calibrate(
                 down: Any = model.get_submodule(summary.family.output(layer))
                 down.weight.mul_(factor)
                 updates[f"{summary.family.output(layer)}.weight"] = down.weight
+            if down_weight is not None:
+                router.down.weight.copy_(down_weight)
+                updates[f"{name}.down.weight"] = router.down.weight
+                check_finite(f"{name}.down.weight", router.down.weight)
         check_finite(f"{name}.weight", router.weight)
         updates[f"{name}.weight"] = router.weight
         updates[f"{name}.bias"] = bias
@@ -213,24 +219,30 @@ def _output_factor(model: PreTrainedModel, summary: CheckpointSummary) -> float:
 @torch.no_grad()
 def _fit_routers(
     model: PreTrainedModel, summary: CheckpointSummary, observations: Sequence[Observation]
-) -> list[Tensor]:
-    """One float32 router weight [E, H] per layer."""
-    family, weights, measured = summary.family, [], []
+) -> list[tuple[Tensor, Tensor | None]]:
+    """Every layer's router, float32: its weight [E, H] and None, or [E, r] and the first factor [r, H]."""
+    family, rank = summary.family, summary.prunepath.router.rank
+    routers: list[tuple[Tensor, Tensor | None]] = []
+    measured = []
     for layer, seen in enumerate(tqdm(observations, desc="fitting routers", unit="layer")):
         inputs, metric, down = torch.cat(seen.inputs), seen.metric(), output_rows(model, family, layer).float()
         experts = experts_of(model, family, layer, inputs, summary.prunepath.num_experts)
-        weight = fit_router(inputs, leaving_out_costs(experts, down, metric))
-        weights.append(weight)
-        logits = reference.router_logits(few(inputs), weight)
+        router_inputs = torch.cat(seen.router_inputs)
+        weight, first = fit_router(router_inputs, leaving_out_costs(experts, down, metric)), None
+        if rank is not None:
+            weight, first = factor_router(weight, router_inputs, rank)
+        routers.append((weight, first))
+        logits = reference.router_logits(few(router_inputs), weight, None, first)
         measured.append(sharpness_losses(logits, few(experts), down, metric))
-    return [weight * sharpness for weight, sharpness in zip(weights, sharpness_by_layer(measured), strict=True)]
+    sharpness = sharpness_by_layer(measured)
+    return [(weight * factor, first) for (weight, first), factor in zip(routers, sharpness, strict=True)]
 
 
 def fit_router(inputs: Tensor, costs: Tensor) -> Tensor:
     """Ridge regression, without intercept, of each expert's log cost relative to its token's mean log cost.
 
     Args:
-        inputs: [N, H].
+        inputs: what the router reads, [N, H].
         costs: [N, E], not negative.
 
     Returns:
@@ -242,6 +254,27 @@ def fit_router(inputs: Tensor, costs: Tensor) -> Tensor:
     covariance = inputs.T @ inputs
     covariance.diagonal().add_(RIDGE * covariance.diagonal().mean())
     return torch.linalg.solve(covariance, inputs.T @ target).T
+
+
+def factor_router(weight: Tensor, inputs: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The two factors of a router of low rank whose logits on `inputs` are nearest to a full one's.
+
+    A weighted singular value decomposition: with C = inputs' inputs and U the first r eigenvectors of W C W', that is
+    the principal directions of the logits, U U' W is the matrix of rank r that is nearest to W in the norm of C. Ranks
+    above the number of experts leave nothing out; what they have beyond is zero.
+
+    Args:
+        weight: W, [E, H].
+        inputs: what the router reads, [N, H].
+        rank: r, 1 to H.
+
+    Returns:
+        float32 U [E, r] and U' W [r, H].
+    """
+    logits = inputs.double() @ weight.double().T
+    directions = torch.linalg.eigh(logits.T @ logits).eigenvectors.flip(1)[:, :rank]  # [E, min(r, E)]
+    directions = F.pad(directions, (0, rank - directions.shape[1]))
+    return directions.float(), (directions.T @ weight.double()).float()
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ from prunepath_vllm.checkpoint import (
     read_config,
     read_tensor_index,
     routed_layers,
+    router_tensor_shapes,
     stream_tensors,
     validate_checkpoint,
 )
@@ -36,6 +37,7 @@ from prunepath_vllm.fields import check_fields
 from prunepath_vllm.files import check_writable, new_directory
 
 ROUTERS = ("zero", "calibrated")
+ROUTER_INPUTS = ("ffn", "attention")
 GATES = ("none", "sigmoid")
 MAX_SHARD_BYTES = 2 * 10**9
 
@@ -59,6 +61,8 @@ def convert(
     split: str = "kmeans",
     router: str = "zero",
     gate: str = "none",
+    router_input: str = "ffn",
+    router_rank: int | None = None,
     calibration_text: str | Path | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -74,8 +78,11 @@ def convert(
         dst: directory to create; may exist if empty.
         expert_size: d_e, neurons per expert.
         split: "kmeans" (input weights), "coactivation" (on `calibration_text`) or "random".
-        router: "zero", or "calibrated" on `calibration_text`.
+        router: "zero", or "calibrated" on `calibration_text`. Of a low rank, zero is the second factor alone: training
+            moves neither of two zeros.
         gate: "none", or "sigmoid": eq. 10's gate, a zero router's 1/2 made up for by doubling the second linear.
+        router_input: "ffn", or "attention": what enters the same block's self-attention module.
+        router_rank: rank of the routers, 1 to the hidden size; None for full ones.
         calibration_text: UTF-8 text file.
         seed: of the split and the calibration.
         device: "cpu" or "cuda", for clustering and calibration.
@@ -91,6 +98,8 @@ def convert(
     dst = Path(dst)
     text = None if calibration_text is None else Path(calibration_text)
     _check_arguments(dst, expert_size=expert_size, split=split, router=router, gate=gate, text=text, device=device)
+    if router_input not in ROUTER_INPUTS:
+        raise UsageError(f"router input: {router_input!r}; expected one of {', '.join(ROUTER_INPUTS)}")
     source, base_model = _resolve_source(src)
     config = read_config(source)
     family = _dense_family(source, config)
@@ -98,6 +107,9 @@ def convert(
         num_experts = check_dense_shape(family.intermediate_size(config), expert_size)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
+    hidden = family.hidden_size(config)
+    if router_rank is not None and not 1 <= router_rank <= hidden:
+        raise UsageError(f"router rank: {router_rank}; expected 1 to {hidden}, the hidden size of {source}")
 
     tensors = read_tensor_index(source)
     layers = routed_layers(source, family, config, tensors)
@@ -129,15 +141,14 @@ def convert(
             gate=gate,
             split=dict(method=split, seed=seed, source=_split_source(split, text)),
             base_model=base_model,
+            router=dict(input=router_input, rank=router_rank),
         )
     )
 
     with new_directory(dst) as staging:
         _copy_files(source, staging)
         (staging / "config.json").write_text(json.dumps(_new_config(config, family, prunepath), indent=2) + "\n")
-        # Gates of a zero router are 1/2; the calibrator takes the doubling back when it saturates them.
-        double = gate == "sigmoid"
-        _write_weights(source, staging, family, config, tensors, new_names, orders, num_experts, double=double)
+        _write_weights(source, staging, family, config, tensors, new_names, orders, prunepath)
         validate_checkpoint(staging)
         write_model_card(staging)
         if router == "calibrated":
@@ -267,9 +278,7 @@ def _write_weights(
     tensors: Mapping[str, TensorInfo],
     new_names: Mapping[str, list[str]],
     orders: list[Tensor],
-    num_experts: int,
-    *,
-    double: bool,
+    prunepath: PrunePathConfig,
 ) -> None:
     """Stream every tensor from `source` to `staging`, permuted where it belongs to neurons; add zero routers.
 
@@ -282,6 +291,7 @@ def _write_weights(
         permuted |= {name: (layer, axis) for name, axis in family.neuron_axes(layer).items()}
         outputs[f"{family.output(layer)}.weight"] = layer
 
+    generator = torch.Generator().manual_seed(prunepath.split.seed)
     writer = _ShardWriter(staging)
     stream = stream_tensors(source, tensors, new_names)
     for old, tensor in tqdm(stream, total=len(new_names), desc="writing", unit="tensor"):
@@ -291,10 +301,15 @@ def _write_weights(
                 layer, dim = permuted[name]
                 part = part.index_select(dim, orders[layer])
             if name in outputs:
-                if double:
+                if prunepath.gate == "sigmoid":
+                    # Gates of a zero router are 1/2; the calibrator takes the doubling back when it saturates them.
                     part = part * 2
-                router = torch.zeros(num_experts, family.hidden_size(config), dtype=part.dtype)
-                writer.add(f"{family.router(outputs[name])}.weight", router)
+                shapes = router_tensor_shapes(family, config, prunepath, outputs[name], bias=False)
+                for router, shape in shapes.items():
+                    value = torch.zeros(shape)
+                    if router.endswith(".down.weight"):
+                        value.normal_(std=shape[1] ** -0.5, generator=generator)
+                    writer.add(router, value.to(part.dtype))
             writer.add(name, part)
     writer.finish()
 

@@ -8,6 +8,7 @@ it to them. docs/calibration.md has the measurements.
 Shapes: N tokens, H hidden size, E experts, D neurons per expert, F = E * D.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -35,6 +36,8 @@ class Observation:
 
     inputs: list[Tensor] = field(default_factory=list)
     """Of the feed-forward layer, [N, H] each, in the model's dtype."""
+    router_inputs: list[Tensor] = field(default_factory=list)
+    """What its router read, likewise: the same, or the inputs of the block's self-attention."""
     fisher: Tensor | None = None
     """Sum of g g' over tokens, float32 [H, H]."""
 
@@ -70,8 +73,8 @@ def observe(
     handles = []
     for layer, seen in enumerate(observations):
 
-        def keep_input(module: nn.Module, args: tuple[Tensor, Tensor], seen: Observation = seen) -> None:
-            seen.inputs.append(args[0].detach()[:, skip:].flatten(0, 1))
+        def keep_input(module: nn.Module, args: tuple[Tensor, ...], kept: list[Tensor]) -> None:
+            kept.append(args[0].detach()[:, skip:].flatten(0, 1))
 
         def keep_gradient(gradient: Tensor, seen: Observation) -> None:
             gradient = gradient[:, skip:].flatten(0, 1).float()
@@ -82,7 +85,9 @@ def observe(
             if output.requires_grad:
                 output.register_hook(lambda gradient: keep_gradient(gradient, seen))
 
-        handles.append(model.get_submodule(family.router(layer)).register_forward_pre_hook(keep_input))
+        for name, kept in ((family.ffn.format(layer), seen.inputs), (family.router(layer), seen.router_inputs)):
+            hook = functools.partial(keep_input, kept=kept)
+            handles.append(model.get_submodule(name).register_forward_pre_hook(hook))
         handles.append(model.get_submodule(family.output(layer)).register_forward_hook(watch_output))
 
     generator = torch.Generator().manual_seed(seed)

@@ -33,6 +33,7 @@ def routed_ffn(
     weights: Weights,
     spec: LayerSpec,
     *,
+    router_input: Tensor | None = None,
     gather: bool = True,
     counters: Counters = NO_COUNTERS,
 ) -> Tensor:
@@ -42,6 +43,7 @@ def routed_ffn(
         x: [T, H].
         tau: float32 [T].
         router, weights, spec: the layer.
+        router_input: [T, H] in any float dtype; what the router reads, or None for `x`.
         gather: look at the values to skip what they allow; False never reads a value on the host, so that the function
             may be captured in a CUDA graph, and stays in PyTorch.
         counters: what the call adds to.
@@ -53,11 +55,12 @@ def routed_ffn(
         ConfigError: a tensor that is not this layer's.
     """
     if gather and x.shape[0] <= native_tokens(spec.dtype):
-        return native.ready(router, weights, spec)(x, tau, counters=counters)
-    spec.check(x, tau, router, weights)
+        return native.ready(router, weights, spec)(x, tau, router_input=router_input, counters=counters)
+    spec.check(x, tau, router, weights, router_input)
     scale: Tensor | None = None
     if spec.rule.gate != "none" or not gather or not bool((tau >= DENSE_TAU).all()):
-        scale = expert_weights(router_logits(x, router.weight, router.bias), tau, **asdict(spec.rule))
+        logits = router_logits(x if router_input is None else router_input, router.weight, router.bias, router.down)
+        scale = expert_weights(logits, tau, **asdict(spec.rule))
         active = scale != 0
         if counters.active is not None:
             counters.active.add_(active.sum(dim=1, dtype=torch.int32))

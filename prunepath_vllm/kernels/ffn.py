@@ -183,6 +183,7 @@ def routed_ffn(
     spec: LayerSpec,
     *,
     tuning: Tuning,
+    router_input: Tensor | None = None,
     counters: Counters = NO_COUNTERS,
     host_dense: bool = False,
 ) -> Tensor:
@@ -196,6 +197,7 @@ def routed_ffn(
         tau: float32 [T]; padding rows carry 0, which selects no expert.
         router, weights, spec: the layer.
         tuning: from :func:`load_tuning`.
+        router_input: [T, H] contiguous, in the layer's dtype; what the router reads, or None for `x`.
         counters: what the call adds to.
         host_dense: whether the host knows that every tau is >= 1; not to be set under graph capture.
 
@@ -205,7 +207,7 @@ def routed_ffn(
     Raises:
         ConfigError: a tensor that is not this layer's.
     """
-    spec.check(x, tau, router, weights)
+    spec.check(x, tau, router, weights, router_input)
     read = counters.read
     if host_dense and spec.rule.gate == "none":
         if counters.active is not None:
@@ -215,8 +217,9 @@ def routed_ffn(
         return dense_ffn(x, weights, spec)
     choice = tuning.choice(x.shape[0])
     pdl = min(choice.pdl, 2 * default_pdl(x.device))
+    routed = x if router_input is None else router_input
     find_routing = functools.partial(
-        route, x, tau, router, spec.rule, config=choice.router, active_counts=counters.active
+        route, routed, tau, router, spec.rule, config=choice.router, active_counts=counters.active
     )
     if choice.path == "dense" or host_dense:
         return routed_dense_ffn(x, weights, spec, lambda: find_routing(want_flags=False, pdl=0).gates, read)

@@ -115,17 +115,27 @@ class LayerSpec:
         values["activation"] = Activation(values["activation"])
         return LayerSpec(**{**values, "rule": RoutingRule(**values["rule"])})
 
-    def check(self, x: Tensor, tau: Tensor, router: "RouterWeights", weights: "Weights") -> None:
+    def check(
+        self,
+        x: Tensor,
+        tau: Tensor,
+        router: "RouterWeights",
+        weights: "Weights",
+        router_input: Tensor | None = None,
+    ) -> None:
         """Refuse tensors that are not this layer's: a kernel given others would read beside them.
 
         Raises:
             ConfigError: names the tensor, its shape or dtype, and what was expected.
         """
         tokens, hidden = x.shape[0], self.hidden
+        rank = hidden if router.down is None else router.down.shape[0]
         expected: tuple[tuple[str, Tensor | None, tuple[int, ...]], ...] = (
             ("x", x, (tokens, hidden)),
             ("tau", tau, (tokens,)),
-            ("router weight", router.weight, (self.num_experts, hidden)),
+            ("router input", router_input, (tokens, hidden)),
+            ("router down weight", router.down, (rank, hidden)),
+            ("router weight", router.weight, (self.num_experts, rank)),
             ("router bias", router.bias, (self.num_experts,)),
             ("first linear", weights.w_in, (self.input_rows, hidden)),
             ("bias of the first linear", weights.b_in, (self.input_rows,)),
@@ -147,7 +157,7 @@ class RouterWeights:
     Attributes:
         weight: [E, H], or [E, r] with `down`.
         bias: [E] or None.
-        down: [r, H] or None: logits = (x down^T) weight^T + bias. The native kernel alone takes it.
+        down: [r, H] or None: logits = (x down^T) weight^T + bias, the r values in float32.
     """
 
     weight: Tensor

@@ -11,18 +11,22 @@ from torch import Tensor
 from prunepath_vllm.tau import DENSE_TAU
 
 
-def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Eq. 7: g = x W_r.
+def router_logits(x: Tensor, weight: Tensor, bias: Tensor | None = None, down: Tensor | None = None) -> Tensor:
+    """Eq. 7: g = x W_r; with a low rank r, g = (x down^T) weight^T + bias, all in float32.
 
     Args:
-        x: [..., H].
-        weight: [E, H].
+        x: what the router reads, [..., H].
+        weight: [E, H], or [E, r] with `down`.
         bias: [E] or None.
+        down: [r, H] or None.
 
     Returns:
         float32 logits [..., E].
     """
-    return F.linear(x.float(), weight.float(), None if bias is None else bias.float())
+    x = x.float()
+    if down is not None:
+        x = F.linear(x, down.float())
+    return F.linear(x, weight.float(), None if bias is None else bias.float())
 
 
 def select_cumulative_mass(logits: Tensor, tau: Tensor) -> Tensor:

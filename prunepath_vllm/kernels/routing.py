@@ -233,8 +233,10 @@ def route(
 ) -> Routing:
     """Router logits and selection: two kernels, no host synchronisation.
 
+    A low-rank router's first product is the library's, and its second factor is read in float32 as the r values are.
+
     Args:
-        x: [T, H] contiguous.
+        x: what the router reads, [T, H] contiguous.
         tau: float32 [T]; 0 at padding rows.
         router: the router's weights.
         rule: the routing rule.
@@ -243,9 +245,12 @@ def route(
         want_flags: whether to fill ``Routing.flags``; up to LIBRARY_TOKENS tokens.
         pdl: mode of programmatic dependent launch (``common.wait_for_previous``); None for the device's default.
     """
+    pdl = default_pdl(x.device) if pdl is None else pdl
+    if router.down is not None:
+        x, router = library_logits(x, router.down), RouterWeights(router.weight.float(), router.bias)
+        pdl = 0  # the logits kernel would read the widened weight before it waits
     num_tokens, hidden = x.shape
     num_experts = router.weight.shape[0]
-    pdl = default_pdl(x.device) if pdl is None else pdl
     flags = torch.empty(num_experts, dtype=torch.int32, device=x.device) if want_flags else None
     needed = rule.gate == "sigmoid"
     split_k = config.split_k

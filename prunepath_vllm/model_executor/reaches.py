@@ -499,6 +499,16 @@ REACHES = (
     *(
         Reach(
             f"vllm.model_executor.models.{module}",
+            f"{attention}.forward",
+            "hooked: routers may read what enters it",
+            "read the decoder layer's forward: route_by_attention needs what its attention is called with",
+            keywords=("hidden_states",),
+        )
+        for module, attention in (("llama", "LlamaAttention"), ("qwen2", "Qwen2Attention"), ("gpt2", "GPT2Attention"))
+    ),
+    *(
+        Reach(
+            f"vllm.model_executor.models.{module}",
             f"{model}.__init__",
             "our model is one of these with other layers",
             _BUILD,

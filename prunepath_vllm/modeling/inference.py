@@ -29,7 +29,7 @@ def in_inference(device: torch.device) -> bool:
 
 
 def routed_ffn(
-    x: Tensor, tau: Tensor, router: Router, inputs: list[Any], output: Any, activation: str
+    x: Tensor, tau: Tensor, router_input: Tensor, router: Router, inputs: list[Any], output: Any, activation: str
 ) -> Tensor | None:
     """Eq. 7-10 by the kernel; None where PyTorch has to compute the layer.
 
@@ -39,6 +39,7 @@ def routed_ffn(
     Args:
         x: [B, S, H].
         tau: float32 [B, S].
+        router_input: what the router reads, [B, S, H].
         router: of the layer.
         inputs: the linears whose outputs are neurons; two are a GLU, the gate first.
         output: the linear whose inputs are neurons.
@@ -50,13 +51,14 @@ def routed_ffn(
     if x.dtype not in DTYPES or x.shape[:-1].numel() > cpu.native_tokens(x.dtype):
         return None
     linears = *inputs, output
-    if router.observer is not None or not all(_is_plain(module) for module in (router, *linears)):
+    routing = [router] if router.down is None else [router, router.down]
+    if router.observer is not None or not all(_is_plain(module) for module in (*routing, *linears)):
         return None
     if any(linear.weight.dtype != x.dtype for linear in linears) or (
         len(inputs) > 1 and any(linear.bias is not None for linear in inputs)  # the kernel has one bias for both
     ):
         return None
-    if any(module.weight.device.type != "cpu" for module in (router, *linears)):  # "meta": offloaded to a disk
+    if any(module.weight.device.type != "cpu" for module in (*routing, *linears)):  # "meta": offloaded to a disk
         return None
     first, *up = (_neuron_rows(linear) for linear in inputs)
     weights = Weights(first, inputs[0].bias, _neuron_rows(output, is_output=True), output.bias, *up)
@@ -69,8 +71,10 @@ def routed_ffn(
         glu=bool(up),
         rule=RoutingRule(router.selection, router.threshold, router.gate),
     )
-    layer = native.ready(RouterWeights(router.weight, router.bias), weights, spec)
-    return layer(x.reshape(-1, x.shape[-1]).contiguous(), tau.reshape(-1).contiguous()).view(x.shape)
+    down = None if router.down is None else router.down.weight
+    layer = native.ready(RouterWeights(router.weight, router.bias, down), weights, spec)
+    tokens, read = (one.reshape(-1, x.shape[-1]).contiguous() for one in (x, router_input))
+    return layer(tokens, tau.reshape(-1).contiguous(), router_input=read).view(x.shape)
 
 
 def _is_plain(module: nn.Module) -> bool:

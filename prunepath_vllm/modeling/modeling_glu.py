@@ -39,19 +39,31 @@ class RoutedGLU(nn.Module):
         self.activation, self.act_fn = activation, ACT2FN[activation]
         self.router = Router(hidden, config.prunepath, bias=router_bias)
 
-    def forward(self, x: Tensor, tau: Tensor, *, native: bool = False) -> Tensor:
-        """x [B, S, H] and tau float32 [B, S] to [B, S, H]; by the CPU kernel where `native` allows and it pays."""
+    def forward(self, x: Tensor, tau: Tensor, router_input: Tensor | None = None, *, native: bool = False) -> Tensor:
+        """The routed layer; by the CPU kernel where `native` allows and it pays.
+
+        Args:
+            x: [B, S, H].
+            tau: float32 [B, S].
+            router_input: what the router reads, [B, S, H]; None means x.
+            native: whether this forward may leave PyTorch.
+
+        Returns:
+            [B, S, H].
+        """
+        if router_input is None:
+            router_input = x
         if native:
             inputs = [self.gate_proj, self.up_proj]
-            y = routed_ffn(x, tau, self.router, inputs, self.down_proj, self.activation)
+            y = routed_ffn(x, tau, router_input, self.router, inputs, self.down_proj, self.activation)
             if y is not None:
                 return y
         neurons = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(self.router.scale(x, neurons, tau))
+        return self.down_proj(self.router.scale(router_input, neurons, tau))
 
 
 class RoutedDecoderLayer(GradientCheckpointingLayer):
-    """A decoder layer that hands tau to its feed-forward layer alone. Put it before the dense class."""
+    """A decoder layer that hands its feed-forward layer tau and what its router reads. Before the dense class."""
 
     family: Family
     dense_class: Any
@@ -60,14 +72,22 @@ class RoutedDecoderLayer(GradientCheckpointingLayer):
         super().__init__(config, layer_idx)
         activation = self.family.activation(vars(config))
         self.mlp = RoutedGLU(config, activation, router_bias=router_bias)
+        self.routes_by_attention = config.prunepath.router.input == "attention"
 
     def forward(self, hidden_states: Tensor, *, tau: Tensor, native: bool = False, **kwargs: Any) -> Tensor:
         """Hidden states [B, S, H] and tau float32 [B, S] to [B, S, H]; the rest is for attention."""
         # The dense forward as it is, norms and multipliers of the family included, for a layer whose mlp knows its tau.
-        mlp = self.mlp
-        return self.dense_class.forward(
-            Instead(self, mlp=lambda x: mlp(x, tau, native=native)), hidden_states, **kwargs
-        )
+        mlp, attention = self.mlp, self.self_attn
+        router_input: Tensor | None = None
+
+        def attend(hidden_states: Tensor, **options: Any) -> Any:
+            nonlocal router_input
+            router_input = hidden_states
+            return attention(hidden_states=hidden_states, **options)
+
+        seen = {"self_attn": attend} if self.routes_by_attention else {}
+        instead = Instead(self, mlp=lambda x: mlp(x, tau, router_input, native=native), **seen)
+        return self.dense_class.forward(instead, hidden_states, **kwargs)
 
 
 class RoutedGLUModel(RoutedDecoder):

@@ -19,14 +19,26 @@ class PrunePathGPT2MLP(GPT2MLP):
         self.router = Router(config.hidden_size, config.prunepath, bias=router_bias)
         self.activation = config.activation_function
 
-    def forward(self, x: Tensor, tau: Tensor, *, native: bool = False) -> Tensor:
-        """x [B, S, H] and tau float32 [B, S] to [B, S, H]; by the CPU kernel where `native` allows and it pays."""
+    def forward(self, x: Tensor, tau: Tensor, router_input: Tensor | None = None, *, native: bool = False) -> Tensor:
+        """The routed layer; by the CPU kernel where `native` allows and it pays.
+
+        Args:
+            x: [B, S, H].
+            tau: float32 [B, S].
+            router_input: what the router reads, [B, S, H]; None means x.
+            native: whether this forward may leave PyTorch.
+
+        Returns:
+            [B, S, H].
+        """
+        if router_input is None:
+            router_input = x
         if native:
-            y = routed_ffn(x, tau, self.router, [self.c_fc], self.c_proj, self.activation)
+            y = routed_ffn(x, tau, router_input, self.router, [self.c_fc], self.c_proj, self.activation)
             if y is not None:
                 return y
         neurons = self.act(self.c_fc(x))
-        return self.dropout(self.c_proj(self.router.scale(x, neurons, tau)))
+        return self.dropout(self.c_proj(self.router.scale(router_input, neurons, tau)))
 
 
 class PrunePathGPT2Block(GPT2Block):
@@ -35,6 +47,7 @@ class PrunePathGPT2Block(GPT2Block):
     def __init__(self, config: PrunePathGPT2Config, layer_idx: int, *, router_bias: bool) -> None:
         super().__init__(config, layer_idx=layer_idx)
         self.mlp = PrunePathGPT2MLP(config, router_bias=router_bias)
+        self.routes_by_attention = config.prunepath.router.input == "attention"
 
     def forward(
         self,
@@ -48,11 +61,11 @@ class PrunePathGPT2Block(GPT2Block):
         **kwargs: Any,
     ) -> Tensor:
         """Hidden states [B, S, H] and tau float32 [B, S] to [B, S, H]; the rest is for attention."""
-        attended, _ = self.attn(
-            self.ln_1(hidden_states), past_key_values=past_key_values, attention_mask=attention_mask, **kwargs
-        )
+        normed = self.ln_1(hidden_states)
+        attended, _ = self.attn(normed, past_key_values=past_key_values, attention_mask=attention_mask, **kwargs)
         hidden_states = hidden_states + attended
-        return hidden_states + self.mlp(self.ln_2(hidden_states), tau, native=native)
+        router_input = normed if self.routes_by_attention else None
+        return hidden_states + self.mlp(self.ln_2(hidden_states), tau, router_input, native=native)
 
 
 class PrunePathGPT2Model(RoutedDecoder, GPT2Model):

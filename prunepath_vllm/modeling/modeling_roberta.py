@@ -29,9 +29,11 @@ class PrunePathRobertaIntermediate(RobertaIntermediate):
         super().__init__(config)
         self.router = Router(config.hidden_size, config.prunepath, bias=router_bias)
 
-    def forward(self, hidden_states: Tensor, tau: Tensor) -> Tensor:
-        """Hidden states [B, S, H] and tau float32 [B, S] to neurons [B, S, F]."""
-        return self.router.scale(hidden_states, super().forward(hidden_states), tau)
+    def forward(self, hidden_states: Tensor, tau: Tensor, router_input: Tensor | None = None) -> Tensor:
+        """Hidden states [B, S, H] and tau float32 [B, S] to neurons [B, S, F]; the router reads `router_input`, or else
+        the hidden states."""
+        neurons = super().forward(hidden_states)
+        return self.router.scale(hidden_states if router_input is None else router_input, neurons, tau)
 
 
 class PrunePathRobertaLayer(RobertaLayer):
@@ -40,6 +42,7 @@ class PrunePathRobertaLayer(RobertaLayer):
     def __init__(self, config: PrunePathRobertaConfig, layer_idx: int, *, router_bias: bool) -> None:
         super().__init__(config, layer_idx=layer_idx)
         self.intermediate = PrunePathRobertaIntermediate(config, router_bias=router_bias)
+        self.routes_by_attention = config.prunepath.router.input == "attention"
 
     def forward(
         self,
@@ -52,7 +55,8 @@ class PrunePathRobertaLayer(RobertaLayer):
     ) -> Tensor:
         """Hidden states [B, S, H] and tau float32 [B, S] to [B, S, H]; the rest is for attention."""
         attended, _ = self.attention(hidden_states, attention_mask, **kwargs)
-        return self.output(self.intermediate(attended, tau), attended)
+        router_input = hidden_states if self.routes_by_attention else None
+        return self.output(self.intermediate(attended, tau, router_input), attended)
 
 
 class PrunePathRobertaModel(RoutedBackbone, RobertaModel):

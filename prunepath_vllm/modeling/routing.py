@@ -21,13 +21,15 @@ Tau = float | Sequence[float] | np.ndarray | Tensor
 class Router(nn.Module):
     """Eq. 7-10 of one feed-forward layer: which experts a token uses, and their gates.
 
-    ``bias`` is None unless the checkpoint has one.
+    ``bias`` is None unless the checkpoint has one, ``down`` unless its routers have a low rank.
     """
 
     def __init__(self, hidden_size: int, prunepath: PrunePathConfig, *, bias: bool = False) -> None:
         super().__init__()
         self.selection, self.threshold, self.gate = prunepath.selection, prunepath.threshold, prunepath.gate
-        self.weight = nn.Parameter(torch.zeros(prunepath.num_experts, hidden_size))
+        rank = prunepath.router.rank
+        self.weight = nn.Parameter(torch.zeros(prunepath.num_experts, rank or hidden_size))
+        self.down = None if rank is None else nn.Linear(hidden_size, rank, bias=False)
         self.bias = nn.Parameter(torch.zeros(prunepath.num_experts)) if bias else None
         self.observer: nn.Module | None = None
         """Sees every forward: (logits, active experts, neurons, and a function for logits whose gradient ends in this
@@ -37,7 +39,7 @@ class Router(nn.Module):
         """Route every token and multiply its neurons by their experts' weights.
 
         Args:
-            x: input of the feed-forward layer, [B, S, H].
+            x: what the router reads, [B, S, H].
             neurons: activations after the non-linearity, [B, S, F].
             tau: float32 [B, S].
 
@@ -53,7 +55,7 @@ class Router(nn.Module):
         """Eq. 7: x [B, S, H] to float32 [B, S, E]."""
         # Autocast would round the logits to bfloat16 and, with them, the ranking.
         with torch.autocast(x.device.type, enabled=False):
-            return reference.router_logits(x, self.weight, self.bias)
+            return reference.router_logits(x, self.weight, self.bias, None if self.down is None else self.down.weight)
 
     def forward(self, x: Tensor, tau: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Route every token.

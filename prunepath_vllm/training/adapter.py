@@ -173,7 +173,14 @@ def merge_adapter(dense: str | Path, adapter: str | Path, destination: str | Pat
         )
     with new_directory(destination) as staging:
         # The split is made up: every tensor that depends on it is written anew below.
-        convert(dense, staging, expert_size=block.expert_size, split="random")
+        convert(
+            dense,
+            staging,
+            expert_size=block.expert_size,
+            split="random",
+            router_input=block.router.input,
+            router_rank=block.router.rank,
+        )
         summary = validate_checkpoint(staging)
         updates: dict[str, Tensor | None] = {}
         for layer in range(summary.num_layers):

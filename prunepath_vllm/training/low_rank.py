@@ -57,8 +57,12 @@ def add_low_rank(model: PreTrainedModel, rank: int) -> dict[str, LowRankLinear]:
     backbone, head = model.base_model, model.get_output_embeddings()
     if head is not None:
         head.requires_grad_(False)
-    linears = {name: module for name, module in backbone.named_modules() if isinstance(module, nn.Linear | Conv1D)}
     routers = {id(p) for module in backbone.modules() if isinstance(module, Router) for p in module.parameters()}
+    linears = {
+        name: module
+        for name, module in backbone.named_modules()
+        if isinstance(module, nn.Linear | Conv1D) and id(module.weight) not in routers
+    }
     for parameter in backbone.parameters():
         if parameter.dim() > 1 and id(parameter) not in routers:
             parameter.requires_grad_(False)

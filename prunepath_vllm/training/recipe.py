@@ -33,6 +33,12 @@ class Conversion(Section):
     router: Literal["calibrated", "zero", "random"] = Field(
         default="calibrated", description="routers at the start: fitted to `text`, zero, or normal with deviation 0.02"
     )
+    router_input: Literal["ffn", "attention"] = Field(
+        default="ffn", description="what routers read: the feed-forward layer's input, or the self-attention's"
+    )
+    router_rank: int | None = Field(
+        default=None, gt=0, description="rank of the routers, products of two thin matrices; null: one full matrix"
+    )
     text: str | None = Field(default=None, description="text file for calibrated routers and the co-activation split")
     tokens: int = Field(default=32768, gt=0, description="how much of `text` calibration reads")
     dense_positions: int = Field(default=1, ge=0, description="tokens at positions below it use every expert")

@@ -217,6 +217,8 @@ def _convert(recipe: Recipe, options: Conversion, destination: Path) -> None:
             expert_size=options.expert_size,
             split=options.split,
             gate=options.gate,
+            router_input=options.router_input,
+            router_rank=options.router_rank,
             calibration_text=options.text if options.split == "coactivation" else None,
             seed=recipe.seed,
             device=device,

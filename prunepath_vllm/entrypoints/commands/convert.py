@@ -36,6 +36,18 @@ def add_parser(subparsers, parents: list[argparse.ArgumentParser]) -> argparse.A
         default="none",
         help="multiply an expert's output by the sigmoid of its router logit, or not (default)",
     )
+    parser.add_argument(
+        "--router-input",
+        choices=("ffn", "attention"),
+        default="ffn",
+        help="what routers read: the feed-forward layer's input (default), or that of the self-attention before it",
+    )
+    parser.add_argument(
+        "--router-rank",
+        type=whole(1),
+        metavar="R",
+        help="make each router the product of two thin matrices of this rank (default: one full matrix)",
+    )
     parser.add_argument("--calibration-text", metavar="FILE", help="UTF-8 text file")
     parser.add_argument("--seed", type=seed, default=0, help="of the split and the calibration (default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
@@ -53,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         split=args.split,
         router=args.router or ("zero" if args.calibration_text is None else "calibrated"),
         gate=args.gate,
+        router_input=args.router_input,
+        router_rank=args.router_rank,
         calibration_text=args.calibration_text,
         seed=args.seed,
         device=args.device,

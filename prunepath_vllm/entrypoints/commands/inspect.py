@@ -53,6 +53,7 @@ def describe(summary: "CheckpointSummary") -> dict[str, Any]:
         "activation": family.activation(config),
         "routers": {"fitted": len(layers) - zero, "zero": zero, "bias": summary.router_bias},
         **summary.prunepath.to_json(),
+        "router": summary.prunepath.router.model_dump(),
     }
 
 
@@ -61,6 +62,9 @@ def _table(facts: dict[str, Any]) -> str:
     state = "zero" if not routers["fitted"] else "fitted"
     if routers["fitted"] and routers["zero"]:
         state = f"fitted in {routers['fitted']} layers, zero in {routers['zero']}"
+    options = facts["router"]
+    shape = "" if options["rank"] is None else f", rank {options['rank']}"
+    shape += ", read the attention's input" if options["input"] == "attention" else ""
     selection = facts["selection"].replace("_", " ")
     if facts["threshold"] is not None:
         selection += f" {facts['threshold']:g}"
@@ -70,7 +74,7 @@ def _table(facts: dict[str, Any]) -> str:
         ("parameters", f"{facts['parameters'] / 1e6:,.1f} M, {', '.join(facts['dtypes'])}"),
         ("layers", f"{facts['num_layers']}, hidden {facts['hidden_size']}, FFN {facts['intermediate_size']}"),
         ("experts", f"{facts['num_experts']} per layer, {facts['expert_size']} neurons each, {facts['activation']}"),
-        ("routers", f"{state}, {'with' if routers['bias'] else 'no'} bias"),
+        ("routers", f"{state}, {'with' if routers['bias'] else 'no'} bias{shape}"),
         ("split", f"{split['method']} ({split['source'] or 'no source'}), seed {split['seed']}"),
         ("selection", selection),
         ("gate", facts["gate"]),

@@ -59,7 +59,9 @@ class ExpertRouter(nn.Module):
 
     def __init__(self, hidden_size: int, prunepath: PrunePathConfig) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(prunepath.num_experts, hidden_size), requires_grad=False)
+        rank = prunepath.router.rank
+        self.weight = nn.Parameter(torch.empty(prunepath.num_experts, rank or hidden_size), requires_grad=False)
+        self.down = None if rank is None else nn.Linear(hidden_size, rank, bias=False).requires_grad_(False)
         self.bias = nn.Parameter(torch.zeros(prunepath.num_experts), requires_grad=False)
 
 
@@ -158,12 +160,20 @@ class RoutedFFN(nn.Module):
         for field in fields(step):  # buffers: inputs of a compiled graph, whose addresses stay
             self.register_buffer(field.name, getattr(step, field.name), persistent=False)
 
-    def forward(self, x: Tensor, router: ExpertRouter, inputs: ExpertInputs, outputs: ExpertOutputs) -> Tensor:
-        """x: [T, H] in the model's dtype; returns the same."""
+    def forward(
+        self,
+        x: Tensor,
+        router: ExpertRouter,
+        inputs: ExpertInputs,
+        outputs: ExpertOutputs,
+        router_input: Tensor | None = None,
+    ) -> Tensor:
+        """x: [T, H] in the model's dtype; returns the same. The router reads `router_input`, likewise, or else x."""
         y = torch.ops.prunepath.routed_ffn(
             x,
+            router_input,
             [self.tau, self.dense_step, self.active_counts, self.experts_read, self.dense_runs],
-            [router.weight, router.bias],
+            [router.weight, router.bias, None if router.down is None else router.down.weight],
             [inputs.weight, inputs.bias, outputs.weight, outputs.bias],
             self.encoded_spec,
         )
@@ -172,35 +182,39 @@ class RoutedFFN(nn.Module):
 
 def _routed_ffn_op(
     x: torch.Tensor,
+    router_input: torch.Tensor | None,
     step: list[torch.Tensor],
-    router: list[torch.Tensor],
+    router: list[torch.Tensor | None],
     weights: list[torch.Tensor | None],
     spec: str,
 ) -> torch.Tensor:
     # The counters are not declared as mutated: no graph reads them, and functionalisation would copy them around every
     # layer.
     if x.is_cpu and x.shape[0] <= cpu.native_tokens(x.dtype):
-        return _native_layer(step, router, weights, spec)(x)
+        return _native_layer(step, router, weights, spec)(x, x if router_input is None else router_input)
     state = StepState(*step)
     counters = Counters(state.active_counts[: x.shape[0]], state.experts_read)
-    layer = x, state.tau[: x.shape[0]], RouterWeights(*router), Weights(*cast(Any, weights)), LayerSpec.decode(spec)
+    tau, router_weights = state.tau[: x.shape[0]], RouterWeights(*cast(Any, router))
+    layer = x, tau, router_weights, Weights(*cast(Any, weights)), LayerSpec.decode(spec)
     if x.is_cpu:
-        return cpu.routed_ffn(*layer, counters=replace(counters, full=state.dense_runs))
+        return cpu.routed_ffn(*layer, router_input=router_input, counters=replace(counters, full=state.dense_runs))
     kernels = triton_kernels()
     if kernels is None:
-        return cpu.routed_ffn(*layer, gather=False, counters=counters)
+        return cpu.routed_ffn(*layer, router_input=router_input, gather=False, counters=counters)
     # A captured graph is replayed for any taus: there the flag of the moment means nothing.
     host_dense = bool(state.dense_step) and not torch.cuda.is_current_stream_capturing()
     tuning = kernels.load_tuning(torch.cuda.get_device_name(x.device), layer[-1])
-    return kernels.routed_ffn(*layer, tuning=tuning, counters=counters, host_dense=host_dense)
+    return kernels.routed_ffn(
+        *layer, tuning=tuning, router_input=router_input, counters=counters, host_dense=host_dense
+    )
 
 
-_native_layers: dict[tuple, Callable[[Tensor], Tensor]] = {}
+_native_layers: dict[tuple, Callable[[Tensor, Tensor], Tensor]] = {}
 
 
 def _native_layer(
-    step: list[Tensor], router: list[Tensor], weights: list[Tensor | None], spec: str
-) -> Callable[[Tensor], Tensor]:
+    step: list[Tensor], router: list[Tensor | None], weights: list[Tensor | None], spec: str
+) -> Callable[[Tensor, Tensor], Tensor]:
     """The CPU kernel on one layer's tensors. It is found by where they lie: a compiled graph hands over tensors alone.
 
     Making it anew, with its checks, would take as long as a small model's layer.
@@ -208,7 +222,8 @@ def _native_layer(
     key = (spec, len(step[0]), *[0 if one is None else one.data_ptr() for one in (*step, *router, *weights)])
     if (call := _native_layers.get(key)) is None:
         state = StepState(*step)
-        layer = native.RoutedFFN(RouterWeights(*router), Weights(*cast(Any, weights)), LayerSpec.decode(spec))
+        tensors = RouterWeights(*cast(Any, router)), Weights(*cast(Any, weights))
+        layer = native.RoutedFFN(*tensors, LayerSpec.decode(spec))
         counters = Counters(state.active_counts, state.experts_read, state.dense_runs)
         call = _native_layers[key] = layer.on_buffers(state.tau, counters)
     return call

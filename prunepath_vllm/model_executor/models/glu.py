@@ -8,13 +8,19 @@ from importlib import import_module
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.families import FAMILIES, Family
 from prunepath_vllm.model_executor.compat import VllmConfig
 from prunepath_vllm.model_executor.layers.routed_ffn import ExpertInputs, ExpertOutputs
-from prunepath_vllm.model_executor.models.utils import PrunePathModelMixin, build_routed_ffn, built_instead
+from prunepath_vllm.model_executor.models.utils import (
+    PrunePathModelMixin,
+    RoutedModule,
+    build_routed_ffn,
+    built_instead,
+    route_by_attention,
+)
 
 
 def __getattr__(name: str) -> Any:
@@ -24,7 +30,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class RoutedGLU(nn.Module):
+class RoutedGLU(RoutedModule):
     """Stands in for ``layer.mlp``, under the same parameter names plus ``router``."""
 
     def __init__(self, vllm_config: VllmConfig, layer: int) -> None:
@@ -37,7 +43,7 @@ class RoutedGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, H]; returns the same shape."""
-        return self.ffn(x, self.router, self.gate_up_proj, self.down_proj)
+        return self.ffn(x, self.router, self.gate_up_proj, self.down_proj, self.take_router_input())
 
 
 class RoutedGLUForCausalLM(PrunePathModelMixin):
@@ -51,6 +57,7 @@ class RoutedGLUForCausalLM(PrunePathModelMixin):
         module, dense_ffn = self.family.engine_ffn.split(":")
         with built_instead(_engine_module(module), dense_ffn, lambda layer: RoutedGLU(vllm_config, layer)):
             super().__init__(vllm_config=vllm_config, prefix=prefix)
+        route_by_attention(self, vllm_config.model_config.hf_config)
 
 
 def _model_class(family: Family) -> type:

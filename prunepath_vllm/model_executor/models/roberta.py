@@ -31,12 +31,14 @@ class RoutedRobertaLayer(nn.Module):
         del dense_layer.intermediate, self.output.dense
         self.intermediate = RoutedIntermediate(vllm_config, layer)
         self.output.dense = ExpertOutputs(config.hidden_size, config.prunepath, bias=True)
+        self.routes_by_attention = config.prunepath.router.input == "attention"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [T, H]; returns the same shape."""
         attention = self.attention(hidden_states)
         first = self.intermediate
-        ffn = first.ffn(attention, first.router, first.dense, self.output.dense)
+        router_input = hidden_states if self.routes_by_attention else None
+        ffn = first.ffn(attention, first.router, first.dense, self.output.dense, router_input)
         return self.output.LayerNorm(ffn + attention)
 
 

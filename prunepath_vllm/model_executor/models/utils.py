@@ -12,13 +12,14 @@ from vllm.model_executor.models.utils import extract_layer_index
 from prunepath_vllm.checkpoint import check_finite, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import CheckpointError, ConfigError
+from prunepath_vllm.families import family_of
 from prunepath_vllm.model_executor.compat import VllmConfig, moved
 from prunepath_vllm.model_executor.layers.routed_ffn import ExpertRouter, RoutedFFN, StepState
 from prunepath_vllm.model_executor.tau import TokenTaus
 
 _Model: Any = nn.Module if TYPE_CHECKING else object
 
-_BUILT_IN = ("num_experts", "expert_size", "selection", "threshold", "gate", "dense_positions")
+_BUILT_IN = ("num_experts", "expert_size", "selection", "threshold", "gate", "dense_positions", "router")
 """Fields of ``prunepath_config`` that a model is built from: other weights do not change them."""
 
 
@@ -113,6 +114,43 @@ def build_routed_ffn(vllm_config: VllmConfig, layer: int) -> tuple[RoutedFFN, Ex
     active_counts, experts_read = taus.counts.buffers(layer)
     step = StepState(taus.values, taus.dense_step, active_counts, experts_read, taus.counts.dense_runs)
     return RoutedFFN(taus.spec, step), ExpertRouter(config.hidden_size, prunepath)
+
+
+class RoutedModule(nn.Module):
+    """A feed-forward module that stands in for a dense one, whose router may read what entered the attention.
+
+    Attributes:
+        router_input: between the attention and this module what the router will read, [T, H]; otherwise None. Set and
+            taken within one forward, so that in a compiled graph the tensor is an argument of the layer's op.
+    """
+
+    router_input: Tensor | None = None
+
+    def take_router_input(self) -> Tensor | None:
+        """What the router reads instead of the module's input; None where it reads that."""
+        taken, self.router_input = self.router_input, None
+        return taken
+
+
+def route_by_attention(model: nn.Module, config: Any) -> None:
+    """Hand every :class:`RoutedModule` of a model the input of its block's self-attention, if its routers read that.
+
+    Raises:
+        EngineVersionError: a block has no attention under the name that transformers gives it.
+    """
+    if config.prunepath.router.input != "attention":
+        return
+    family = family_of(config.to_dict(), converted=True)
+    for name, ffn in [(name, module) for name, module in model.named_modules() if isinstance(module, RoutedModule)]:
+
+        def keep(_: nn.Module, args: tuple, kwargs: dict[str, Any], ffn: RoutedModule = ffn) -> None:
+            ffn.router_input = kwargs["hidden_states"]
+
+        attention = family.attention.format(extract_layer_index(name))
+        try:
+            model.get_submodule(attention).register_forward_pre_hook(keep, with_kwargs=True)
+        except AttributeError:
+            raise moved(f"{type(model).__name__}'s module {attention}") from None
 
 
 @contextmanager

@@ -118,7 +118,7 @@ def save_experts(summary: CheckpointSummary, kept: Tensor, folder: Path) -> None
     dropped: set[str] = set()
     for layer in range(summary.num_layers):
         dimensions |= {name: (layer, axis) for name, axis in family.neuron_axes(layer).items()}
-        dropped |= {f"{family.router(layer)}.weight", f"{family.router(layer)}.bias"}
+        dropped |= {f"{family.router(layer)}.{part}" for part in ("weight", "down.weight", "bias")}
     tensors: dict[str, Tensor] = {}
     for name, tensor in stream_tensors(summary.path, summary.tensors):
         if name in dimensions:
