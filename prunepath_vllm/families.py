@@ -55,6 +55,12 @@ class Family:
     """GLU families: the module of ``vllm.model_executor.models`` with the dense class."""
     caps_attention: bool = False
     """Whether attention scores are capped; transformers' sdpa leaves the cap out, eager does not."""
+    rope_kinds: tuple[str, ...] = ()
+    """Rotary embeddings that engine and transformers compute alike for it; empty for all of ``fields.ROPE_KINDS``."""
+    rope_by_layer_kind: bool = False
+    """Whether each kind of layer has a rotary embedding of its own."""
+    one_window: bool = False
+    """Whether the engine has one sliding window for all layers, where transformers may have it on some."""
     float16: bool = True
     """Whether values fit float16."""
     engine_ffn: str = ""
@@ -213,10 +219,16 @@ def _glu(name: str, dense_architecture: str, engine_ffn: str, **fields: Any) -> 
 
 FAMILIES: tuple[Family, ...] = (
     _glu("llama", "LlamaForCausalLM", "llama:LlamaMLP"),
-    _glu("qwen2", "Qwen2ForCausalLM", "qwen2:Qwen2MLP"),
-    _glu("qwen3", "Qwen3ForCausalLM", "qwen3:Qwen3MLP"),
+    _glu("qwen2", "Qwen2ForCausalLM", "qwen2:Qwen2MLP", one_window=True),
+    _glu("qwen3", "Qwen3ForCausalLM", "qwen3:Qwen3MLP", one_window=True),
     _glu("mistral", "MistralForCausalLM", "llama:LlamaMLP"),
-    _glu("phi3", "Phi3ForCausalLM", "llama:LlamaMLP", merged="model.layers.{}.mlp.gate_up_proj"),
+    _glu(
+        "phi3",
+        "Phi3ForCausalLM",
+        "llama:LlamaMLP",
+        merged="model.layers.{}.mlp.gate_up_proj",
+        rope_kinds=("default",),  # transformers takes Phi-3's "yarn" for "longrope"
+    ),
     _glu("granite", "GraniteForCausalLM", "granite:GraniteMLP"),
     _glu(
         "gemma2",
@@ -235,6 +247,8 @@ FAMILIES: tuple[Family, ...] = (
         dense_config="Gemma3TextConfig",
         dense_backbone="Gemma3TextModel",
         engine_module="gemma3",
+        rope_kinds=("default", "linear"),
+        rope_by_layer_kind=True,
         tied=True,
         activation_field="hidden_activation",
         default_activation="gelu_pytorch_tanh",

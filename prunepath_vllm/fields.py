@@ -258,16 +258,7 @@ ROPE_KINDS: dict[str, frozenset[str]] = {
 """Rotary embeddings that engine and transformers compute alike, and their parameters. Not "dynamic" and "longrope":
 transformers chooses the frequencies by each sequence's length, the engine once."""
 
-_FAMILY_ROPE_KINDS: dict[str, tuple[str, ...]] = {
-    "gemma3_text": ("default", "linear"),
-    "phi3": ("default",),  # transformers takes Phi-3's "yarn" for "longrope"
-}
-"""Families that take fewer of them."""
 _LAYER_KINDS = ("full_attention", "sliding_attention")
-_ROPE_BY_LAYER_KIND = frozenset({"gemma3_text"})
-"""Families with a rotary embedding for each kind of layer."""
-_ONE_WINDOW = frozenset({"qwen2", "qwen3"})
-"""Families whose windows may differ by layer in transformers, but not in the engine."""
 
 
 def check_fields(family: Family, config: Mapping[str, Any]) -> None:
@@ -322,7 +313,7 @@ def usable_positions(family: Family, config: Mapping[str, Any]) -> int | None:
     Rows of the position table, or of the table of rotations that the engine makes.
     """
     positions = family.positions(config)
-    if positions is None or family.gate is None or family.name in _ROPE_BY_LAYER_KIND:
+    if positions is None or family.gate is None or family.rope_by_layer_kind:
         return positions  # Gemma 3's counts what its scaling adds
     rope = rope_parameters(config)
     factor = rope.get("factor") or 1
@@ -336,7 +327,7 @@ def usable_positions(family: Family, config: Mapping[str, Any]) -> int | None:
 
 def _check_rope(family: Family, config: Mapping[str, Any]) -> None:
     ropes = {"rope_parameters": rope_parameters(config)}
-    if family.name in _ROPE_BY_LAYER_KIND and not config.get("rope_scaling"):
+    if family.rope_by_layer_kind and not config.get("rope_scaling"):
         (rope,) = ropes.values()
         if unknown := sorted(str(kind) for kind in set(rope) - set(_LAYER_KINDS)):
             raise ConfigError(
@@ -346,7 +337,7 @@ def _check_rope(family: Family, config: Mapping[str, Any]) -> None:
     for name, rope in ropes.items():
         if not isinstance(rope, Mapping):
             raise ConfigError(f"{name}: {shown(rope)}; expected an object")
-        _check_one_rope(name, rope, _FAMILY_ROPE_KINDS.get(family.name, tuple(ROPE_KINDS)))
+        _check_one_rope(name, rope, family.rope_kinds or tuple(ROPE_KINDS))
 
 
 def _check_one_rope(name: str, rope: Mapping[str, Any], kinds: tuple[str, ...]) -> None:
@@ -374,9 +365,7 @@ def _check_window(family: Family, config: Mapping[str, Any]) -> None:
     fields, layers = FIELDS[family.name], family.num_layers(config)
     if "sliding_window" not in fields:
         return
-    window = (
-        config.get("sliding_window", 4096) if config.get("use_sliding_window", family.name not in _ONE_WINDOW) else None
-    )
+    window = config.get("sliding_window", 4096) if config.get("use_sliding_window", not family.one_window) else None
     if window is not None and (not isinstance(window, int) or isinstance(window, bool) or window < 1):
         raise ConfigError(f"sliding_window: {shown(window)}; expected a number of tokens, 1 or more, or none")
     kinds = config.get("layer_types") if "layer_types" in fields else None
@@ -386,9 +375,9 @@ def _check_window(family: Family, config: Mapping[str, Any]) -> None:
         sliding = kinds.count("sliding_attention")
         said = f"layer_types: {sliding} of {layers} layers with a sliding window"
         if sliding and window is None:
-            expected = "use_sliding_window and sliding_window" if family.name in _ONE_WINDOW else "sliding_window"
+            expected = "use_sliding_window and sliding_window" if family.one_window else "sliding_window"
             raise ConfigError(f"{said}, but no {expected}; expected {expected}")
-    elif family.name in _ONE_WINDOW:
+    elif family.one_window:
         first = config.get("max_window_layers", 28)
         if window is None or not isinstance(first, int):
             return
@@ -400,7 +389,7 @@ def _check_window(family: Family, config: Mapping[str, Any]) -> None:
                 "sliding_window: none; expected a number of tokens, as layer_types leaves some to a window"
             )
         return
-    if 0 < sliding < layers and family.name in _ONE_WINDOW:
+    if 0 < sliding < layers and family.one_window:
         raise ConfigError(f"{said}; expected a window on every layer or on none (the engine has one for all)")
 
 

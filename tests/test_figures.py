@@ -56,14 +56,14 @@ def test_fig2_is_the_error_of_the_first_k_experts(family, gate, prunepath_checkp
     ids = build_tokenizer()(TEXT)["input_ids"]
     for start in (0, 32):
         naive_logits(model, ids[start : start + 32], 1.0)
-    whole = [[ffn.token(x, 1.0) for x in inputs] for ffn, inputs in zip(ffns, read, strict=True)]
+    whole = [[ffn.token(x, x, 1.0) for x in inputs] for ffn, inputs in zip(ffns, read, strict=True)]
     for point in series["points"]:
         k = point["k"]
         monkeypatch.setattr(
             naive, "active_experts", lambda logits, tau, k=k, **_: logits.argsort(descending=True)[:k].tolist()
         )
         errors = [
-            torch.stack([y - ffn.token(x, 1.0) for x, y in zip(inputs, outputs, strict=True)]).square().mean().item()
+            torch.stack([y - ffn.token(x, x, 1.0) for x, y in zip(inputs, outputs, strict=True)]).square().mean().item()
             for ffn, inputs, outputs in zip(ffns, read, whole, strict=True)
         ]
         assert point["layer_mse"] == pytest.approx(errors, rel=1e-3, abs=1e-9)

@@ -54,7 +54,7 @@ def prefilling_model(checkpoint: Path):
         if isinstance(module, NaiveFFN):
             token = module.token
             # 1.0 stands for a position of the prompt; decode asks for 1.05 where it means every expert.
-            module.token = lambda x, tau, token=token: token(x, PREFILL_TAU if tau == 1.0 else tau)
+            module.token = lambda x, routed, tau, token=token: token(x, routed, PREFILL_TAU if tau == 1.0 else tau)
     return model
 
 
