@@ -22,8 +22,7 @@ def server(serve, prunepath_checkpoint) -> Server:
 
 def run(name: str, *arguments: str) -> str:
     (file,) = (file for file in EXAMPLES if file.name == name)
-    # An offline engine of one process imports vLLM once instead of three times.
-    return run_file(file, *arguments, VLLM_CPU_KVCACHE_SPACE="1", VLLM_ENABLE_V1_MULTIPROCESSING="0")
+    return run_file(file, *arguments, VLLM_CPU_KVCACHE_SPACE="1")
 
 
 def run_file(file: Path, *arguments: str, **variables: str) -> str:
