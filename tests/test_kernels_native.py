@@ -315,6 +315,17 @@ def test_wrong_arguments_are_named(change, message):
         native.routed_ffn(**arguments)
 
 
+def test_a_router_of_another_rank_in_the_same_memory_is_another_layer():
+    """As a second model's, which is given what the first one had."""
+    _, w, spec = layer(24, 6, 4, torch.float32)
+    x, tau = torch.randn(3, 24, generator=torch.Generator().manual_seed(0)), torch.full((3,), 0.5)
+    weight, down = (random(torch.Generator().manual_seed(seed), torch.float32, 500) for seed in (1, 2))
+    for rank in (3, 20):
+        router = RouterWeights(weight[: 6 * rank].view(6, rank), None, down[: 24 * rank].view(rank, 24))
+        wanted, _ = expected(x, x, tau, router, w, spec)
+        torch.testing.assert_close(native.ready(router, w, spec)(x, tau).double(), wanted, rtol=0, atol=1e-5)
+
+
 def python(code: str, **environment: str) -> str:
     return subprocess.run(
         [sys.executable, "-c", code], env=os.environ | environment, capture_output=True, text=True, check=True

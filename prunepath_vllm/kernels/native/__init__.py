@@ -265,7 +265,8 @@ def ready(router: RouterWeights, weights: Weights, spec: LayerSpec) -> RoutedFFN
     It is found again by where the tensors lie and what they are, which is all that it knows of them.
     """
     tensors = (router.weight, router.bias, router.down, *vars(weights).values())
-    key = (spec, *((one.data_ptr(), one.dtype) for one in tensors if one is not None))
+    rank = router.weight.shape[1]  # the one size that the spec does not tell
+    key = (spec, rank, *(None if one is None else (one.data_ptr(), one.dtype) for one in tensors))
     layer = _made.get(key)
     if layer is None:
         layer = _made[key] = RoutedFFN(router, weights, spec)

@@ -219,7 +219,8 @@ def _native_layer(
 
     Making it anew, with its checks, would take as long as a small model's layer.
     """
-    key = (spec, len(step[0]), *[0 if one is None else one.data_ptr() for one in (*step, *router, *weights)])
+    rank = cast(Tensor, router[0]).shape[1]  # with the buffers' length the one size that the spec does not tell
+    key = (spec, len(step[0]), rank, *[0 if one is None else one.data_ptr() for one in (*step, *router, *weights)])
     if (call := _native_layers.get(key)) is None:
         state = StepState(*step)
         tensors = RouterWeights(*cast(Any, router)), Weights(*cast(Any, weights))
