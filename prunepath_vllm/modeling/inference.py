@@ -17,6 +17,46 @@ from prunepath_vllm.kernels.layer import DTYPES, LayerSpec, RouterWeights, Routi
 from prunepath_vllm.modeling.routing import Router
 
 
+class RoutedFeedForward(nn.Module):
+    """A feed-forward module cut into experts. Before the dense class, where there is one."""
+
+    router: Router
+    activation: str
+    """Name of the non-linearity."""
+
+    def linears(self) -> tuple[list[Any], Any]:
+        """The linears whose outputs are neurons, a GLU's gate first, and the one whose inputs they are."""
+        raise NotImplementedError
+
+    def neurons(self, x: Tensor) -> Tensor:
+        """x [B, S, H] to activations [B, S, F]."""
+        raise NotImplementedError
+
+    def project(self, neurons: Tensor) -> Tensor:
+        """Activations [B, S, F], scaled by their experts' weights, to [B, S, H]."""
+        raise NotImplementedError
+
+    def forward(self, x: Tensor, tau: Tensor, router_input: Tensor | None = None, *, native: bool = False) -> Tensor:
+        """The routed layer; by the CPU kernel where `native` allows and it pays.
+
+        Args:
+            x: [B, S, H].
+            tau: float32 [B, S].
+            router_input: what the router reads, [B, S, H]; None means x.
+            native: whether this forward may leave PyTorch.
+
+        Returns:
+            [B, S, H].
+        """
+        if router_input is None:
+            router_input = x
+        if native:
+            y = routed_ffn(x, tau, router_input, self.router, *self.linears(), self.activation)
+            if y is not None:
+                return y
+        return self.project(self.router.scale(router_input, self.neurons(x), tau))
+
+
 def in_inference(device: torch.device) -> bool:
     """Whether a forward on `device` may leave PyTorch: no gradients, no tracing, no autocast."""
     return (

@@ -13,7 +13,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prunepath_vllm.families import FAMILIES, Family
-from prunepath_vllm.modeling.inference import routed_ffn
+from prunepath_vllm.modeling.inference import RoutedFeedForward
 from prunepath_vllm.modeling.modeling_utils import ROUTING_OUTPUTS, Instead, RoutedCausalLM, RoutedDecoder
 from prunepath_vllm.modeling.routing import Router
 
@@ -26,7 +26,7 @@ def __getattr__(name: str) -> Any:
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-class RoutedGLU(nn.Module):
+class RoutedGLU(RoutedFeedForward):
     """The gated feed-forward layer, cut into experts, under the dense layer's parameter names plus ``router``."""
 
     def __init__(self, config: Any, activation: str, *, router_bias: bool) -> None:
@@ -39,27 +39,17 @@ class RoutedGLU(nn.Module):
         self.activation, self.act_fn = activation, ACT2FN[activation]
         self.router = Router(hidden, config.prunepath, bias=router_bias)
 
-    def forward(self, x: Tensor, tau: Tensor, router_input: Tensor | None = None, *, native: bool = False) -> Tensor:
-        """The routed layer; by the CPU kernel where `native` allows and it pays.
+    def linears(self) -> tuple[list[Any], Any]:
+        """See the base class."""
+        return [self.gate_proj, self.up_proj], self.down_proj
 
-        Args:
-            x: [B, S, H].
-            tau: float32 [B, S].
-            router_input: what the router reads, [B, S, H]; None means x.
-            native: whether this forward may leave PyTorch.
+    def neurons(self, x: Tensor) -> Tensor:
+        """See the base class."""
+        return self.act_fn(self.gate_proj(x)) * self.up_proj(x)
 
-        Returns:
-            [B, S, H].
-        """
-        if router_input is None:
-            router_input = x
-        if native:
-            inputs = [self.gate_proj, self.up_proj]
-            y = routed_ffn(x, tau, router_input, self.router, inputs, self.down_proj, self.activation)
-            if y is not None:
-                return y
-        neurons = self.act_fn(self.gate_proj(x)) * self.up_proj(x)
-        return self.down_proj(self.router.scale(router_input, neurons, tau))
+    def project(self, neurons: Tensor) -> Tensor:
+        """See the base class."""
+        return self.down_proj(neurons)
 
 
 class RoutedDecoderLayer(GradientCheckpointingLayer):

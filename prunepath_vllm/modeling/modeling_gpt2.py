@@ -6,39 +6,35 @@ from torch import Tensor, nn
 from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block, GPT2LMHeadModel, GPT2Model
 
 from prunepath_vllm.modeling.configuration_gpt2 import PrunePathGPT2Config
-from prunepath_vllm.modeling.inference import routed_ffn
+from prunepath_vllm.modeling.inference import RoutedFeedForward
 from prunepath_vllm.modeling.modeling_utils import ROUTING_OUTPUTS, RoutedCausalLM, RoutedDecoder
 from prunepath_vllm.modeling.routing import Router
 
 
-class PrunePathGPT2MLP(GPT2MLP):
+class PrunePathGPT2MLP(RoutedFeedForward, GPT2MLP):
     """GPT2MLP cut into experts."""
+
+    act: nn.Module
+    c_fc: nn.Module
+    c_proj: nn.Module
+    dropout: nn.Module
 
     def __init__(self, config: PrunePathGPT2Config, *, router_bias: bool) -> None:
         super().__init__(config.prunepath.intermediate_size, config)
         self.router = Router(config.hidden_size, config.prunepath, bias=router_bias)
         self.activation = config.activation_function
 
-    def forward(self, x: Tensor, tau: Tensor, router_input: Tensor | None = None, *, native: bool = False) -> Tensor:
-        """The routed layer; by the CPU kernel where `native` allows and it pays.
+    def linears(self) -> tuple[list[Any], Any]:
+        """See the base class."""
+        return [self.c_fc], self.c_proj
 
-        Args:
-            x: [B, S, H].
-            tau: float32 [B, S].
-            router_input: what the router reads, [B, S, H]; None means x.
-            native: whether this forward may leave PyTorch.
+    def neurons(self, x: Tensor) -> Tensor:
+        """See the base class."""
+        return self.act(self.c_fc(x))
 
-        Returns:
-            [B, S, H].
-        """
-        if router_input is None:
-            router_input = x
-        if native:
-            y = routed_ffn(x, tau, router_input, self.router, [self.c_fc], self.c_proj, self.activation)
-            if y is not None:
-                return y
-        neurons = self.act(self.c_fc(x))
-        return self.dropout(self.c_proj(self.router.scale(router_input, neurons, tau)))
+    def project(self, neurons: Tensor) -> Tensor:
+        """See the base class."""
+        return self.dropout(self.c_proj(neurons))
 
 
 class PrunePathGPT2Block(GPT2Block):
