@@ -97,9 +97,16 @@ def convert(
     """
     dst = Path(dst)
     text = None if calibration_text is None else Path(calibration_text)
-    _check_arguments(dst, expert_size=expert_size, split=split, router=router, gate=gate, text=text, device=device)
-    if router_input not in ROUTER_INPUTS:
-        raise UsageError(f"router input: {router_input!r}; expected one of {', '.join(ROUTER_INPUTS)}")
+    named = (
+        ("split", split, METHODS),
+        ("router", router, ROUTERS),
+        ("gate", gate, GATES),
+        ("router input", router_input, ROUTER_INPUTS),
+    )
+    for name, value, known in named:
+        if value not in known:
+            raise UsageError(f"{name}: {value!r}; expected one of {', '.join(known)}")
+    _check_arguments(dst, expert_size=expert_size, split=split, router=router, text=text, device=device)
     source, base_model = _resolve_source(src)
     config = read_config(source)
     family = _dense_family(source, config)
@@ -159,12 +166,7 @@ def convert(
     return dst
 
 
-def _check_arguments(
-    dst: Path, *, expert_size: int, split: str, router: str, gate: str, text: Path | None, device: str
-) -> None:
-    for name, value, known in (("split", split, METHODS), ("router", router, ROUTERS), ("gate", gate, GATES)):
-        if value not in known:
-            raise UsageError(f"{name}: {value!r}; expected one of {', '.join(known)}")
+def _check_arguments(dst: Path, *, expert_size: int, split: str, router: str, text: Path | None, device: str) -> None:
     if expert_size <= 0:
         raise UsageError(f"expert size: {expert_size}; expected a positive integer")
     needs_text = [what for what in (split, router) if what in ("coactivation", "calibrated")]
