@@ -1,6 +1,7 @@
 """Fixtures shared by all tests."""
 
 import os
+import sys
 
 # Several workers: before torch is imported, and for every process that a test starts.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -10,9 +11,14 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 from collections.abc import Callable
 from pathlib import Path
 
+import absl.logging
 import pytest
 from hypothesis import settings
 from tiny_models import save_dense, save_prunepath
+
+# vLLM configures logging anew for an engine, which closes every handler; absl's then closes the stream that it was made
+# with, unless it is the process's own. Made by an import in a test, that stream would be pytest's, for all other tests.
+absl.logging.get_absl_handler().python_handler.stream = sys.__stderr__
 
 settings.register_profile("repeatable", derandomize=True)
 settings.register_profile("explore", max_examples=5000)
