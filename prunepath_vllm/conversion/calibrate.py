@@ -1,6 +1,7 @@
 """Routers fitted to a text, without training: each softmax ranks its layer's experts by what leaving them out costs.
 
-docs/calibration.md has the measurements. Shapes: N tokens, H hidden size, E experts, D neurons per expert, F = E * D.
+benchmarks/results/NOTES.md has the measurements. Shapes: N tokens, H hidden size, E experts, D neurons per expert,
+F = E * D.
 """
 
 import os

@@ -3,7 +3,7 @@
 The cost of leaving out expert e at one token is y_e' F y_e: y_e is the expert's output, F the mean outer product of the
 loss gradients at the layer's output (the Fisher matrix, labels drawn from the model itself). It estimates the rise in
 loss, so it compares experts of one layer and layers with one another. Calibration fits routers to it, training teaches
-it to them. docs/calibration.md has the measurements.
+it to them. benchmarks/results/NOTES.md has the measurements.
 
 Shapes: N tokens, H hidden size, E experts, D neurons per expert, F = E * D.
 """

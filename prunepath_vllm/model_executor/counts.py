@@ -245,34 +245,35 @@ class _StepCounters:
         self.tokens, self.inactive, self.steps = 0, 0.0, [0, 0]
 
 
+COUNTERS = {
+    "tokens": ("prunepath:tokens", "Tokens that went through the model.", ()),
+    "steps": ("prunepath:steps", "Engine steps; in those of kind dense every token uses every expert.", ("kind",)),
+    "inactive": (
+        "prunepath:expected_ffn_sparsity_tokens",
+        "Sum over tokens of the FFN sparsity that the checkpoint's tau_curve gives for their tau; divided by "
+        "prunepath:tokens_total it is the expected mean.",
+        (),
+    ),
+    "active": ("prunepath:experts_active", "Experts that were active, summed over tokens and layers.", ("layers",)),
+    "possible": (
+        "prunepath:experts_possible", "Experts there were, summed over the same tokens and layers.", ("layers",)
+    ),
+    "read": (
+        "prunepath:experts_read", "Experts whose weights were read, summed over steps and layers.", ("layers",)
+    ),
+    "readable": (
+        "prunepath:experts_readable", "Experts there were, summed over the same steps and layers.", ("layers",)
+    ),
+    "runs": (
+        "prunepath:layer_runs",
+        "Layers run, once a step; those of path dense read every expert, whatever their tokens chose.",
+        ("path",),
+    ),
+}  # fmt: skip
+"""Name, meaning and labels of each, as /metrics has them."""
+
+
 @functools.cache
 def _counters() -> dict[str, Counter]:
     """Prometheus refuses a name twice in a process, and a process may build several models."""
-    return {
-        "tokens": Counter("prunepath:tokens", "Tokens that went through the model."),
-        "steps": Counter(
-            "prunepath:steps", "Engine steps; in those of kind dense every token uses every expert.", ["kind"]
-        ),
-        "inactive": Counter(
-            "prunepath:expected_ffn_sparsity_tokens",
-            "Sum over tokens of the FFN sparsity that the checkpoint's tau_curve gives for their tau; divided by "
-            "prunepath:tokens_total it is the expected mean.",
-        ),
-        "active": Counter(
-            "prunepath:experts_active", "Experts that were active, summed over tokens and layers.", ["layers"]
-        ),
-        "possible": Counter(
-            "prunepath:experts_possible", "Experts there were, summed over the same tokens and layers.", ["layers"]
-        ),
-        "read": Counter(
-            "prunepath:experts_read", "Experts whose weights were read, summed over steps and layers.", ["layers"]
-        ),
-        "readable": Counter(
-            "prunepath:experts_readable", "Experts there were, summed over the same steps and layers.", ["layers"]
-        ),
-        "runs": Counter(
-            "prunepath:layer_runs",
-            "Layers run, once a step; those of path dense read every expert, whatever their tokens chose.",
-            ["path"],
-        ),
-    }
+    return {key: Counter(*described) for key, described in COUNTERS.items()}

@@ -1,4 +1,4 @@
-"""The recipe of a training: one schema for the YAML file, the ``--set`` overrides and the table in docs/training.md."""
+"""The recipe of a training: one schema for the YAML file, ``--set`` and docs/reference/recipe.md."""
 
 import typing
 from collections.abc import Iterable, Iterator
@@ -294,7 +294,7 @@ def save_recipe(recipe: Recipe, directory: str | Path) -> Path:
 
 
 def recipe_table() -> str:
-    """Every key of a recipe as a Markdown table: docs/training.md carries it."""
+    """Every key of a recipe as a Markdown table: docs/reference/recipe.md carries it."""
     rows = [f"| `{key}` | {default} | {description} |" for key, default, description in _rows(Recipe, "")]
     return "\n".join(["| key | default | meaning |", "|---|---|---|", *rows])
 

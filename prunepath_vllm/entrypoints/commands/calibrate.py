@@ -18,7 +18,13 @@ def add_parser(
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="PrunePath checkpoint directory")
     parser.add_argument("--text", required=True, metavar="FILE", help="UTF-8 text (.gz too), like what will be served")
-    parser.add_argument("--max-tokens", type=whole(1), default=8192, metavar="N", help="(default: %(default)s)")
+    parser.add_argument(
+        "--max-tokens",
+        type=whole(1),
+        default=8192,
+        metavar="N",
+        help="of the text that are read (default: %(default)s)",
+    )
     parser.add_argument(
         "--context", type=whole(1), metavar="N", help="tokens per sequence (default: 512, or what fits)"
     )
@@ -28,7 +34,7 @@ def add_parser(
         metavar="N",
         help="let the first N tokens of a sequence use every expert (default: as the checkpoint says)",
     )
-    parser.add_argument("--seed", type=seed, default=0)
+    parser.add_argument("--seed", type=seed, default=0, help="of the sampled labels (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     return parser
 

@@ -15,7 +15,7 @@ def add_parser(
         "checkpoint with its measured tau and quality curves to OUTPUT/model. On several processes: "
         "torchrun (or accelerate launch) -m prunepath_vllm.entrypoints.cli train ...",
     )
-    parser.add_argument("--config", required=True, metavar="FILE", help="recipe, YAML; docs/training.md has its keys")
+    parser.add_argument("--config", required=True, metavar="FILE", help="YAML; docs/reference/recipe.md has the keys")
     parser.add_argument(
         "--set",
         dest="overrides",

@@ -11,6 +11,11 @@ from vllm.logger import init_logger
 
 from prunepath_vllm.model_executor.tau_resolution import TauResolver
 
+REQUEST_TAU = (
+    "prunepath:request_tau",
+    "Tau of admitted requests: what they asked for, what their sparsity means, what load chose, or the default.",
+)
+"""Name and meaning of the histogram."""
 TAU_BUCKETS = (0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9, 0.95, 0.99, 1.0, 1.05)
 PUBLISH_SECONDS = 5.0
 """How long a scrape waits for the workers: a step, as a rule."""
@@ -42,8 +47,4 @@ class MetricsMiddleware:
 
 @functools.cache
 def _requested_tau() -> Histogram:
-    return Histogram(
-        "prunepath:request_tau",
-        "Tau of admitted requests: what they asked for, what their sparsity means, or the default.",
-        buckets=TAU_BUCKETS,
-    )
+    return Histogram(*REQUEST_TAU, buckets=TAU_BUCKETS)

@@ -1,0 +1,258 @@
+"""Tables of the documentation, made from the raw results: ``python -m prunepath_vllm.benchmarks.tables``.
+
+A page asks for a table in a comment, and what stands between it and the next ``<!-- end -->`` is replaced:
+
+    <!-- table: latency h200/latency_qwen2-7b.json --batch=1,4 -->
+    <!-- end -->
+
+The first word is the kind, one of ``KINDS``; the others are written as in a shell. Files are named as they lie below
+benchmarks/results. ``--check`` writes nothing and fails where a page does not say what the files do.
+"""
+
+import argparse
+import difflib
+import re
+import shlex
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from prunepath_vllm.benchmarks.training_curves import Curve, perplexity_at, read_curve, read_models
+from prunepath_vllm.checkpoint import read_json
+from prunepath_vllm.errors import PrunePathError, UsageError
+from prunepath_vllm.evaluation.figures import split_label
+
+ROOT = Path(__file__).parents[2]
+RESULTS = ROOT / "benchmarks" / "results"
+PAGES = ("README.md", "docs/*.md")
+BLOCK = re.compile(r"(<!-- table: (.*?) -->\n).*?(<!-- end -->)", re.DOTALL)
+SERVED = {
+    "output tokens/s": ("output_throughput", "{:.3g}", False),
+    "time per output token, median": ("median_tpot_ms", "{:.3g} ms", True),
+    "time per output token, p99": ("p99_tpot_ms", "{:.3g} ms", True),
+    "time to first token, median": ("median_ttft_ms", "{:.3g} ms", True),
+}
+"""Rows of a ``serve`` table: vLLM's field, how to write it, whether less is better."""
+
+
+def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
+def share(value: float | None) -> str:
+    """A row's label: of a dense model, of every expert, or of the share that is active."""
+    if value is None:
+        return "dense"
+    return "every expert" if value == 1 else f"{value:.2g} of the experts".replace("0.", ".")
+
+
+def speedup(dense: float, ours: float) -> str:
+    """How many times faster, "1.36x"."""
+    return f"{dense / ours:.2f}x"
+
+
+def latency(file: str, *, batch: str = "1", prefill: str = "") -> str:
+    """Decode steps of ``prunepath bench latency``: a row an active share, a column a batch size, with the ratio.
+
+    Args:
+        file: its --output.
+        batch: batch sizes.
+        prefill: "yes" for a last column, a prompt's time.
+    """
+    result = _read(file)
+    sizes = [int(size) for size in batch.split(",")]
+    dense = {row["batch_size"]: row["decode_step_ms"] for row in result["dense"]["rows"]}
+    prompts = {row["share"]: row["prefill_ms"] for part in ("dense", "sparse") for row in result[part]["prefill"]}
+    rows = []
+    shares = list(dict.fromkeys(row["share"] for part in ("dense", "sparse") for row in result[part]["rows"]))
+    for one in shares:
+        part = result["dense" if one is None else "sparse"]["rows"]
+        steps = {row["batch_size"]: row["decode_step_ms"] for row in part if row["share"] == one}
+        cells = [_milliseconds(steps[size], None if one is None else dense[size]) for size in sizes]
+        if prefill:
+            cells.append(_milliseconds(prompts[one], None if one is None else prompts[None]))
+        rows.append([share(one), *cells])
+    header = ["active", *(f"batch {size}" for size in sizes)]
+    return markdown([*header, f"prefill of {result['dense']['prefill'][0]['tokens']:,}"] if prefill else header, rows)
+
+
+def _milliseconds(value: float, dense: float | None) -> str:
+    text = f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+    return f"{text} ms" if dense is None else f"{text} ms ({speedup(dense, value)})"
+
+
+def serve(file: str) -> str:
+    """``prunepath bench serve``: a row a measure of vLLM's, a column dense and each active share, with the ratio."""
+    runs = _read(file)["runs"]
+    dense = next(run["result"] for run in runs if run["tau"] is None)
+    table = []
+    for name, (field, form, less) in SERVED.items():
+        cells = []
+        for run in runs:
+            value = run["result"][field]
+            better = speedup(dense[field], value) if less else speedup(value, dense[field])
+            cells.append(form.format(value) + ("" if run["tau"] is None else f" ({better})"))
+        table.append([name, *cells])
+    return markdown(["", *(share(None if run["tau"] is None else run["share"]) for run in runs)], table)
+
+
+def kernel(file: str, *, model: str) -> str:
+    """``prunepath bench kernel``: a row a number of tokens, a column an active share, microseconds and ratio."""
+    rows = _read(file)["models"][model]["rows"]
+    shares = list(dict.fromkeys(row["share"] for row in rows))
+    table = []
+    for tokens in dict.fromkeys(row["tokens"] for row in rows):
+        cells = {row["share"]: row for row in rows if row["tokens"] == tokens}
+        first = next(iter(cells.values()))
+        values = [f"{cells[s]['us']:,.0f} ({speedup(cells[s]['dense_us'], cells[s]['us'])})" for s in shares]
+        table.append([f"{tokens:,}", f"{first['dense_us']:,.0f}", *values, first["path"]])
+    return markdown(["tokens", "dense, us", *(share(one) for one in shares), "path"], table)
+
+
+def perplexity(*curves: str, at: str, dense: str = "", ratio: str = "yes") -> str:
+    """Perplexity by FFN sparsity, between measured points as ``training_curves`` interpolates.
+
+    Args:
+        curves: LABEL=FILE, or LABEL=FILE@SPARSITY,... for a model a sparsity.
+        at: FFN sparsities.
+        dense: a file whose perplexity the ratios in brackets are over.
+        ratio: "no" leaves them out.
+    """
+    sparsities = [float(one) for one in at.split(",")]
+    base = read_curve(str(RESULTS / dense))[0][1] if dense else None
+    rows = []
+    for label, files in map(split_label, curves):
+        curve = _curve(files)
+        cells = [_perplexity(perplexity_at(curve, one), base if ratio == "yes" else None) for one in sparsities]
+        rows.append([label, *cells])
+    return markdown(["FFN sparsity", *(f"{one:g}" for one in sparsities)], rows)
+
+
+def _curve(files: str) -> Curve:
+    paths = ",".join(str(RESULTS / one) for one in files.split(","))
+    return read_models(paths) if "@" in files or "," in files else read_curve(paths)
+
+
+def _perplexity(value: float | None, dense: float | None) -> str:
+    if value is None:
+        return "-"
+    text = f"{value:.1f}" if value < 100 else f"{value:,.0f}"
+    return text if dense is None else f"{text} ({value / dense:.2f})"
+
+
+def scores(*models: str, metric: str, at: str = "") -> str:
+    """What ``prunepath eval`` or a training measured: a row a model, "value at sparsity" for each of its points.
+
+    Args:
+        models: LABEL=FILE.
+        metric: accuracy, accuracy_norm, rouge_l or perplexity.
+        at: the points nearest to these FFN sparsities alone.
+    """
+    rows = []
+    for label, file in map(split_label, models):
+        result = _read(file)
+        points = sorted(result["points"], key=lambda point: point["ffn_sparsity"])
+        if at:
+            nearest = [min(points, key=lambda point: abs(point["ffn_sparsity"] - float(one))) for one in at.split(",")]
+            points = [point for point in points if point in nearest]
+        form = "{:.1f}" if metric == "perplexity" else "{:.3f}"
+        cells = [
+            form.format(point[metric]) + ("" if point["tau"] is None else f" at {abs(point['ffn_sparsity']):.2f}")
+            for point in points
+        ]
+        rows.append([label, f"{result['items']:,}" if "items" in result else "", ", ".join(cells)])
+    return markdown(["", "items", f"{metric} at FFN sparsity"], rows)
+
+
+def unions(file: str, *, taus: str) -> str:
+    """``benchmarks.unions``: the share of a layer's experts that a batch reads on real text."""
+    result = _read(file)
+    wanted = [float(tau) for tau in taus.split(",")]
+    rows = []
+    for row in result["rows"]:
+        if row["tau"] in wanted:
+            sizes = list(row["different"])
+            cells = [" / ".join(f"{row[kind][size]:.2f}" for size in sizes) for kind in ("different", "consecutive")]
+            rows.append([f"{row['tau']:g}", f"{row['active']:.2f}", *cells])
+    batch = " / ".join(sizes)
+    return markdown(["tau", "one token", f"{batch} tokens of different places", f"{batch} consecutive tokens"], rows)
+
+
+def exactness(file: str) -> str:
+    """Greedy tokens of a batch of mixed taus that are those of lone requests, by CUDA graph mode and dtype."""
+    result = _read(file)
+    engines = list(dict.fromkeys(row["vllm"] for row in result["rows"]))
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in result["rows"]:
+        kind = row["graphs"], row["dtype"], row["attention"]
+        cells.setdefault(kind, {})[row["vllm"]] = f"{row['tokens_as_alone']} of {result['of']}"
+    rows = [[*kind, *(found[engine] for engine in engines)] for kind, found in cells.items()]
+    return markdown(["graphs", "dtype", "attention", *(f"vLLM {engine}" for engine in engines)], rows)
+
+
+KINDS: Mapping[str, Callable[..., str]] = {
+    function.__name__: function for function in (latency, serve, kernel, perplexity, scores, unions, exactness)
+}
+
+
+def render(request: str) -> str:
+    """The table of one comment.
+
+    Raises:
+        UsageError: an unknown kind, an option that it does not have, or a file without what it shows.
+    """
+    kind, *words = shlex.split(request)
+    if kind not in KINDS:
+        raise UsageError(f"table: {kind!r}; expected one of {', '.join(KINDS)}")
+    options = dict(word[2:].partition("=")[::2] for word in words if word.startswith("--"))
+    try:
+        return KINDS[kind](*(word for word in words if not word.startswith("--")), **options)
+    except (KeyError, TypeError, StopIteration) as error:
+        raise UsageError(f"table: {request}: {type(error).__name__}: {error}") from None
+
+
+def rewrite(text: str) -> str:
+    """A page with its tables made anew."""
+    return BLOCK.sub(lambda block: f"{block[1]}{render(block[2])}\n{block[3]}", text)
+
+
+def pages() -> list[Path]:
+    """Every page that may hold tables."""
+    return sorted(path for pattern in PAGES for path in ROOT.glob(pattern))
+
+
+def differences() -> str:
+    """What the pages say and the files do not, as a diff; empty where they agree."""
+    found: list[str] = []
+    for path in pages():
+        text = path.read_text(encoding="utf-8")
+        old, new = (one.splitlines(keepends=True) for one in (text, rewrite(text)))
+        found += difflib.unified_diff(old, new, str(path.relative_to(ROOT)), "from the results")
+    return "".join(found)
+
+
+def _read(file: str) -> Any:
+    return read_json(RESULTS / file)
+
+
+def run(argv: Sequence[str] | None = None) -> None:
+    """Write every page's tables, or say where they differ."""
+    parser = argparse.ArgumentParser(prog="tables", description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing; fail where a page differs")
+    if parser.parse_args(argv).check:
+        if found := differences():
+            raise UsageError(f"these tables are not those of benchmarks/results:\n{found}")
+        return
+    for path in pages():
+        text = path.read_text(encoding="utf-8")
+        if (new := rewrite(text)) != text:
+            path.write_text(new, encoding="utf-8")
+            print(path.relative_to(ROOT))
+
+
+if __name__ == "__main__":
+    try:
+        run()
+    except PrunePathError as error:
+        raise SystemExit(f"tables: {error}") from None
