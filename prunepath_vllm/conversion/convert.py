@@ -28,6 +28,7 @@ from prunepath_vllm.checkpoint import (
     validate_checkpoint,
 )
 from prunepath_vllm.config import FORMAT_VERSION, PrunePathConfig, check_dense_shape
+from prunepath_vllm.conversion import openpangu
 from prunepath_vllm.conversion.model_card import QUALITY_FILE, write_model_card
 from prunepath_vllm.conversion.splits import METHODS, neuron_orders
 from prunepath_vllm.devices import check_device
@@ -109,6 +110,11 @@ def convert(
     _check_arguments(dst, expert_size=expert_size, split=split, router=router, text=text, device=device)
     source, base_model = _resolve_source(src)
     config = read_config(source)
+    pangu = openpangu.is_openpangu(config)
+    if pangu:
+        config = openpangu.as_llama(source, config)
+        if split == "coactivation":
+            raise UsageError("split coactivation runs the dense model, whose own code is not run; expected another")
     family = _dense_family(source, config)
     try:
         num_experts = check_dense_shape(family.intermediate_size(config), expert_size)
@@ -127,7 +133,7 @@ def convert(
         expected.update(ffn_tensor_shapes(family, config, layer))
     expected |= family.head(config)
     check_tensors(source, {new: _part(tensors[old], len(new_names[old])) for new, old in old_names.items()}, expected)
-    if router == "calibrated":
+    if router == "calibrated" and not pangu:  # no tokenizer before its files are mended
         from prunepath_vllm.conversion.calibrate import calibration_sequences
 
         assert text is not None
@@ -154,6 +160,8 @@ def convert(
 
     with new_directory(dst) as staging:
         _copy_files(source, staging)
+        if pangu:
+            openpangu.mend_tokenizer_config(staging)
         (staging / "config.json").write_text(json.dumps(_new_config(config, family, prunepath), indent=2) + "\n")
         _write_weights(source, staging, family, config, tensors, new_names, orders, prunepath)
         validate_checkpoint(staging)
