@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunepath_vllm.config import expected_sparsity
-from prunepath_vllm.families import Family, family_of
+from prunepath_vllm.families import FAMILIES, Family, family_of
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2-7b": dict(
@@ -26,6 +26,26 @@ SHAPES: dict[str, dict[str, Any]] = {
     "llama-3-8b": dict(
         model_type="llama", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
         num_key_value_heads=8, vocab_size=128256, max_position_embeddings=32768,
+    ),
+    "qwen3-8b": dict(
+        model_type="qwen3", hidden_size=4096, intermediate_size=12288, num_hidden_layers=36, num_attention_heads=32,
+        num_key_value_heads=8, head_dim=128, vocab_size=151936, max_position_embeddings=40960,
+    ),
+    "mistral-7b": dict(
+        model_type="mistral", hidden_size=4096, intermediate_size=14336, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=32768, max_position_embeddings=32768, sliding_window=None,
+    ),
+    "gemma-2-9b": dict(
+        model_type="gemma2", hidden_size=3584, intermediate_size=14336, num_hidden_layers=42, num_attention_heads=16,
+        num_key_value_heads=8, head_dim=256, vocab_size=256000, max_position_embeddings=8192,
+    ),
+    "phi-3-mini": dict(
+        model_type="phi3", hidden_size=3072, intermediate_size=8192, num_hidden_layers=32, num_attention_heads=32,
+        num_key_value_heads=32, vocab_size=32064, max_position_embeddings=4096, sliding_window=2047,
+    ),
+    "pangu-7b": dict(
+        model_type="llama", hidden_size=4096, intermediate_size=12800, num_hidden_layers=34, num_attention_heads=32,
+        num_key_value_heads=8, vocab_size=153376, max_position_embeddings=32768, attention_bias=True,
     ),
     "gpt2-medium": dict(
         model_type="gpt2", n_embd=1024, n_inner=4096, n_layer=24, n_head=16, vocab_size=50257, n_positions=1024,
@@ -43,8 +63,8 @@ def dense_config(shape: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
     config = AutoConfig.for_model(**SHAPES[shape])
-    dense_class = {"qwen2": "Qwen2ForCausalLM", "llama": "LlamaForCausalLM", "gpt2": "GPT2LMHeadModel"}
-    return {**config.to_dict(), "architectures": [dense_class[config.model_type]], "dtype": "bfloat16"}
+    (family,) = (one for one in FAMILIES if one.dense_model_type == config.model_type)
+    return {**config.to_dict(), "architectures": [family.dense_architecture], "dtype": "bfloat16"}
 
 
 def shape_family(shape: str) -> Family:
