@@ -137,6 +137,8 @@ def test_a_default_for_a_name_that_is_not_served_stops_the_server():
         ("llama", {"default_tau_by_model": 0.4}, "default_tau_by_model: expected an object of served names and taus"),
         ("llama", {"full_queue": 0}, "full_queue: expected a whole number of requests, at least 1, got 0"),
         ("llama", {"full_queue": True}, "full_queue: expected a whole number"),
+        ("llama", {"mode": "atleast"}, "prunepath.mode: expected one of exact, at_least, got 'atleast'"),
+        ("llama", {"mode": ["exact"]}, "prunepath.mode: expected one of exact, at_least, got ['exact']"),
     ],
     ids=[
         "crossed",
@@ -148,6 +150,8 @@ def test_a_default_for_a_name_that_is_not_served_stops_the_server():
         "no-names",
         "no-queue",
         "bool-queue",
+        "no-mode",
+        "listed-mode",
     ],
 )
 def test_a_policy_that_makes_no_sense_stops_the_server(prunepath_checkpoint, family, options, named):
