@@ -111,9 +111,13 @@ def compile_layer(spec: LayerSpec, tuning: Tuning) -> None:
         if choice.path == "dense":  # the products are cuBLAS's
             for rule in (spec.rule, gated.rule):
                 route(x, tau, router, rule, config=choice.router, want_flags=False, pdl=0)
+            route(x, tau, router, gated.rule, config=choice.router, want_flags=False, every=True, pdl=0)
         else:
             routed_ffn(x, tau, router, weights, gated, tuning=Tuning(((1, choice),)))
     gated_activation(empty(256, spec.input_rows), spec)
+    counts = torch.empty(256, dtype=torch.int32, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
+    tau = torch.empty(256, device="meta")
+    gated_activation(empty(256, spec.input_rows), spec, experts_read=counts[1], tau=tau, active_counts=counts[0])
     gated_activation(empty(256, spec.input_rows), spec, torch.empty(256, spec.num_experts, device="meta"))
 
 

@@ -245,9 +245,10 @@ def test_overflow_stays_in_its_token(path):
 
 @pytest.mark.parametrize("path", ["split", "dense", "grouped"])
 @pytest.mark.parametrize("selection", ["cumulative_mass", "threshold"])
-def test_padding_rows_choose_nothing_and_move_nothing(path, selection):
+@pytest.mark.parametrize("at_least", [False, True], ids=["exact", "at-least"])
+def test_padding_rows_choose_nothing_and_move_nothing(path, selection, at_least):
     x, router, weights, spec = make_case(5, 37, 8, 48)
-    spec = replace(spec, rule=RoutingRule(selection, 0.5 if selection == "threshold" else None))
+    spec = replace(spec, at_least=at_least, rule=RoutingRule(selection, 0.5 if selection == "threshold" else None))
     tau = torch.tensor([0.5, 0.3, 0.7, 0.0, 0.0])
     results = []
     for filler in (1.0, -7.0):
@@ -275,6 +276,31 @@ def test_a_router_of_low_rank_that_reads_another_input(path, num_tokens, dtype):
     gates = reference.expert_weights(logits.float(), tau, **vars(spec.rule))
     y = routed_ffn(x, tau, router, weights, spec, tuning=NO_TUNING[path], router_input=seen)
     assert error(y, reference_ffn(x, gates, weights, "silu", True)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("gate", ["none", "sigmoid"])
+@pytest.mark.parametrize("selection", ["cumulative_mass", "threshold"])
+@pytest.mark.parametrize("glu", [True, False], ids=["glu", "plain"])
+@pytest.mark.parametrize(("path", "num_tokens"), [*EVERY_PATH, ("dense", 1), ("dense", 70)])
+def test_at_least_its_tau_is_every_expert_on_the_dense_path(monkeypatch, path, num_tokens, glu, selection, gate):
+    x, router, weights, spec = make_case(num_tokens, 37, 8, 48, glu=glu)
+    rule = RoutingRule(selection, 0.6 if selection == "threshold" else None, gate)
+    spec = replace(spec, rule=rule, at_least=True)
+    tau = mixed_taus(num_tokens)
+    if num_tokens > 1:
+        tau[-1] = taus.PADDING_TAU
+    least = (tau > 0).float() if path == "dense" else tau  # other paths compute what was chosen, as ever
+    gates = expected_gates(x, least, router, rule)
+    counts, read = torch.full((num_tokens,), 7, dtype=torch.int32), torch.tensor([5], dtype=torch.int64)
+    if path == "dense" and gate == "none":
+        monkeypatch.setattr("prunepath_vllm.kernels.ffn.route", None)  # nothing is routed
+    y = routed_ffn(x, tau, router, weights, spec, tuning=NO_TUNING[path], counters=Counters(counts, read))
+    assert torch.equal(counts - 7, (gates != 0).sum(1).int())
+    assert read.item() - 5 == (37 if path == "dense" else (gates != 0).any(0).sum())
+    want = reference_ffn(x, gates, weights, "silu", glu)
+    real = tau > 0  # nobody reads what a padding row gets
+    assert error(y[real], want[real]) < 1e-5
+    assert y.isfinite().all()
 
 
 @pytest.mark.parametrize("num_reqs", [1, 5, 150])

@@ -43,7 +43,7 @@ class NaiveFFN(nn.Module):
         super().__init__()
         self.block, self.router, self.up, self.down, self.gate = block, router, up, down, gate
         self.activation = activation
-        self.tau = 1.0
+        self.tau: float | list[float] = 1.0  # of all tokens, or of each
         self.attention_input: Tensor | None = None
         self.active_counts: list[int] = []
 
@@ -74,7 +74,8 @@ class NaiveFFN(nn.Module):
         routed = x
         if self.block.get("router", {}).get("input") == "attention":
             routed = self.attention_input
-        taus = [1.0 if s < dense_positions else self.tau for s in range(length)]
+        given = self.tau if isinstance(self.tau, list) else [self.tau] * length
+        taus = [1.0 if s < dense_positions else given[s] for s in range(length)]
         tokens = [self.token(x[0, s], routed[0, s], taus[s]) for s in range(length)]
         return torch.stack(tokens).unsqueeze(0)
 
@@ -143,8 +144,8 @@ def watch_attention(attention: nn.Module, ffn: NaiveFFN) -> None:
 
 
 @torch.no_grad()
-def naive_logits(model: PreTrainedModel, input_ids: list[int], tau: float) -> Tensor:
-    """Logits of one sequence: [S, vocab], or [num_labels] of a classifier."""
+def naive_logits(model: PreTrainedModel, input_ids: list[int], tau: float | list[float]) -> Tensor:
+    """Logits of one sequence, at one tau or one for each token: [S, vocab], or [num_labels] of a classifier."""
     for module in model.modules():
         if isinstance(module, NaiveFFN):
             module.tau = tau

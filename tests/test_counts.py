@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from naive import NaiveFFN, load_naive, naive_logits
 from test_engine import assert_naive, run_engine
 
 import prunepath_vllm
@@ -105,6 +106,70 @@ def test_counts_are_those_of_the_transformers_model(
         assert metrics[f"prunepath:experts_readable_total:{group}"] == experts * len(result["steps"])
     assert metrics["prunepath:layer_runs_total:dense"] == dense_runs
     assert metrics["prunepath:layer_runs_total:sparse"] == 3 * len(result["steps"]) - dense_runs
+
+
+@pytest.mark.parametrize(
+    ("runner", "eager", "options"),
+    [
+        ("v1", True, {}),
+        ("v1", False, dict(selection="threshold", threshold=0.6, gate="sigmoid")),
+        ("v2", True, dict(gate="sigmoid")),
+    ],
+    ids=["v1", "v1-compiled-threshold-sigmoid", "v2-sigmoid"],
+)
+def test_at_least_its_tau_is_every_expert_in_large_steps_alone(
+    prunepath_checkpoint, monkeypatch, tmp_path, runner, eager, options
+):
+    """Prompts run in steps of up to 64 tokens, answers in steps of up to 6."""
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
+    checkpoint = prunepath_checkpoint("llama", default_tau=0.6, expert_size=8, **options)
+    policy, engine = {"mode": "at_least"}, {"enforce_eager": eager}
+    result = run_engine("counts", checkpoint, runner, policy=policy, engine=engine)
+    rows = {row["id"]: row for requests in result["requests"].values() for row in requests["rows"]}
+    taus, sizes = taus_of_tokens(rows, result["steps"])
+    naive = load_naive(checkpoint)
+    layers = [module for module in naive.modules() if isinstance(module, NaiveFFN)]
+    active = {}
+    for name, row in rows.items():
+        prompt, (tokens,) = row["prompt"], row["tokens"]
+        assert len(taus[name]) == len(prompt) + len(tokens) - 1
+        assert taus[name][-1] == row["tau"]
+        logits = naive_logits(naive, [*prompt, *tokens[:-1]], taus[name])
+        assert logits[len(prompt) - 1 :].argmax(-1).tolist() == tokens, row["tau"]
+        active[name] = torch.tensor([layer.active_counts for layer in layers])
+
+    experts = naive.config.intermediate_size // 8
+    for requests in result["requests"].values():
+        for row, report in zip(requests["rows"], requests["reports"], strict=True):
+            for told in filter(None, report):
+                parts = active[row["id"]].split([len(row["prompt"]), len(row["tokens"][0]) - 1], dim=1)
+                assert told == [[part.sum(1).tolist(), part.shape[1] * experts] for part in parts]
+    assert any(active[name][:, :16].min() == experts for name, row in rows.items() if row["tau"] < 1)
+
+    metrics, steps = result["metrics"], len(result["steps"])
+    for layer, group in enumerate(GROUPS):
+        assert metrics[f"prunepath:experts_active_total:{group}"] == sum(
+            int(one[layer].sum()) for one in active.values()
+        )
+    dense = sum(
+        size > NATIVE_TOKENS or all(rows[name]["tau"] >= 1 for name, _, _ in step)
+        for size, step in zip(sizes, result["steps"], strict=True)
+    )
+    assert metrics["prunepath:steps_total:dense"] == dense
+    assert metrics["prunepath:steps_total:routed"] == steps - dense > 0
+    assert metrics["prunepath:layer_runs_total:dense"] >= 3 * dense > 0
+    assert metrics["prunepath:layer_runs_total:sparse"] > 0
+
+
+def taus_of_tokens(rows: dict[str, dict], steps: list) -> tuple[dict[str, list[float]], list[int]]:
+    """By request the tau that each of its tokens must have had in the scheduler's steps, and the steps' sizes."""
+    taus: dict[str, list[float]] = {name: [] for name in rows}
+    sizes = [sum(count for _, _, count in step) for step in steps]
+    for size, step in zip(sizes, steps, strict=True):
+        for name, start, count in step:
+            assert start == len(taus[name])
+            taus[name] += [1.0 if size > NATIVE_TOKENS else rows[name]["tau"]] * count
+    return taus, sizes
 
 
 def merged(stages: list) -> tuple[list[int], int]:

@@ -18,7 +18,7 @@ from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.kernels.ffn import Tuning, heuristic_tuning
 from prunepath_vllm.kernels.ffn import routed_ffn as layer_run
-from prunepath_vllm.kernels.layer import LayerSpec, RoutingRule
+from prunepath_vllm.kernels.layer import Counters, LayerSpec, RoutingRule
 
 pytestmark = [
     pytest.mark.gpu,
@@ -157,6 +157,38 @@ def test_every_expert_size_on_every_path(num_tokens, size):
     less = replace(layer.weights, w_out_t=layer.weights.w_out_t.clone())
     less.w_out_t[middle] = 0
     assert not within(layer_output(x, gates, less, spec))
+
+
+@pytest.mark.parametrize("gate", ["none", "sigmoid"])
+def test_at_least_its_tau_is_every_expert_in_a_captured_batch_of_dense_products(gate):
+    """Replayed at other taus than it was captured with. CPU counterpart: test_kernels_interpreted.py."""
+    spec = LayerSpec(256, 16, 8, torch.bfloat16, rule=RoutingRule(gate=gate), at_least=True)
+    layer = make_layer(spec, 0)
+    x = torch.randn(32, spec.hidden, generator=torch.Generator("cuda").manual_seed(0), device="cuda").bfloat16()
+    tau = torch.ones(32, device="cuda")
+    counts = torch.zeros(32, dtype=torch.int32, device="cuda")
+    read = torch.zeros(1, dtype=torch.int64, device="cuda")
+    tuning = Tuning(((1, start_choice(spec, 32, "dense")),))
+
+    def run() -> torch.Tensor:
+        counters = Counters(counts, read)
+        return layer_run(x, tau, layer.router, layer.weights, spec, tuning=tuning, counters=counters)
+
+    run()  # compiles
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        y = run()
+    tau.fill_(0.3)[-1] = 0  # padding
+    counts.zero_()
+    read.zero_()
+    graph.replay()
+    logits = reference.router_logits(x, layer.router.weight)
+    want = layer_output(
+        x, reference.expert_weights(logits, (tau > 0).float(), **asdict(spec.rule)), layer.weights, spec
+    )
+    assert counts.tolist() == [16] * 31 + [0]
+    assert read.item() == 16
+    assert (y[:-1].float() - want[:-1]).norm() < 7e-3 * want[:-1].norm()
 
 
 def test_kernels_refuse_tensors_of_another_layer():

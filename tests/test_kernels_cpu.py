@@ -1,5 +1,7 @@
 """The CPU path of the routed layer against the reference: gathered, masked, packed products, nothing selected."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -64,6 +66,49 @@ def test_every_share_equals_the_experts_one_by_one(native_kernel, glu, bias, act
     by_touch = touched if native_kernel or touched < cpu.GATHER_BELOW * EXPERTS else EXPERTS
     assert read.item() - 5 == (by_touch if gather else EXPERTS)
     torch.testing.assert_close(y, expected(x, scale, w, glu, activation), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("gather", [True, False], ids=["gather", "no-host-reads"])
+@pytest.mark.parametrize("rule", [RoutingRule(), RoutingRule(gate="sigmoid"), RoutingRule("threshold", 0.6)], ids=str)
+@pytest.mark.parametrize(("glu", "activation"), [(True, "silu"), (False, "gelu_new")], ids=["glu", "plain"])
+@pytest.mark.parametrize("tokens", [1, cpu.NATIVE_TOKENS, cpu.NATIVE_TOKENS + 1])
+def test_at_least_its_tau_is_every_expert_of_a_large_batch(
+    native_kernel, monkeypatch, tokens, glu, activation, rule, gather
+):
+    """Up to 16 tokens each gets its tau, with the native kernel and without."""
+    w, spec = layer(glu, True, activation, rule)
+    generator = torch.Generator().manual_seed(1)
+    x = torch.randn(tokens, HIDDEN, generator=generator)
+    router = torch.randn(EXPERTS, HIDDEN, generator=generator) * 0.3
+    tau = torch.tensor([0.05, 0.3, 1e-6]).repeat(tokens)[:tokens].contiguous()
+    if tokens > 1:
+        tau[-1] = 0  # padding
+    every = not gather or tokens > cpu.NATIVE_TOKENS
+    least = (tau > 0).float() if every else tau
+    scale = reference.expert_weights(reference.router_logits(x, router), least, **vars(rule))
+    active = torch.full((tokens,), 3, dtype=torch.int32)
+    read, full = torch.zeros(1, dtype=torch.int64), torch.zeros((), dtype=torch.int64)
+    if every:
+        monkeypatch.setattr(cpu, "expert_weights", None)  # nothing is selected
+        if rule.gate == "none":
+            monkeypatch.setattr(cpu, "router_logits", None)
+    y = cpu.routed_ffn(
+        x, tau, RouterWeights(router), w, replace(spec, at_least=True), gather=gather,
+        counters=Counters(active, read, full),
+    )  # fmt: skip
+    assert torch.equal(active - 3, (scale != 0).sum(1).int())
+    if every:
+        assert (read.item(), full.item()) == (EXPERTS, 1)
+    real = tau > 0
+    torch.testing.assert_close(y[real], expected(x, scale, w, glu, activation)[real], atol=1e-5, rtol=1e-5)
+
+
+def test_a_dtype_that_the_native_kernel_computes_at_any_size_stays_exact(monkeypatch):
+    _, spec = layer(True, False, "silu", RoutingRule())
+    spec = replace(spec, at_least=True)
+    assert [cpu.takes_every_expert(tokens, spec) for tokens in (1, 16, 17, 5000)] == [False, False, True, True]
+    monkeypatch.setattr(cpu, "native_tokens", lambda dtype: float("inf"))
+    assert not cpu.takes_every_expert(5000, spec)
 
 
 @pytest.mark.parametrize("bias", [True, False])

@@ -134,7 +134,8 @@ def test_host_dense_skips_routing(monkeypatch):
     ids=["qwen2-7b", "qwen2.5-32b", "gpt2-medium", "smollm2", "float32"],
 )
 @pytest.mark.parametrize("gate", ["none", "sigmoid"])
-def test_warm_up_compiles_the_kernels_of_every_batch_size(monkeypatch, layer, gate):
+@pytest.mark.parametrize("at_least", [False, True], ids=["exact", "at-least"])
+def test_warm_up_compiles_the_kernels_of_every_batch_size(monkeypatch, layer, gate, at_least):
     """GPU counterpart: test_gpu.py, where the engine tells of kernels compiled while it serves."""
     compiled: set = set()
 
@@ -142,7 +143,7 @@ def test_warm_up_compiles_the_kernels_of_every_batch_size(monkeypatch, layer, ga
         compiled.add((self.fn.__name__, specialised(self, args, options)))
 
     monkeypatch.setattr(JITFunction, "run", record)
-    layer = replace(layer, rule=RoutingRule(gate=gate))
+    layer = replace(layer, rule=RoutingRule(gate=gate), at_least=at_least)
     tuning = load_tuning("NVIDIA H200", layer)
 
     def run(sizes) -> set:

@@ -12,6 +12,7 @@ from prunepath_vllm.entrypoints.server import batch
 from prunepath_vllm.entrypoints.server.knob import expect_served_names
 from prunepath_vllm.entrypoints.server.queue_length import QueueLength, waiting_requests
 from prunepath_vllm.entrypoints.server.report import Report
+from prunepath_vllm.entrypoints.server.routes import info
 from prunepath_vllm.errors import ConfigError, TauError
 from prunepath_vllm.model_executor import admission
 from prunepath_vllm.model_executor.operator_policy import OperatorPolicy
@@ -137,6 +138,8 @@ def test_a_default_for_a_name_that_is_not_served_stops_the_server():
         ("llama", {"default_tau_by_model": 0.4}, "default_tau_by_model: expected an object of served names and taus"),
         ("llama", {"full_queue": 0}, "full_queue: expected a whole number of requests, at least 1, got 0"),
         ("llama", {"full_queue": True}, "full_queue: expected a whole number"),
+        ("llama", {"mode": "atleast"}, "prunepath.mode: expected one of exact, at_least, got 'atleast'"),
+        ("llama", {"mode": ["exact"]}, "prunepath.mode: expected one of exact, at_least, got ['exact']"),
     ],
     ids=[
         "crossed",
@@ -148,6 +151,8 @@ def test_a_default_for_a_name_that_is_not_served_stops_the_server():
         "no-names",
         "no-queue",
         "bool-queue",
+        "no-mode",
+        "listed-mode",
     ],
 )
 def test_a_policy_that_makes_no_sense_stops_the_server(prunepath_checkpoint, family, options, named):
@@ -156,3 +161,14 @@ def test_a_policy_that_makes_no_sense_stops_the_server(prunepath_checkpoint, fam
     checkpoint = prunepath_checkpoint(family, default_tau=0.6)
     with pytest.raises(ValueError, match=re.escape(named)):
         EngineArgs(model=str(checkpoint), additional_config={"prunepath": options}).create_engine_config()
+
+
+@pytest.mark.parametrize(("options", "mode"), [({}, "exact"), ({"mode": "at_least"}, "at_least")], ids=["unset", "set"])
+def test_info_names_the_mode(prunepath_checkpoint, options, mode):
+    from vllm.engine.arg_utils import EngineArgs
+
+    checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
+    config = EngineArgs(model=str(checkpoint), additional_config={"prunepath": options}).create_engine_config()
+    resolver = TauResolver.of(config)
+    assert resolver is not None
+    assert info(resolver, config, ["m"])["mode"] == resolver.policy.mode == mode

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from prunepath_vllm.kernels import native
 from prunepath_vllm.kernels.layer import NO_COUNTERS, Counters, LayerSpec, RouterWeights, Weights
-from prunepath_vllm.kernels.reference import expert_weights, router_logits, scale_neurons
+from prunepath_vllm.kernels.reference import expert_weights, gate_weights, router_logits, scale_neurons
 from prunepath_vllm.tau import DENSE_TAU
 
 GATHER_BELOW = 0.35
@@ -58,7 +58,14 @@ def routed_ffn(
         return native.ready(router, weights, spec)(x, tau, router_input=router_input, counters=counters)
     spec.check(x, tau, router, weights, router_input)
     scale: Tensor | None = None
-    if spec.rule.gate != "none" or not gather or not bool((tau >= DENSE_TAU).all()):
+    if takes_every_expert(x.shape[0], spec) or (spec.at_least and not gather):
+        present = tau > 0  # not padding
+        if counters.active is not None:
+            counters.active.add_(present, alpha=spec.num_experts)
+        if spec.rule.gate != "none":
+            logits = router_logits(x if router_input is None else router_input, router.weight, router.bias, router.down)
+            scale = gate_weights(logits, present.unsqueeze(1), gate=spec.rule.gate)
+    elif spec.rule.gate != "none" or not gather or not bool((tau >= DENSE_TAU).all()):
         logits = router_logits(x if router_input is None else router_input, router.weight, router.bias, router.down)
         scale = expert_weights(logits, tau, **asdict(spec.rule))
         active = scale != 0
@@ -86,6 +93,15 @@ def native_tokens(dtype: torch.dtype) -> float:
     if native.unavailable():
         return 0
     return NATIVE_TOKENS if has_fast_product(dtype) else float("inf")
+
+
+def takes_every_expert(num_tokens: int, spec: LayerSpec) -> bool:
+    """Whether a call leaves no expert out because tau is the least that tokens get, and it has so many.
+
+    Up to NATIVE_TOKENS every token gets its tau exactly, with the native kernel and without. Beyond, no call gathers
+    either: so many tokens of real text use most experts between them, and to see whether they do costs the routing.
+    """
+    return spec.at_least and num_tokens > max(NATIVE_TOKENS, native_tokens(spec.dtype))
 
 
 @functools.cache

@@ -18,8 +18,8 @@ from prunepath_vllm.kernels.layer import LayerSpec, Weights
 
 @triton.jit
 def gated_activation_kernel(
-    pre, gates, out, experts_read, F: tl.constexpr, E: tl.constexpr, GLU: tl.constexpr, GATED: tl.constexpr,
-    ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    pre, gates, out, experts_read, tau, active_counts, F: tl.constexpr, E: tl.constexpr, GLU: tl.constexpr,
+    GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """out [T, F] = gate of the neuron's expert * act(pre[:, :F]) (* pre[:, F:] for a GLU)."""
     token = tl.program_id(0).to(tl.int64)
@@ -35,26 +35,43 @@ def gated_activation_kernel(
     tl.store(out + token * F + i, h, mask=mask)
     if experts_read is not None:
         tl.atomic_add(experts_read, E, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0), sem="relaxed")
+    if active_counts is not None:
+        first = tl.program_id(1) == 0
+        used = tl.where(tl.load(tau + token) > 0.0, E, 0)  # none at a padding row
+        tl.store(active_counts + token, tl.load(active_counts + token, mask=first, other=0) + used, mask=first)
 
 
 def gated_activation(
-    pre: Tensor, spec: LayerSpec, gates: Tensor | None = None, experts_read: Tensor | None = None
+    pre: Tensor,
+    spec: LayerSpec,
+    gates: Tensor | None = None,
+    experts_read: Tensor | None = None,
+    *,
+    tau: Tensor | None = None,
+    active_counts: Tensor | None = None,
 ) -> Tensor:
     """Neurons [T, F] of the first linear's output `pre` [T, F or 2 F], multiplied by their experts' gates [T, E].
 
-    experts_read: int32 or int64 [1], or None; E is added to it.
+    The other arguments are those of :func:`dense_ffn`.
     """
     neurons = torch.empty(pre.shape[0], spec.neurons, dtype=pre.dtype, device=pre.device)
     block = 1024
     gated_activation_kernel[(pre.shape[0], triton.cdiv(spec.neurons, block))](
-        pre, gates, neurons, experts_read, spec.neurons, spec.num_experts, GLU=spec.glu, GATED=gates is not None,
-        ACTIVATION=spec.activation.value, BLOCK=block, num_warps=4,
+        pre, gates, neurons, experts_read, tau, active_counts, spec.neurons, spec.num_experts, GLU=spec.glu,
+        GATED=gates is not None, ACTIVATION=spec.activation.value, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return neurons
 
 
 def dense_ffn(
-    x: Tensor, weights: Weights, spec: LayerSpec, gates: Tensor | None = None, experts_read: Tensor | None = None
+    x: Tensor,
+    weights: Weights,
+    spec: LayerSpec,
+    gates: Tensor | None = None,
+    experts_read: Tensor | None = None,
+    *,
+    tau: Tensor | None = None,
+    active_counts: Tensor | None = None,
 ) -> Tensor:
     """Every expert's neurons, multiplied by their gates: eq. 10 with the sum over all experts.
 
@@ -63,12 +80,15 @@ def dense_ffn(
         weights, spec: the layer.
         gates: float32 [T, E], 0 where an expert is not active; None where every gate is 1.
         experts_read: int32 or int64 [1], or None; E is added to it.
+        tau: float32 [T], with `active_counts`; 0 at padding rows.
+        active_counts: int32 [T] or None; E is added to the entries of tokens, for callers that routed nothing.
 
     Returns:
         [T, H] in x's dtype.
     """
     pre = F.linear(x, weights.w_in, weights.b_in)
-    return second_linear(gated_activation(pre, spec, gates, experts_read), weights)
+    neurons = gated_activation(pre, spec, gates, experts_read, tau=tau, active_counts=active_counts)
+    return second_linear(neurons, weights)
 
 
 def routed_dense_ffn(

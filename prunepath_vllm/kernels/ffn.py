@@ -209,20 +209,24 @@ def routed_ffn(
     """
     spec.check(x, tau, router, weights, router_input)
     read = counters.read
+    choice = tuning.choice(x.shape[0])
+    every = spec.at_least and choice.path == "dense"
+    if every and spec.rule.gate == "none":
+        return dense_ffn(x, weights, spec, experts_read=read, tau=tau, active_counts=counters.active)
     if host_dense and spec.rule.gate == "none":
         if counters.active is not None:
             counters.active.add_(tau > 0, alpha=spec.num_experts)  # none at a padding row
         if read is not None:
             read.add_(spec.num_experts)
         return dense_ffn(x, weights, spec)
-    choice = tuning.choice(x.shape[0])
     pdl = min(choice.pdl, 2 * default_pdl(x.device))
     routed = x if router_input is None else router_input
     find_routing = functools.partial(
         route, routed, tau, router, spec.rule, config=choice.router, active_counts=counters.active
     )
     if choice.path == "dense" or host_dense:
-        return routed_dense_ffn(x, weights, spec, lambda: find_routing(want_flags=False, pdl=0).gates, read)
+        gates = functools.partial(find_routing, want_flags=False, every=every, pdl=0)
+        return routed_dense_ffn(x, weights, spec, lambda: gates().gates, read)
     if choice.path == "grouped":
         return grouped_ffn(x, weights, find_routing(want_flags=False, pdl=0), spec, choice.grouped, read)
     routing = find_routing(pdl=pdl)

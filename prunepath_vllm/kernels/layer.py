@@ -65,6 +65,8 @@ class LayerSpec:
         activation: the non-linearity.
         glu: whether the first linear has a gate half, multiplied by its other half.
         rule: the routing rule.
+        at_least: whether tau is the least that a token gets: calls that compute every expert anyway, as their number of
+            tokens decides, then leave none out and select nothing. Otherwise every token gets its tau exactly.
     """
 
     hidden: int
@@ -74,6 +76,7 @@ class LayerSpec:
     activation: Activation = Activation.SILU
     glu: bool = True
     rule: RoutingRule = RoutingRule()
+    at_least: bool = False
 
     def __post_init__(self) -> None:
         for name in ("hidden", "num_experts", "expert_size"):
@@ -103,7 +106,8 @@ class LayerSpec:
 
     def encode(self) -> str:
         """As a string, which a custom op takes where it takes no object; :meth:`decode` is the inverse."""
-        values = {name: getattr(self, name) for name in ("hidden", "num_experts", "expert_size", "activation", "glu")}
+        names = ("hidden", "num_experts", "expert_size", "activation", "glu", "at_least")
+        values = {name: getattr(self, name) for name in names}
         return json.dumps({**values, "dtype": str(self.dtype).removeprefix("torch."), "rule": vars(self.rule)})
 
     @staticmethod

@@ -229,6 +229,7 @@ def route(
     config: RouterConfig,
     active_counts: Tensor | None = None,
     want_flags: bool = True,
+    every: bool = False,
     pdl: int | None = None,
 ) -> Routing:
     """Router logits and selection: two kernels, no host synchronisation.
@@ -243,6 +244,7 @@ def route(
         config: choices of the two kernels.
         active_counts: int32 [T] or None; the number of active experts of each token is added to it.
         want_flags: whether to fill ``Routing.flags``; up to LIBRARY_TOKENS tokens.
+        every: whether tokens get every expert whatever their tau, so that there is nothing to select.
         pdl: mode of programmatic dependent launch (``common.wait_for_previous``); None for the device's default.
     """
     pdl = default_pdl(x.device) if pdl is None else pdl
@@ -277,7 +279,7 @@ def route(
     gates = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
     arguments = (logits, router.bias, tau, gates, flags, active_counts, num_tokens, rule.threshold or 0.0)
     options: dict[str, Any] = dict(
-        E=num_experts, DENSE_TAU=DENSE_TAU, SPLIT_K=split_k, BIAS=router.bias is not None,
+        E=num_experts, DENSE_TAU=0.0 if every else DENSE_TAU, SPLIT_K=split_k, BIAS=router.bias is not None,
         COUNT=active_counts is not None, THRESHOLD=rule.selection == "threshold", GATE=needed, FLAGS=want_flags,
         BLOCK_ALL=triton.next_power_of_2(num_experts), PDL=pdl, num_warps=config.select_warps, **launch_options(pdl),
     )  # fmt: skip

@@ -49,6 +49,7 @@ class _TauStateMixin(_ModelState):
             input_batch.num_scheduled_tokens[:num_reqs],
             self.slot_prompt_lens[slots],
             reports if any(reports) else (),
+            input_batch.num_tokens_after_padding,
         )
         self.token_taus.fill(
             self.device_taus,

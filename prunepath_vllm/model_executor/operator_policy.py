@@ -8,6 +8,8 @@ from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.model_executor.compat import VllmConfig
 from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, parse_tau
 
+MODES = ("exact", "at_least")
+
 
 @dataclass(frozen=True)
 class OperatorPolicy:
@@ -21,6 +23,8 @@ class OperatorPolicy:
         default_tau_by_model: default_tau of requests by the served name that they ask for; others get default_tau.
         full_queue: waiting requests from which on a request that leaves its tau to the server gets the lowest; as many
             as may run at once unless given.
+        mode: "exact": every token gets its tau, whatever runs beside it; "at_least": its tau is the least that it gets,
+            and where the engine computes every expert of a step anyway, none is left out.
     """
 
     default_tau: float
@@ -29,6 +33,7 @@ class OperatorPolicy:
     max_tau: float = MAX_TAU
     prefill_tau: float | None = None
     default_tau_by_model: Mapping[str, float] = field(default_factory=dict)
+    mode: str = "exact"
 
     @property
     def auto_range(self) -> tuple[float, float]:
@@ -41,8 +46,8 @@ def operator_policy(vllm_config: VllmConfig) -> OperatorPolicy:
     """Read and check the ``prunepath`` object of ``--additional-config``.
 
     Raises:
-        ConfigError: an unknown key, bounds that leave nothing, a default outside them, prefill_tau with a model that
-            generates nothing, or a full_queue that is no number of requests.
+        ConfigError: an unknown key or mode, bounds that leave nothing, a default outside them, prefill_tau with a model
+            that generates nothing, or a full_queue that is no number of requests.
         TauError: a value that is no tau.
     """
     where = "additional_config.prunepath"
@@ -56,6 +61,9 @@ def operator_policy(vllm_config: VllmConfig) -> OperatorPolicy:
     full_queue = given.get("full_queue", vllm_config.scheduler_config.max_num_seqs)
     if isinstance(full_queue, bool) or not isinstance(full_queue, int) or full_queue < 1:
         raise ConfigError(f"{where}.full_queue: expected a whole number of requests, at least 1, got {full_queue!r}")
+    mode = given.get("mode", "exact")
+    if mode not in MODES:
+        raise ConfigError(f"{where}.mode: expected one of {', '.join(MODES)}, got {mode!r}")
     named = given.get("default_tau_by_model", {})
     if not isinstance(named, dict):
         raise ConfigError(f"{where}.default_tau_by_model: expected an object of served names and taus, got {named!r}")
@@ -63,10 +71,10 @@ def operator_policy(vllm_config: VllmConfig) -> OperatorPolicy:
     taus = {
         name: parse_tau(value, f"{where}.{name}")
         for name, value in given.items()
-        if name not in ("full_queue", "default_tau_by_model")
+        if name not in ("full_queue", "default_tau_by_model", "mode")
     }
     defaults = {"default_tau": vllm_config.model_config.hf_config.prunepath.unset_tau}
-    policy = OperatorPolicy(full_queue=full_queue, default_tau_by_model=named, **{**defaults, **taus})
+    policy = OperatorPolicy(full_queue=full_queue, default_tau_by_model=named, mode=mode, **{**defaults, **taus})
     if policy.min_tau > policy.max_tau:
         raise ConfigError(f"{where}.min_tau: {policy.min_tau} is above max_tau {policy.max_tau}")
     source = "" if "default_tau" in given else " (the checkpoint's)"

@@ -6,6 +6,7 @@ call :meth:`TokenTaus.fill` right before the forward, also before the replay of 
 """
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 from weakref import WeakValueDictionary
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.kernels import cpu
 from prunepath_vllm.kernels.tau import expand_taus
 from prunepath_vllm.model_executor.compat import VllmConfig, async_tensor_h2d, forward_hook
 from prunepath_vllm.model_executor.counts import REPORT_KEY, ExpertCounts
@@ -47,7 +49,7 @@ class TokenTaus:
         num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         self.counts = ExpertCounts(self.prunepath, num_layers, max_tokens)
         self.dense_step = torch.ones((), dtype=torch.bool, device="cpu")
-        self.spec = layer_spec(vllm_config)
+        self.spec = replace(layer_spec(vllm_config), at_least=self.resolver.policy.mode == "at_least")
         _of_configs[id(vllm_config)] = self
 
     @classmethod
@@ -85,6 +87,7 @@ class TokenTaus:
         scheduled: np.ndarray,
         prompt_lens: np.ndarray,
         reports: Sequence[str | None],
+        num_padded: int,
     ) -> tuple[bool, Tensor | None]:
         """What the host knows of a step before its forward.
 
@@ -94,6 +97,7 @@ class TokenTaus:
             scheduled: int [num_reqs], tokens of this step.
             prompt_lens: int [num_reqs].
             reports: per request :meth:`report_name`, or empty where none has one.
+            num_padded: tokens the forward runs on, padding included.
 
         Returns:
             Whether every token of the step uses every expert, and what :meth:`fill` takes as `prompt_lens`.
@@ -105,9 +109,17 @@ class TokenTaus:
             both = computed + scheduled > prompt_lens
             taus = np.where(prefilling, np.where(both, np.minimum(taus, self.prefill_tau), self.prefill_tau), taus)
             lens = async_tensor_h2d(prompt_lens.astype(np.int64), device=self.values.device)
+        if self._takes_every_expert(num_padded):
+            taus = np.full_like(taus, DENSE_TAU)
         dense_step = bool((taus >= DENSE_TAU).all())
         self.counts.begin_step(taus, computed, scheduled, prompt_lens, reports)
         return dense_step, lens
+
+    def _takes_every_expert(self, num_padded: int) -> bool:
+        """Whether a forward of so many tokens gives each every expert, because its tau is the least that it gets."""
+        if self.values.is_cuda:
+            return self.spec.at_least and dense_products(num_padded, self.spec)
+        return cpu.takes_every_expert(num_padded, self.spec)
 
     def compile_kernels(self) -> None:
         """Fill taus once as every kind of step does, so that no request waits for Triton."""
@@ -187,6 +199,7 @@ class _V1RunnerTaus:
             np.diff(self.runner.query_start_loc.np[: len(req_ids) + 1]),
             batch.num_prompt_tokens[: len(req_ids)],
             reports if any(reports) else (),
+            positions.shape[-1],
         )
         self.token_taus.fill(
             device_taus,

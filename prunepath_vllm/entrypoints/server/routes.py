@@ -66,6 +66,7 @@ def info(resolver: TauResolver, vllm_config: VllmConfig, served_names: list[str]
             "dense_positions": prunepath.dense_positions,
         },
         "tau_curve": prunepath.tau_curve,
+        "mode": options.mode,
         "defaults": {
             "tau": options.default_tau,
             "tau_by_model": options.default_tau_by_model,
