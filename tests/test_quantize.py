@@ -20,6 +20,7 @@ from prunepath_vllm.conversion import convert as convert_module
 from prunepath_vllm.conversion.calibrate import calibrate
 from prunepath_vllm.conversion.costs import output_rows
 from prunepath_vllm.conversion.quantize import quantize
+from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.entrypoints import cli
 from prunepath_vllm.errors import CheckpointError, ConfigError, UnsupportedFeatureError, UsageError
 from prunepath_vllm.families import FAMILIES
@@ -279,7 +280,7 @@ def test_shards(prunepath_checkpoint, quantised, tmp_path, monkeypatch):
 
 
 def test_quantisation_refuses_before_any_work(prunepath_checkpoint, dense_checkpoint, quantised, tmp_path, monkeypatch):
-    source, path = prunepath_checkpoint("llama"), tmp_path / "out"
+    source, done, path = prunepath_checkpoint("llama"), quantised("llama", "int8"), tmp_path / "out"
     broken = tmp_path / "broken"
     shutil.copytree(source, broken)
     tensors = load_file(broken / "model.safetensors")
@@ -291,7 +292,7 @@ def test_quantisation_refuses_before_any_work(prunepath_checkpoint, dense_checkp
     for src, dst, dtype, error, message in (
         (source, path, "int4", UsageError, "expert dtype: 'int4'; expected one of float8_e4m3fn, int8"),
         (source, tmp_path / "there", "int8", UsageError, "there: already there and not an empty directory"),
-        (quantised("llama", "int8"), path, "int8", UsageError, "expert_dtype 'int8': already quantised; expected"),
+        (done, path, "int8", UsageError, "expert_dtype 'int8': already quantised; expected"),
         (broken, path, "int8", CheckpointError, "up_proj.weight: 1 of .* NaN or infinite"),
         (dense_checkpoint("llama"), path, "int8", ConfigError, "model_type: 'llama' is not a PrunePath family"),
         (tmp_path / "none", path, "int8", CheckpointError, "no such directory"),
@@ -300,6 +301,16 @@ def test_quantisation_refuses_before_any_work(prunepath_checkpoint, dense_checkp
             quantize(src, dst, dtype)
         assert not path.exists()
     assert cli.main(["quantize", str(source), str(path), "--expert-dtype", "int4"]) == 2
+
+
+def test_the_configuration_of_a_quantised_checkpoint_can_be_rewritten(quantised, tmp_path):
+    """As `prunepath sweep` does."""
+    path = shutil.copytree(quantised("gpt2", "float8_e4m3fn"), tmp_path / "copy")
+    before = (path / "model.safetensors").read_bytes()
+    rewrite_checkpoint(validate_checkpoint(path), {}, tau_curve=[[0.5, 0.4], [1.0, 0.0]])
+    assert (path / "model.safetensors").read_bytes() == before
+    summary = validate_checkpoint(path, check_values=True)
+    assert (summary.prunepath.expert_dtype, len(summary.prunepath.tau_curve)) == ("float8_e4m3fn", 2)
 
 
 def test_a_failure_leaves_nothing_behind(prunepath_checkpoint, tmp_path, monkeypatch):
