@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from prunepath_vllm.config import PrunePathConfig, check_quantization_config
-from prunepath_vllm.errors import CheckpointError, ConfigError
+from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
 from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.fields import check_fields
 from prunepath_vllm.tau import shown
@@ -24,6 +24,10 @@ WEIGHTS_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 FLOAT_DTYPES = ("F32", "F16", "BF16")
 """Dtypes of feed-forward and router tensors, as safetensors headers spell them."""
+QUANTISED_DTYPES = {"int8": "I8", "float8_e4m3fn": "F8_E4M3"}
+"""Those of quantised experts, by ``expert_dtype``."""
+SCALE = "weight_scale"
+"""What a tensor of scales is called below its linear."""
 
 
 @dataclass(frozen=True)
@@ -160,14 +164,21 @@ def stream_tensors(
 
 
 def check_finite(name: str, tensor: Tensor) -> None:
-    """Refuse a tensor with NaN or infinite values.
+    """Refuse a tensor with NaN or infinite values, and scales that are not positive.
 
     Raises:
         CheckpointError: names the tensor and counts the values.
     """
-    if tensor.is_floating_point() and not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise CheckpointError(f"tensor {name}: {bad} of {tensor.numel()} values are NaN or infinite; expected finite")
+    if not tensor.is_floating_point():
+        return
+    # float8_e4m3fn has no infinities, and PyTorch no isfinite for it.
+    bad = tensor.isnan() if tensor.dtype == torch.float8_e4m3fn else ~tensor.isfinite()
+    if bad.any():
+        found = f"{int(bad.sum())} of {tensor.numel()} values are NaN or infinite"
+        raise CheckpointError(f"tensor {name}: {found}; expected finite")
+    if name.endswith(f".{SCALE}") and (bad := tensor <= 0).any():
+        found = f"{int(bad.sum())} of {tensor.numel()} scales are zero or negative"
+        raise CheckpointError(f"tensor {name}: {found}; expected positive")
 
 
 def routed_layers(where: object, family: Family, config: Mapping[str, Any], tensors: Mapping[str, object]) -> range:
@@ -200,6 +211,12 @@ def ffn_tensor_shapes(family: Family, config: Mapping[str, Any], layer: int) -> 
     return shapes
 
 
+def quantised_tensors(family: Family, layer: int) -> dict[str, str]:
+    """The weights of a layer that ``expert_dtype`` is about -> their scales, float32 [d_ff]."""
+    linears = [*family.inputs(layer), family.output(layer)]
+    return {f"{linear}.weight": f"{linear}.{SCALE}" for linear in linears}
+
+
 def router_tensor_shapes(
     family: Family, config: Mapping[str, Any], prunepath: PrunePathConfig, layer: int, *, bias: bool
 ) -> dict[str, tuple[int, ...]]:
@@ -213,8 +230,13 @@ def router_tensor_shapes(
     return shapes
 
 
-def check_tensors(where: object, tensors: Mapping[str, TensorInfo], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Check that each expected tensor is there, has its shape and a floating dtype.
+def check_tensors(
+    where: object,
+    tensors: Mapping[str, TensorInfo],
+    expected: Mapping[str, tuple[int, ...]],
+    dtypes: Mapping[str, str] | None = None,
+) -> None:
+    """Check that each expected tensor is there, has its shape and a floating dtype, or the one that `dtypes` says.
 
     Raises:
         CheckpointError: names the first that does not.
@@ -225,10 +247,28 @@ def check_tensors(where: object, tensors: Mapping[str, TensorInfo], expected: Ma
             raise CheckpointError(f"{where}: tensor {name} is missing; expected shape {list(shape)}")
         if info.shape != shape:
             raise CheckpointError(f"{where}: tensor {name} has shape {list(info.shape)}; expected {list(shape)}")
-        if info.dtype not in FLOAT_DTYPES:
-            raise CheckpointError(
-                f"{where}: tensor {name} has dtype {info.dtype}; expected one of {', '.join(FLOAT_DTYPES)}"
-            )
+        dtype = (dtypes or {}).get(name)
+        if info.dtype not in (FLOAT_DTYPES if dtype is None else (dtype,)):
+            wanted = f"one of {', '.join(FLOAT_DTYPES)}" if dtype is None else dtype
+            raise CheckpointError(f"{where}: tensor {name} has dtype {info.dtype}; expected {wanted}")
+
+
+def refuse_quantised(where: object, prunepath: PrunePathConfig | None, before: str) -> None:
+    """Refuse a checkpoint of quantised experts where something would have to change their weights.
+
+    Args:
+        where: the checkpoint.
+        prunepath: its block; None for a dense one.
+        before: what has to come before quantisation, "calibrating", say.
+
+    Raises:
+        UsageError: names its dtype.
+    """
+    if prunepath is not None and prunepath.expert_dtype is not None:
+        raise UsageError(
+            f"{where}: expert_dtype {prunepath.expert_dtype!r}: its experts are quantised; expected ones that are not: "
+            f"quantise after {before}"
+        )
 
 
 def validate_checkpoint(path: str | Path, *, check_values: bool = False) -> CheckpointSummary:
@@ -239,7 +279,8 @@ def validate_checkpoint(path: str | Path, *, check_values: bool = False) -> Chec
 
     Args:
         path: checkpoint directory.
-        check_values: also read every tensor and look for NaN and infinity, one tensor in memory at a time.
+        check_values: also read every tensor and look for NaN, infinity and scales that are not positive, one tensor in
+            memory at a time.
 
     Raises:
         ConfigError: config.json does not describe a PrunePath model.
@@ -261,22 +302,28 @@ def validate_checkpoint(path: str | Path, *, check_values: bool = False) -> Chec
             "expected a router bias in every layer or in none"
         )
     expected: dict[str, tuple[int, ...]] = {}
+    dtypes: dict[str, str] = {}
     for layer in layers:
         expected.update(ffn_tensor_shapes(family, config, layer))
+        if prunepath.expert_dtype is not None:
+            scales = quantised_tensors(family, layer)
+            expected.update(dict.fromkeys(scales.values(), (prunepath.intermediate_size,)))
+            dtypes |= dict.fromkeys(scales, QUANTISED_DTYPES[prunepath.expert_dtype])
+            dtypes |= dict.fromkeys(scales.values(), "F32")
         expected.update(router_tensor_shapes(family, config, prunepath, layer, bias=bool(with_bias)))
     ffn = _ffn_pattern(family)
     for name in tensors:
         if ffn.match(name) and name not in expected:
             raise CheckpointError(
-                f"{path}: tensor {name} is unexpected; expected only this family's feed-forward linears and routers "
-                f"in layers 0 to {len(layers) - 1}"
+                f"{path}: tensor {name} is unexpected; expected only this family's feed-forward linears"
+                f"{', their scales' if prunepath.expert_dtype else ''} and routers in layers 0 to {len(layers) - 1}"
             )
     vocabulary = config.get("vocab_size")
     if not isinstance(vocabulary, int):
         raise ConfigError(f"{path / 'config.json'}: vocab_size: expected a positive integer, got {vocabulary!r}")
     expected[family.embedding] = (vocabulary, family.hidden_size(config))
     expected |= family.head(config)
-    check_tensors(path, tensors, expected)
+    check_tensors(path, tensors, expected, dtypes)
 
     if check_values:
         for name, tensor in stream_tensors(path, tensors):

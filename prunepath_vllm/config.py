@@ -11,7 +11,10 @@ from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, MIN_FLOAT32, float32, parse_tau, shown, tau_for_sparsity
 
 FORMAT_VERSION = 2
-"""The newest format. 1, which has no ``router`` field, is read for ever and still written where it says everything."""
+"""The newest format. 1, which lacks FORMAT_2_FIELDS, is read for ever and still written where it says everything."""
+FORMAT_2_FIELDS = ("router", "expert_dtype")
+EXPERT_DTYPES = ("float8_e4m3fn", "int8")
+"""What weights of quantised experts are stored in, as PyTorch names it."""
 SPARSE_TAU = 0.5
 """Any tau below 1; under threshold selection all of them mean "the experts above the threshold"."""
 
@@ -68,6 +71,9 @@ class PrunePathConfig(BaseModel):
     """Name of the dense checkpoint this one was converted from."""
     router: RouterOptions = RouterOptions()
     """Format 2 alone has the field."""
+    expert_dtype: Literal["float8_e4m3fn", "int8"] | None = None
+    """Of the feed-forward linears' weights, each with a float32 scale per neuron; null: as the other tensors. Format 2
+    alone has the field."""
 
     @field_validator("default_tau")
     @classmethod
@@ -171,11 +177,12 @@ class PrunePathConfig(BaseModel):
                 f"{where}.format_version: {shown(version)} is not a format this version reads; "
                 f"expected 1 or {FORMAT_VERSION}"
             )
-        if version == 1 and "router" in data:
-            raise ConfigError(
-                f"{where}.router: Extra inputs are not permitted in format_version 1, got {shown(data['router'])}; "
-                "expected format_version 2"
-            )
+        for field in FORMAT_2_FIELDS:
+            if version == 1 and field in data:
+                raise ConfigError(
+                    f"{where}.{field}: Extra inputs are not permitted in format_version 1, got {shown(data[field])}; "
+                    "expected format_version 2"
+                )
         try:
             return cls.model_validate(dict(data))
         except ValidationError as error:
@@ -190,7 +197,9 @@ class PrunePathConfig(BaseModel):
         block = self.model_dump(mode="json")
         if self.router == RouterOptions():
             del block["router"]
-        return block | {"format_version": 2 if "router" in block else 1}
+        if self.expert_dtype is None:
+            del block["expert_dtype"]
+        return block | {"format_version": 2 if any(field in block for field in FORMAT_2_FIELDS) else 1}
 
 
 def is_threshold(value: float) -> bool:

@@ -78,6 +78,16 @@ def check_writable(target: Path) -> None:
     staging_directory(Path(os.path.realpath(target))).rmdir()
 
 
+def check_absent_or_empty(target: Path) -> None:
+    """Refuse a place where something is already.
+
+    Raises:
+        UsageError: `target` is there and not an empty directory.
+    """
+    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+        raise UsageError(f"{target}: already there and not an empty directory; expected a new one")
+
+
 def is_mount_point(path: Path) -> bool:
     """Whether a file system is mounted at `path`, a bind mount of a folder of the same file system included."""
     if os.path.ismount(path):

@@ -32,6 +32,7 @@ SLOWEST = (
     "test_server_policy.py",
     "test_counts.py",
     "test_routers.py",
+    "test_quantize.py",
     "test_kernels_compiled.py",
     "test_examples.py",
     "test_server_layouts.py",

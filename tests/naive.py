@@ -95,7 +95,12 @@ def load_naive(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
     # Eager attention: the default one leaves out the cap that Gemma 2 puts on scores.
     dense = model_class._from_config(model_class.config_class(**config), attn_implementation="eager")
     model: PreTrainedModel = dense.to(dtype).eval()
-    tensors = {name: tensor.to(dtype) for name, tensor in load_file(path / "model.safetensors").items()}
+    stored = load_file(path / "model.safetensors")
+    tensors = {
+        name: widened(tensor, stored.get(f"{name}_scale")).to(dtype)
+        for name, tensor in stored.items()
+        if not name.endswith(".weight_scale")
+    }
     missing, unexpected = model.load_state_dict(tensors, strict=False)
     # Phi-3's dense model has one linear where its checkpoint has gate_proj and up_proj; both are replaced below.
     missing = [name for name in missing if ".gate_up_proj." not in name]
@@ -132,6 +137,15 @@ def load_naive(path: Path, dtype: torch.dtype = torch.float32) -> PreTrainedMode
             layer.mlp = NaiveFFN(block, parameters(f"{name}.router"), up, down, gate, glu_activation)
             watch_attention(layer.self_attn, layer.mlp)
     return model
+
+
+def widened(tensor: Tensor, scales: Tensor | None) -> Tensor:
+    """A weight of quantised experts, one scale a neuron; others as they are. Neurons are more than the width."""
+    if scales is None:
+        return tensor
+    assert len(scales) == max(tensor.shape) > min(tensor.shape)
+    shape = [-1 if size == len(scales) else 1 for size in tensor.shape]
+    return tensor.float() * scales.view(shape)
 
 
 def watch_attention(attention: nn.Module, ffn: NaiveFFN) -> None:

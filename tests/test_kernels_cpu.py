@@ -7,8 +7,18 @@ import torch
 import torch.nn.functional as F
 
 from prunepath_vllm.activations import ACTIVATIONS
+from prunepath_vllm.benchmarks.float32 import layer_output
+from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.kernels import cpu, reference
-from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, RoutingRule, Weights
+from prunepath_vllm.kernels.layer import (
+    QUANTISED_DTYPES,
+    Counters,
+    LayerSpec,
+    RouterWeights,
+    RoutingRule,
+    Weights,
+    dequantise,
+)
 
 HIDDEN, EXPERTS, SIZE = 48, 12, 8
 NEURONS = EXPERTS * SIZE
@@ -20,7 +30,7 @@ def native_kernel(request, monkeypatch) -> bool:
     if request.param:
         assert cpu.native_tokens(torch.float32) == cpu.NATIVE_TOKENS
     else:
-        monkeypatch.setattr(cpu, "native_tokens", lambda dtype: 0)
+        monkeypatch.setattr(cpu, "native_tokens", lambda *_, **__: 0)
     return request.param
 
 
@@ -107,7 +117,7 @@ def test_a_dtype_that_the_native_kernel_computes_at_any_size_stays_exact(monkeyp
     _, spec = layer(True, False, "silu", RoutingRule())
     spec = replace(spec, at_least=True)
     assert [cpu.takes_every_expert(tokens, spec) for tokens in (1, 16, 17, 5000)] == [False, False, True, True]
-    monkeypatch.setattr(cpu, "native_tokens", lambda dtype: float("inf"))
+    monkeypatch.setattr(cpu, "native_tokens", lambda *_, **__: float("inf"))
     assert not cpu.takes_every_expert(5000, spec)
 
 
@@ -118,3 +128,49 @@ def test_threshold_may_select_nothing(native_kernel, bias):
     router = RouterWeights(torch.zeros(EXPERTS, HIDDEN), torch.full((EXPERTS,), -5.0))
     y = cpu.routed_ffn(x, torch.full((3,), 0.5), router, w, spec)
     torch.testing.assert_close(y, torch.zeros_like(x) if w.b_out is None else w.b_out.expand_as(x))
+
+
+@pytest.mark.parametrize("how", ["native", "gathered", "dense", "no host reads"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("stored", QUANTISED_DTYPES, ids=str)
+@pytest.mark.parametrize("glu", [True, False])
+def test_cpu_paths_equal_the_widened_layer(monkeypatch, how, dtype, stored, glu):
+    generator = torch.Generator().manual_seed(0)
+    spec = LayerSpec(32, 12, 8, dtype, glu=glu)
+
+    def rows(count):
+        weight = torch.randn(count, 32, generator=generator) / 6
+        scales = weight.abs().amax(1) / 100
+        return (weight / scales[:, None]).round().to(stored), scales
+
+    (w_in, scale_in), (w_out, scale_out) = rows(spec.input_rows), rows(spec.neurons)
+    bias = None if glu else torch.randn(spec.neurons, generator=generator).to(dtype)
+    weights = Weights(w_in, bias, w_out, None, scale_in, scale_out)
+    x = torch.randn(5, 32, generator=generator).to(dtype)
+    tau = torch.tensor([1.0, 0.5, 0.9, 0.3, 0.7]) if how != "gathered" else torch.full((5,), 1e-6)
+    router = RouterWeights(torch.randn(12, 32, generator=generator).to(dtype) * (how != "gathered"))
+    gates = reference.expert_weights(
+        reference.router_logits(x, router.weight), tau, selection="cumulative_mass", threshold=None, gate="none"
+    )
+    pre = x.double() @ dequantise(w_in, scale_in, torch.float32).double().T + (0 if bias is None else bias.double())
+    neurons = F.silu(pre[:, : spec.neurons]) * pre[:, spec.neurons :] if glu else F.silu(pre)
+    expected = reference.scale_neurons(neurons, gates) @ dequantise(w_out, scale_out, torch.float32).double()
+    torch.testing.assert_close(layer_output(x, gates, weights, spec).double(), expected, rtol=1e-4, atol=1e-4)
+    if how in ("gathered", "dense"):
+        monkeypatch.setattr(cpu, "native_tokens", lambda *_, **__: 0)
+    y = cpu.routed_ffn(x, tau, router, weights, spec, gather=how != "no host reads")
+    assert (y.double() - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+def test_wrong_scales_are_named():
+    spec = LayerSpec(8, 2, 4, torch.float32, glu=False)
+    int8, ones = torch.ones(8, 8, dtype=torch.int8), torch.ones(8)
+    router, x = RouterWeights(torch.zeros(2, 8)), torch.zeros(1, 8)
+    for weights, message in (
+        (Weights(int8, None, int8, None), "int8.* without scales; expected torch.float32, or linears in torch.int8"),
+        (Weights(int8.float(), None, int8.float(), None, ones, ones), "with scales; expected torch.float32, or"),
+        (Weights(int8, None, int8.float(), None, ones, ones), "expected torch.float32, torch.int8 and torch.int8"),
+        (Weights(int8, None, int8, None, ones[:3], ones), r"scales of the first linear: shape \[3\]; expected \[8\]"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            cpu.routed_ffn(x, torch.ones(1), router, weights, spec, gather=False)

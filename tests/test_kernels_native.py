@@ -14,7 +14,15 @@ from torch import Tensor
 from prunepath_vllm.activations import ACTIVATIONS, Activation
 from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.kernels import cpu, native, reference
-from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, RoutingRule, Weights
+from prunepath_vllm.kernels.layer import (
+    QUANTISED_DTYPES,
+    Counters,
+    LayerSpec,
+    RouterWeights,
+    RoutingRule,
+    Weights,
+)
+from prunepath_vllm.kernels.native import memory
 
 ISAS = native.isas()
 LIMITS = {torch.float32: 1e-5, torch.bfloat16: 5e-3, torch.float16: 5e-3}
@@ -258,25 +266,81 @@ def test_a_token_depends_neither_on_threads_nor_on_its_batch(isa, dtype, gate):
             assert torch.equal(layer_(x[:tokens], tau[:tokens], num_threads=threads), alone[:tokens]), (threads, tokens)
 
 
+def quantised(rows: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rows in int8 or float8, and their scales."""
+    largest = 127 if dtype == torch.int8 else torch.finfo(dtype).max
+    scale = rows.abs().amax(1) / largest
+    narrow = rows / scale[:, None]
+    return (narrow.round() if dtype == torch.int8 else narrow).to(dtype), scale
+
+
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
+@pytest.mark.parametrize("stored", QUANTISED_DTYPES, ids=str)
 @pytest.mark.parametrize("glu", [True, False])
-def test_int8_rows_with_scales(isa, dtype, glu):
-    router, w, spec = layer(77, 9, 5, torch.float32, glu=glu, bias=True)
+def test_quantised_rows_with_scales(isa, dtype, stored, glu):
+    for hidden, experts, size in ((77, 9, 5), (64, 12, 4), (5, 3, 2)):
+        router, w, spec = layer(hidden, experts, size, torch.float32, glu=glu, bias=True)
+        (w_in, scale_in), (w_out, scale_out) = quantised(w.w_in, stored), quantised(w.w_out_t, stored)
+        narrow = Weights(w_in, w.b_in, w_out, w.b_out, scale_in, scale_out)
+        wide = Weights(w_in.float() * scale_in[:, None], w.b_in, w_out.float() * scale_out[:, None], w.b_out)
+        spec = replace(spec, dtype=dtype)
+        x = random(torch.Generator().manual_seed(8), dtype, 8, hidden)
+        tau = torch.tensor(TAUS)
+        y, _ = expected(x, x, tau, router, wide, spec)
+        out = native.routed_ffn(x, tau, router, narrow, spec, isa=isa)
+        assert (out.double() - y).norm() <= LIMITS[dtype] * y.norm()
+        if glu:  # the two halves as tensors of their own
+            (first, up), (scale, scale_up) = w_in.clone().chunk(2), scale_in.clone().chunk(2)
+            split = replace(narrow, w_in=first, w_up=up, scale_in=scale, scale_up=scale_up)
+            assert torch.equal(native.routed_ffn(x, tau, router, split, spec, isa=isa), out)
 
-    def quantize(rows: Tensor) -> tuple[Tensor, Tensor]:
-        scale = rows.abs().amax(1) / 127
-        return (rows / scale[:, None]).round().to(torch.int8), scale
 
-    (w_in, scale_in), (w_out, scale_out) = quantize(w.w_in), quantize(w.w_out_t)
-    narrow = Weights(w_in, w.b_in, w_out, w.b_out)
-    wide = Weights(w_in * scale_in[:, None], w.b_in, w_out * scale_out[:, None], w.b_out)
-    spec = replace(spec, dtype=dtype)
-    x = random(torch.Generator().manual_seed(8), dtype, 8, 77)
-    tau = torch.tensor(TAUS)
-    y, _ = expected(x, x, tau, router, wide, spec)
-    out = native.routed_ffn(x, tau, router, narrow, spec, scale_in=scale_in, scale_out=scale_out, isa=isa)
-    assert (out.double() - y).norm() <= LIMITS[dtype] * y.norm()
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("stored", QUANTISED_DTYPES, ids=str)
+def test_every_quantised_value_is_read_exactly(isa, stored):
+    """By the first linear, whose row meets one token's only 1, and by the second."""
+    values = torch.arange(256, dtype=torch.uint8).view(stored)
+    values = values[values.float().isfinite()]
+    n = len(values)
+    spec = LayerSpec(n, 1, n, torch.float32, Activation.RELU, glu=False)
+    router, ones, eye = RouterWeights(torch.zeros(1, n)), torch.ones(n), torch.eye(n).to(stored)
+    diagonal = torch.zeros(n, n, dtype=stored).diagonal_scatter(values.abs() if stored == torch.int8 else values)
+    for first, second in ((diagonal, eye), (eye, diagonal)):
+        weights = Weights(first, None, second, None, ones, ones)
+        y = native.routed_ffn(torch.ones(1, n), ones[:1], router, weights, spec, isa=isa)
+        right = diagonal.diagonal().float()
+        assert torch.equal(y[0], right.relu() if first is diagonal else right)
+
+
+def test_quantised_weights_need_scales_and_others_have_none():
+    router, w, spec = layer(24, 6, 4, torch.float32)
+    (w_in, scale_in), (w_out, scale_out) = quantised(w.w_in, torch.int8), quantised(w.w_out_t, torch.int8)
+    for bad in (
+        Weights(w_in, None, w_out, None),
+        Weights(w_in, None, w_out, None, scale_in),
+        Weights(w.w_in, None, w.w_out_t, None, scale_in, scale_out),
+        Weights(w_in[:24].clone(), None, w_out, None, scale_in[:24], scale_out, w_up=w_in[24:].clone()),
+    ):
+        with pytest.raises(ConfigError, match="scale_in and scale_out; expected one scale per row"):
+            native.RoutedFFN(router, bad, spec)
+    with pytest.raises(ConfigError, match=r"first linear is .*int8.*; expected .*float8_e4m3fn"):
+        native.RoutedFFN(
+            router, Weights(w_in, None, w_out.float().to(torch.float8_e4m3fn), None, scale_in, scale_out), spec
+        )
+
+
+@pytest.mark.parametrize("stored", QUANTISED_DTYPES, ids=str)
+def test_quantised_layers_made_ready_are_told_apart_by_their_scales(stored):
+    router, w, spec = layer(24, 6, 4, torch.float32)
+    (w_in, scale_in), (w_out, scale_out) = quantised(w.w_in, stored), quantised(w.w_out_t, stored)
+    x, tau = torch.randn(3, 24, generator=torch.Generator().manual_seed(0)), torch.full((3,), 0.5)
+    for factor in (1.0, 2.0):
+        scales = scale_in, scale_out * factor
+        layer_ = native.ready(router, Weights(w_in, None, w_out, None, *scales), spec)
+        wide = Weights(w_in.float() * scales[0][:, None], None, w_out.float() * scales[1][:, None], None)
+        wanted, _ = expected(x, x, tau, router, wide, spec)
+        torch.testing.assert_close(layer_(x, tau).double(), wanted, rtol=0, atol=1e-5)
 
 
 def test_no_tokens():
@@ -367,3 +431,16 @@ assert tasks() == before
 print(len(before), "threads")
 """
     assert int(python(code, OMP_NUM_THREADS="3").split()[0]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("shape", "dtype"), [((7, 3), torch.float32), ((3072, 576), torch.bfloat16), ((1500, 1001), torch.int8)]
+)
+def test_memory_in_huge_pages_is_memory(shape, dtype):
+    tensor = memory.empty(*shape, dtype=dtype)
+    assert (tensor.shape, tensor.dtype, tensor.device.type) == (shape, dtype, "cpu")
+    assert tensor.is_contiguous()
+    wanted = torch.arange(tensor.numel()).view(shape).to(dtype)
+    assert torch.equal(tensor.copy_(wanted), wanted)
+    large = tensor.nbytes >= memory.HUGE_PAGE // 2 and sys.platform == "linux"
+    assert not large or tensor.data_ptr() % memory.HUGE_PAGE == 0

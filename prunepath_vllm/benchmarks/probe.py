@@ -51,11 +51,11 @@ def check_first_layer(model: nn.Module) -> list[float | str] | None:
         return None
     ffn, router, inputs, outputs = layer
     saved, weight = ffn.tau.clone(), inputs.weight
-    weights = Weights(weight, inputs.bias, outputs.weight, outputs.bias)
+    weights = Weights(weight, inputs.bias, outputs.weight, outputs.bias, inputs.weight_scale, outputs.weight_scale)
     generator = torch.Generator(weight.device).manual_seed(0)
     worst = 0.0
     for tokens in sorted({min(tokens, len(ffn.tau)) for tokens in CHECKED_TOKENS}):
-        x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.device).to(weight.dtype)
+        x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.device).to(ffn.spec.dtype)
         taus = torch.tensor(CHECKED_TAUS, device=weight.device).repeat(1 + tokens // len(CHECKED_TAUS))[:tokens]
         ffn.tau[:tokens] = taus
         ffn.dense_step.fill_(False)
@@ -68,4 +68,4 @@ def check_first_layer(model: nn.Module) -> list[float | str] | None:
         error = ((y - expected).norm() / expected.norm().clamp(min=1e-30)).item()
         worst = max(worst, error if error == error else float("inf"))
     ffn.tau.copy_(saved)
-    return [worst, str(weight.dtype).removeprefix("torch.")]
+    return [worst, str(ffn.spec.dtype).removeprefix("torch.")]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from prunepath_vllm.checkpoint import CheckpointSummary, check_finite, validate_checkpoint
+from prunepath_vllm.checkpoint import CheckpointSummary, check_finite, refuse_quantised, validate_checkpoint
 from prunepath_vllm.conversion.costs import (
     Observation,
     experts_of,
@@ -82,12 +82,13 @@ def calibrate(
         The measured (tau, FFN sparsity) pairs, ascending in tau.
 
     Raises:
-        UsageError: arguments out of range, text missing or too short, threshold selection, trained sigmoid gates, or a
-            directory that cannot be written.
+        UsageError: arguments out of range, text missing or too short, threshold selection, trained sigmoid gates,
+            quantised experts, or a directory that cannot be written.
         CheckpointError, ConfigError: not a valid checkpoint.
     """
     summary = validate_checkpoint(checkpoint)
     prunepath = summary.prunepath
+    refuse_quantised(checkpoint, prunepath, "calibrating")
     if prunepath.selection != "cumulative_mass":
         raise UsageError(f"{checkpoint}: selection {prunepath.selection!r} has no tau to calibrate for")
     if dense_positions is not None and dense_positions < 0:

@@ -35,7 +35,7 @@ from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
 from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.fields import check_fields
-from prunepath_vllm.files import check_writable, new_directory
+from prunepath_vllm.files import check_absent_or_empty, check_writable, new_directory
 
 ROUTERS = ("zero", "calibrated")
 ROUTER_INPUTS = ("ffn", "attention")
@@ -159,7 +159,7 @@ def convert(
     )
 
     with new_directory(dst) as staging:
-        _copy_files(source, staging)
+        copy_files(source, staging)
         if pangu:
             openpangu.mend_tokenizer_config(staging)
         (staging / "config.json").write_text(json.dumps(_new_config(config, family, prunepath), indent=2) + "\n")
@@ -185,8 +185,7 @@ def _check_arguments(dst: Path, *, expert_size: int, split: str, router: str, te
     if text is not None and not text.is_file():
         raise UsageError(f"calibration text {text}: no such file")
     check_device(device)
-    if dst.exists() and not (dst.is_dir() and not any(dst.iterdir())):
-        raise UsageError(f"{dst}: already there and not an empty directory; expected a new one")
+    check_absent_or_empty(dst)
 
 
 def _resolve_source(src: str | Path) -> tuple[Path, str]:
@@ -269,7 +268,8 @@ def _new_config(config: Mapping[str, Any], family: Family, prunepath: PrunePathC
     }
 
 
-def _copy_files(source: Path, staging: Path) -> None:
+def copy_files(source: Path, staging: Path) -> None:
+    """Copy what stands beside a checkpoint's weights and configuration and stays true of another one made of it."""
     for pattern in _COPIED_FILES:
         for file in source.glob(pattern):
             # What a training measured is the dense model's.
@@ -302,7 +302,7 @@ def _write_weights(
         outputs[f"{family.output(layer)}.weight"] = layer
 
     generator = torch.Generator().manual_seed(prunepath.split.seed)
-    writer = _ShardWriter(staging)
+    writer = ShardWriter(staging)
     stream = stream_tensors(source, tensors, new_names)
     for old, tensor in tqdm(stream, total=len(new_names), desc="writing", unit="tensor"):
         check_finite(old, tensor)
@@ -324,7 +324,7 @@ def _write_weights(
     writer.finish()
 
 
-class _ShardWriter:
+class ShardWriter:
     """Collects tensors and writes them in files of at most MAX_SHARD_BYTES (or one tensor)."""
 
     def __init__(self, directory: Path) -> None:
@@ -335,6 +335,7 @@ class _ShardWriter:
         """Tensor names of each shard written."""
 
     def add(self, name: str, tensor: Tensor) -> None:
+        """Keep a tensor for the current shard; the shard before it is written when it is full."""
         if self.shard and self.shard_bytes + tensor.nbytes > MAX_SHARD_BYTES:
             self._flush()
         self.shard[name] = tensor.contiguous()
@@ -342,6 +343,7 @@ class _ShardWriter:
         self.total_bytes += tensor.nbytes
 
     def finish(self) -> None:
+        """Write the last shard, give the files their names, and write the index where there are several."""
         self._flush()
         if len(self.files) == 1:
             self._temporary(0).rename(self.directory / WEIGHTS_FILE)

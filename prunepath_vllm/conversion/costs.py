@@ -11,6 +11,7 @@ Shapes: N tokens, H hidden size, E experts, D neurons per expert, F = E * D.
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -21,6 +22,7 @@ from transformers.activations import ACT2FN
 
 from prunepath_vllm.families import Family
 from prunepath_vllm.kernels import reference
+from prunepath_vllm.modeling.quantised import QuantisedLinear
 from prunepath_vllm.tau import DENSE_TAU
 
 SHARPNESS = (0.1, 0.2, 0.3, 0.4, 0.55, 0.75, 1.0, 1.4, 2.0)
@@ -113,8 +115,9 @@ def experts_of(model: PreTrainedModel, family: Family, layer: int, inputs: Tenso
 
 
 def output_rows(model: PreTrainedModel, family: Family, layer: int) -> Tensor:
-    """The second linear of a feed-forward layer, a row a neuron: [F, H] in its dtype."""
-    return family.out_in(model.get_submodule(family.output(layer)).weight).T
+    """The second linear of a feed-forward layer, a row a neuron: [F, H] in its dtype; float32 if quantised."""
+    linear: Any = model.get_submodule(family.output(layer))
+    return family.out_in(linear.dequantised() if isinstance(linear, QuantisedLinear) else linear.weight).T
 
 
 def evenly_spread(count: int, wanted: int) -> Tensor:

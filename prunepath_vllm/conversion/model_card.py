@@ -60,6 +60,7 @@ def _facts(prunepath: PrunePathConfig, layers: int, model_type: str) -> str:
         ("split", f"{split.method}{source}, seed {split.seed}"),
         ("selection", prunepath.selection.replace("_", " ") + _threshold(prunepath)),
         ("gate", prunepath.gate),
+        *([("expert weights", f"{prunepath.expert_dtype}, a scale per neuron")] if prunepath.expert_dtype else []),
         ("dense positions", str(prunepath.dense_positions)),
         ("default tau", f"{prunepath.default_tau:g}"),
     ]
@@ -152,6 +153,8 @@ def _limits(prunepath: PrunePathConfig) -> str:
         "- Below tau 1 it makes errors that the dense model does not, besides those that it does.",
         "- A converted model that was not fine-tuned loses quality at much lower sparsity than the published ones.",
     ]
+    if prunepath.expert_dtype is not None:
+        lines.append(f"- Its experts are quantised to {prunepath.expert_dtype}: for CPUs only so far, and not trained.")
     if not prunepath.tau_curve:
         lines.append(
             "- Routers that were never calibrated or trained rank experts arbitrarily: use tau 1 until they are."

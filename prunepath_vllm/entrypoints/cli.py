@@ -10,8 +10,8 @@ from prunepath_vllm.errors import PrunePathError, TauError, UsageError
 from prunepath_vllm.version import __version__
 
 COMMANDS = (
-    "convert", "calibrate", "inspect", "generate", "serve", "train", "prune", "eval", "sweep", "figures", "bench",
-    "fetch", "check",
+    "convert", "calibrate", "quantize", "inspect", "generate", "serve", "train", "prune", "eval", "sweep", "figures",
+    "bench", "fetch", "check",
 )  # fmt: skip
 
 EXIT_FAILURE = 1

@@ -7,13 +7,14 @@ Shapes: T tokens, H hidden size, E experts, D neurons per expert, F = E * D; wei
 
 import functools
 from dataclasses import asdict
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from prunepath_vllm.kernels import native
-from prunepath_vllm.kernels.layer import NO_COUNTERS, Counters, LayerSpec, RouterWeights, Weights
+from prunepath_vllm.kernels.layer import NO_COUNTERS, Counters, LayerSpec, RouterWeights, Weights, dequantise
 from prunepath_vllm.kernels.reference import expert_weights, gate_weights, router_logits, scale_neurons
 from prunepath_vllm.tau import DENSE_TAU
 
@@ -24,6 +25,10 @@ dense layer takes as long as gathering 0.4 of it at one token, more at sixteen."
 NATIVE_TOKENS = 16
 """Tokens up to which the native kernel reads every expert once. Beyond, a library's dense product is faster, where the
 processor has one in the layer's dtype."""
+
+QUANTISED_NATIVE_TOKENS = 256
+"""The same of quantised experts, which a library's product needs widened: that takes as long as some hundred tokens.
+Measured on one core, float32, SmolLM2's shape: even at 128 to 256 tokens at tau 1; below it the kernel is faster."""
 
 
 def routed_ffn(
@@ -54,11 +59,11 @@ def routed_ffn(
     Raises:
         ConfigError: a tensor that is not this layer's.
     """
-    if gather and x.shape[0] <= native_tokens(spec.dtype):
+    if gather and x.shape[0] <= native_tokens(spec.dtype, quantised=weights.quantised):
         return native.ready(router, weights, spec)(x, tau, router_input=router_input, counters=counters)
     spec.check(x, tau, router, weights, router_input)
     scale: Tensor | None = None
-    if takes_every_expert(x.shape[0], spec) or (spec.at_least and not gather):
+    if takes_every_expert(x.shape[0], spec, quantised=weights.quantised) or (spec.at_least and not gather):
         present = tau > 0  # not padding
         if counters.active is not None:
             counters.active.add_(present, alpha=spec.num_experts)
@@ -81,27 +86,29 @@ def routed_ffn(
     elif counters.active is not None:
         counters.active.add_(spec.num_experts)
     counters.add_reads(spec.num_experts, spec.num_experts)
-    h = _neurons(F.linear(x, weights.w_in, weights.b_in), spec)
+    h = _neurons(F.linear(x, dequantise(weights.w_in, weights.scale_in, x.dtype), weights.b_in), spec)
     if scale is not None:
         h = scale_neurons(h, scale)
-    return _add_bias(h @ weights.w_out_t, weights.b_out)
+    return _add_bias(h @ dequantise(weights.w_out_t, weights.scale_out, x.dtype), weights.b_out)
 
 
 @functools.cache
-def native_tokens(dtype: torch.dtype) -> float:
+def native_tokens(dtype: torch.dtype, *, quantised: bool = False) -> float:
     """Tokens up to which layers of a dtype take the native kernel here; 0 where it cannot be used."""
     if native.unavailable():
         return 0
-    return NATIVE_TOKENS if has_fast_product(dtype) else float("inf")
+    if not has_fast_product(dtype):
+        return float("inf")
+    return QUANTISED_NATIVE_TOKENS if quantised else NATIVE_TOKENS
 
 
-def takes_every_expert(num_tokens: int, spec: LayerSpec) -> bool:
+def takes_every_expert(num_tokens: int, spec: LayerSpec, *, quantised: bool = False) -> bool:
     """Whether a call leaves no expert out because tau is the least that tokens get, and it has so many.
 
     Up to NATIVE_TOKENS every token gets its tau exactly, with the native kernel and without. Beyond, no call gathers
     either: so many tokens of real text use most experts between them, and to see whether they do costs the routing.
     """
-    return spec.at_least and num_tokens > max(NATIVE_TOKENS, native_tokens(spec.dtype))
+    return spec.at_least and num_tokens > max(NATIVE_TOKENS, native_tokens(spec.dtype, quantised=quantised))
 
 
 @functools.cache
@@ -113,11 +120,16 @@ def has_fast_product(dtype: torch.dtype) -> bool:
 
 def _gathered(x: Tensor, scale: Tensor, experts: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
     """The layer over `experts` (int64 ids) alone: no other expert's weights are read."""
-    hidden, shape = spec.hidden, (-1, spec.num_experts, spec.expert_size)
-    rows = weights.w_in.view(*shape, hidden).index_select(1, experts).view(-1, hidden)
-    bias = None if weights.b_in is None else weights.b_in.view(shape).index_select(1, experts).view(-1)
-    h = scale_neurons(_neurons(F.linear(x, rows, bias), spec), scale[:, experts])
-    return h @ weights.w_out_t.view(*shape[1:], hidden).index_select(0, experts).view(-1, hidden)
+
+    def gathered(rows: Tensor | None) -> Any:
+        """The experts' rows of a tensor, [F, ...] or [2 F, ...]."""
+        if rows is None:
+            return None
+        return rows.view(-1, spec.num_experts, spec.expert_size, *rows.shape[1:])[:, experts].flatten(0, 2)
+
+    rows = dequantise(gathered(weights.w_in), gathered(weights.scale_in), x.dtype)
+    h = scale_neurons(_neurons(F.linear(x, rows, gathered(weights.b_in)), spec), scale[:, experts])
+    return h @ dequantise(gathered(weights.w_out_t), gathered(weights.scale_out), x.dtype)
 
 
 def _neurons(pre: Tensor, spec: LayerSpec) -> Tensor:

@@ -19,6 +19,9 @@ from prunepath_vllm.errors import ConfigError
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 """Of activations and weights."""
 
+QUANTISED_DTYPES = (torch.int8, torch.float8_e4m3fn)
+"""Of weights with one float32 scale per neuron."""
+
 
 _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
     Activation.SILU: F.silu,
@@ -61,7 +64,8 @@ class LayerSpec:
         hidden: H.
         num_experts: E.
         expert_size: D, any number from 1 up.
-        dtype: of activations and weights, one of DTYPES. Logits, gates and sums are float32 in every path.
+        dtype: of activations, and of weights that are not quantised, one of DTYPES. Logits, gates and sums are float32
+            in every path.
         activation: the non-linearity.
         glu: whether the first linear has a gate half, multiplied by its other half.
         rule: the routing rule.
@@ -145,13 +149,24 @@ class LayerSpec:
             ("bias of the first linear", weights.b_in, (self.input_rows,)),
             ("second linear, transposed", weights.w_out_t, (self.neurons, hidden)),
             ("bias of the second linear", weights.b_out, (hidden,)),
+            ("scales of the first linear", weights.scale_in, (self.input_rows,)),
+            ("scales of the second linear", weights.scale_out, (self.neurons,)),
         )
         for name, tensor, shape in expected:
             if tensor is not None and tensor.shape != shape:
                 raise ConfigError(f"{name}: shape {list(tensor.shape)}; expected {list(shape)}")
-        if not x.dtype == weights.w_in.dtype == weights.w_out_t.dtype == self.dtype:
-            found = f"{x.dtype}, {weights.w_in.dtype} and {weights.w_out_t.dtype}"
-            raise ConfigError(f"x and both linears: {found}; expected {self.dtype}")
+        quantised = weights.scale_in is not None and weights.scale_out is not None
+        stored = weights.w_in.dtype
+        if quantised and stored in QUANTISED_DTYPES:
+            if x.dtype != self.dtype or weights.w_out_t.dtype != stored:
+                found = f"{x.dtype}, {stored} and {weights.w_out_t.dtype}"
+                raise ConfigError(f"x and both linears: {found}; expected {self.dtype}, {stored} and {stored}")
+        elif quantised or not x.dtype == stored == weights.w_out_t.dtype == self.dtype:
+            found = f"{x.dtype}, {stored} and {weights.w_out_t.dtype}"
+            raise ConfigError(
+                f"x and both linears: {found} {'with' if quantised else 'without'} scales; expected {self.dtype}, or "
+                f"linears in {' or '.join(map(str, QUANTISED_DTYPES))} with scales"
+            )
 
 
 @dataclass(frozen=True)
@@ -178,15 +193,31 @@ class Weights:
         b_in: [F] or [2 F], or None.
         w_out_t: [F, H], the second linear transposed: expert e is the rows [e D, (e + 1) D).
         b_out: [H], or None. Added once, never gated.
+        scale_in: float32, one for each row of w_in, which is multiplied by it: with quantised weights; else None.
+        scale_out: float32 [F], likewise for w_out_t.
         w_up: [F, H] where the rows that follow the gate's are a tensor of their own, w_in being the gate's; else None.
             The native kernel alone takes it.
+        scale_up: float32 [F] with quantised weights and w_up.
     """
 
     w_in: Tensor
     b_in: Tensor | None
     w_out_t: Tensor
     b_out: Tensor | None
+    scale_in: Tensor | None = None
+    scale_out: Tensor | None = None
     w_up: Tensor | None = None
+    scale_up: Tensor | None = None
+
+    @property
+    def quantised(self) -> bool:
+        """Whether both linears are in one of QUANTISED_DTYPES, with scales."""
+        return self.scale_in is not None
+
+
+def dequantise(rows: Tensor, scale: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Rows in `dtype`, [n, H], of quantised ones and their scales, float32 [n]; `rows` itself where there are none."""
+    return rows if scale is None else rows.to(torch.float32).mul_(scale[:, None]).to(dtype)
 
 
 @dataclass(frozen=True)

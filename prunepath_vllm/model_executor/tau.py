@@ -119,7 +119,7 @@ class TokenTaus:
         """Whether a forward of so many tokens gives each every expert, because its tau is the least that it gets."""
         if self.values.is_cuda:
             return self.spec.at_least and dense_products(num_padded, self.spec)
-        return cpu.takes_every_expert(num_padded, self.spec)
+        return cpu.takes_every_expert(num_padded, self.spec, quantised=self.prunepath.expert_dtype is not None)
 
     def compile_kernels(self) -> None:
         """Fill taus once as every kind of step does, so that no request waits for Triton."""

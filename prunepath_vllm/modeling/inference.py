@@ -14,6 +14,7 @@ from transformers.utils.output_capturing import OutputRecorder
 from prunepath_vllm.activations import ACTIVATIONS
 from prunepath_vllm.kernels import cpu, native
 from prunepath_vllm.kernels.layer import DTYPES, LayerSpec, RouterWeights, RoutingRule, Weights
+from prunepath_vllm.modeling.quantised import QuantisedLinear
 from prunepath_vllm.modeling.routing import Router
 
 
@@ -74,7 +75,7 @@ def routed_ffn(
     """Eq. 7-10 by the kernel; None where PyTorch has to compute the layer.
 
     That is for more tokens than the kernel is fast for, for modules that are not the model's own (an adapter, a
-    quantised linear) or that somebody watches, and where the kernel was not built.
+    quantiser's linear) or that somebody watches, and where the kernel was not built.
 
     Args:
         x: [B, S, H].
@@ -88,20 +89,33 @@ def routed_ffn(
     Returns:
         [B, S, H] in the dtype of `x`.
     """
-    if x.dtype not in DTYPES or x.shape[:-1].numel() > cpu.native_tokens(x.dtype):
-        return None
     linears = *inputs, output
+    quantised = isinstance(output, QuantisedLinear)
+    if x.dtype not in DTYPES or x.shape[:-1].numel() > cpu.native_tokens(x.dtype, quantised=quantised):
+        return None
     routing = [router] if router.down is None else [router, router.down]
     if router.observer is not None or not all(_is_plain(module) for module in (*routing, *linears)):
         return None
-    if any(linear.weight.dtype != x.dtype for linear in linears) or (
+    if any(isinstance(linear, QuantisedLinear) != quantised for linear in linears):
+        return None
+    if any(not quantised and linear.weight.dtype != x.dtype for linear in linears) or (
         len(inputs) > 1 and any(linear.bias is not None for linear in inputs)  # the kernel has one bias for both
     ):
         return None
     if any(module.weight.device.type != "cpu" for module in (*routing, *linears)):  # "meta": offloaded to a disk
         return None
     first, *up = (_neuron_rows(linear) for linear in inputs)
-    weights = Weights(first, inputs[0].bias, _neuron_rows(output, is_output=True), output.bias, *up)
+    scale_in, *scale_up, scale_out = (linear.weight_scale if quantised else None for linear in linears)
+    weights = Weights(
+        first,
+        inputs[0].bias,
+        _neuron_rows(output, is_output=True),
+        output.bias,
+        scale_in,
+        scale_out,
+        *up,
+        *scale_up,
+    )
     spec = LayerSpec(
         hidden=x.shape[-1],
         num_experts=len(router.weight),
@@ -122,13 +136,14 @@ def _is_plain(module: nn.Module) -> bool:
     # transformers' own hooks stay once statistics were asked for; whether they are now, the caller knows.
     watching = [h for h in module._forward_hooks.values() if getattr(h, "__module__", "") != OutputRecorder.__module__]
     hooked = watching or module._forward_pre_hooks
-    return type(module) in (Router, nn.Linear, Conv1D) and not hooked and "forward" not in vars(module)
+    return type(module) in (Router, nn.Linear, Conv1D, QuantisedLinear) and not hooked and "forward" not in vars(module)
 
 
 def _neuron_rows(linear: Any, *, is_output: bool = False) -> Tensor:
     """The weight of a linear as [F, H] in the module's own memory, whose layout is changed once where it is another."""
     weight = linear.weight
-    rows = weight if isinstance(linear, nn.Linear) != is_output else weight.t()
+    conv1d = linear.conv1d if isinstance(linear, QuantisedLinear) else isinstance(linear, Conv1D)
+    rows = weight if conv1d == is_output else weight.t()
     if not rows.is_contiguous():
         with torch.inference_mode(False), torch.no_grad():  # the parameter may be trained later
             rows = weight.t().contiguous()

@@ -15,6 +15,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from prunepath_vllm.families import FAMILIES, Family
 from prunepath_vllm.modeling.inference import RoutedFeedForward
 from prunepath_vllm.modeling.modeling_utils import ROUTING_OUTPUTS, Instead, RoutedCausalLM, RoutedDecoder
+from prunepath_vllm.modeling.quantised import expert_linear
 from prunepath_vllm.modeling.routing import Router
 
 
@@ -33,11 +34,12 @@ class RoutedGLU(RoutedFeedForward):
         super().__init__()
         hidden, neurons = config.hidden_size, config.intermediate_size
         bias = bool(getattr(config, "mlp_bias", False))  # a family without the field refuses it: fields.py
-        self.gate_proj = nn.Linear(hidden, neurons, bias=bias)
-        self.up_proj = nn.Linear(hidden, neurons, bias=bias)
-        self.down_proj = nn.Linear(neurons, hidden, bias=bias)
+        block = config.prunepath
+        self.gate_proj = expert_linear(block, hidden, neurons, bias=bias)
+        self.up_proj = expert_linear(block, hidden, neurons, bias=bias)
+        self.down_proj = expert_linear(block, neurons, hidden, bias=bias, is_output=True)
         self.activation, self.act_fn = activation, ACT2FN[activation]
-        self.router = Router(hidden, config.prunepath, bias=router_bias)
+        self.router = Router(hidden, block, bias=router_bias)
 
     def linears(self) -> tuple[list[Any], Any]:
         """See the base class."""

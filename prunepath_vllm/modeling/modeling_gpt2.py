@@ -8,6 +8,7 @@ from transformers.models.gpt2.modeling_gpt2 import GPT2MLP, GPT2Block, GPT2LMHea
 from prunepath_vllm.modeling.configuration_gpt2 import PrunePathGPT2Config
 from prunepath_vllm.modeling.inference import RoutedFeedForward
 from prunepath_vllm.modeling.modeling_utils import ROUTING_OUTPUTS, RoutedCausalLM, RoutedDecoder
+from prunepath_vllm.modeling.quantised import expert_linear
 from prunepath_vllm.modeling.routing import Router
 
 
@@ -20,8 +21,12 @@ class PrunePathGPT2MLP(RoutedFeedForward, GPT2MLP):
     dropout: nn.Module
 
     def __init__(self, config: PrunePathGPT2Config, *, router_bias: bool) -> None:
-        super().__init__(config.prunepath.intermediate_size, config)
-        self.router = Router(config.hidden_size, config.prunepath, bias=router_bias)
+        block, hidden = config.prunepath, config.hidden_size
+        super().__init__(block.intermediate_size, config)
+        if block.expert_dtype is not None:
+            self.c_fc = expert_linear(block, hidden, block.intermediate_size, conv1d=True)
+            self.c_proj = expert_linear(block, block.intermediate_size, hidden, is_output=True, conv1d=True)
+        self.router = Router(hidden, block, bias=router_bias)
         self.activation = config.activation_function
 
     def linears(self) -> tuple[list[Any], Any]:

@@ -19,14 +19,17 @@ from prunepath_vllm.modeling.modeling_utils import (
     RoutedModel,
     exactly_one,
 )
+from prunepath_vllm.modeling.quantised import expert_linear
 from prunepath_vllm.modeling.routing import Router, Tau
 
 
 class PrunePathRobertaIntermediate(RobertaIntermediate):
-    """RobertaIntermediate cut into experts; the second linear, in RobertaOutput, stays as it is."""
+    """RobertaIntermediate cut into experts; the second linear is RobertaOutput's."""
 
     def __init__(self, config: PrunePathRobertaConfig, *, router_bias: bool) -> None:
         super().__init__(config)
+        if config.prunepath.expert_dtype is not None:
+            self.dense = expert_linear(config.prunepath, config.hidden_size, config.intermediate_size)
         self.router = Router(config.hidden_size, config.prunepath, bias=router_bias)
 
     def forward(self, hidden_states: Tensor, tau: Tensor, router_input: Tensor | None = None) -> Tensor:
@@ -42,6 +45,8 @@ class PrunePathRobertaLayer(RobertaLayer):
     def __init__(self, config: PrunePathRobertaConfig, layer_idx: int, *, router_bias: bool) -> None:
         super().__init__(config, layer_idx=layer_idx)
         self.intermediate = PrunePathRobertaIntermediate(config, router_bias=router_bias)
+        if (block := config.prunepath).expert_dtype is not None:
+            self.output.dense = expert_linear(block, config.intermediate_size, config.hidden_size, is_output=True)
         self.routes_by_attention = config.prunepath.router.input == "attention"
 
     def forward(

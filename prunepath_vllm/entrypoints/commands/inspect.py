@@ -54,6 +54,7 @@ def describe(summary: "CheckpointSummary") -> dict[str, Any]:
         "routers": {"fitted": len(layers) - zero, "zero": zero, "bias": summary.router_bias},
         **summary.prunepath.to_json(),
         "router": summary.prunepath.router.model_dump(),
+        "expert_dtype": summary.prunepath.expert_dtype,
     }
 
 
@@ -78,6 +79,7 @@ def _table(facts: dict[str, Any]) -> str:
         ("split", f"{split['method']} ({split['source'] or 'no source'}), seed {split['seed']}"),
         ("selection", selection),
         ("gate", facts["gate"]),
+        ("expert dtype", f"{facts['expert_dtype']}, a scale per neuron" if facts["expert_dtype"] else "not quantised"),
         ("dense positions", str(facts["dense_positions"])),
         ("default tau", f"{facts['default_tau']:g}"),
         ("tau curve", "not measured" if curve is None else f"{len(curve)} points: tau -> FFN sparsity"),

@@ -14,15 +14,25 @@ from torch import Tensor
 
 from prunepath_vllm.activations import Activation
 from prunepath_vllm.errors import ConfigError
-from prunepath_vllm.kernels.layer import DTYPES, NO_COUNTERS, Counters, LayerSpec, RouterWeights, Weights
+from prunepath_vllm.kernels.layer import (
+    DTYPES,
+    NO_COUNTERS,
+    QUANTISED_DTYPES,
+    Counters,
+    LayerSpec,
+    RouterWeights,
+    Weights,
+)
 from prunepath_vllm.kernels.native.build import LIBRARY, SOURCES, X86_FLAGS
 
 ISA_VARIABLE = "PRUNEPATH_CPU_ISA"
 """Environment variable: the instruction set to use, one of :func:`isas`."""
 
-_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3}
+_TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 _ACTIVATIONS = {Activation.SILU: 0, Activation.GELU: 1, Activation.GELU_TANH: 2, Activation.RELU: 3}
-_POINTERS = "x router_input tau y router_weight router_down router_bias w_in w_up w_out b_in b_out scale_in scale_out"
+_POINTERS = (
+    "x router_input tau y router_weight router_down router_bias w_in w_up w_out b_in b_out scale_in scale_up scale_out"
+)
 
 
 class _Arguments(ctypes.Structure):
@@ -109,10 +119,8 @@ class RoutedFFN:
 
     Args:
         router: the router, each tensor in any float dtype.
-        weights: of `spec`'s dtype; or w_in and w_out_t in int8, with scales.
+        weights: of `spec`'s dtype; or the linears in one of QUANTISED_DTYPES, with scales.
         spec: the layer.
-        scale_in: float32 [F], or [2 F] with a GLU, or None: what each row of w_in is multiplied by.
-        scale_out: float32 [F] or None: the same for w_out_t.
         isa: one of :func:`isas`; the default is $PRUNEPATH_CPU_ISA, or the fastest.
 
     Raises:
@@ -127,20 +135,19 @@ class RoutedFFN:
         weights: Weights,
         spec: LayerSpec,
         *,
-        scale_in: Tensor | None = None,
-        scale_out: Tensor | None = None,
         isa: str | None = None,
     ) -> None:
         self._run = _function(isa)
         self.spec = spec
         hidden, experts = spec.hidden, spec.num_experts
         rank = router.weight.shape[1] if router.down is not None else 0
-        stored = (torch.int8,) if weights.w_out_t.dtype == torch.int8 else (spec.dtype,)
+        quantised = weights.w_out_t.dtype in QUANTISED_DTYPES
+        stored = (weights.w_out_t.dtype if quantised else spec.dtype,)
+        input_rows = spec.input_rows if weights.w_up is None else spec.neurons
         _check("second linear, transposed", weights.w_out_t, (spec.neurons, hidden), stored)
-        if weights.w_up is None:
-            _check("first linear", weights.w_in, (spec.input_rows, hidden), stored)
-        else:
-            _check("first linear's gate", weights.w_in, (spec.neurons, hidden), stored)
+        first = "first linear" if weights.w_up is None else "first linear's gate"
+        _check(first, weights.w_in, (input_rows, hidden), stored)
+        if weights.w_up is not None:
             _check("first linear's other half", weights.w_up, (spec.neurons, hidden), stored)
         _check("router weight", router.weight, (experts, rank or hidden), DTYPES)
         optional = {
@@ -148,11 +155,16 @@ class RoutedFFN:
             "router_bias": (router.bias, (experts,), DTYPES),
             "b_in": (weights.b_in, (spec.input_rows,), DTYPES),
             "b_out": (weights.b_out, (hidden,), DTYPES),
-            "scale_in": (scale_in, (spec.input_rows,), (torch.float32,)),
-            "scale_out": (scale_out, (spec.neurons,), (torch.float32,)),
+            "scale_in": (weights.scale_in, (input_rows,), (torch.float32,)),
+            "scale_up": (weights.scale_up, (spec.neurons,), (torch.float32,)),
+            "scale_out": (weights.scale_out, (spec.neurons,), (torch.float32,)),
         }
-        if stored == (torch.int8,) and (scale_in is None or scale_out is None):
-            raise ConfigError("weights are int8 without scale_in and scale_out; expected one scale per row")
+        scales = [weights.scale_in, weights.scale_out, *([] if weights.w_up is None else [weights.scale_up])]
+        if any((scale is not None) != quantised for scale in scales):
+            found = f"{str(stored[0]).removeprefix('torch.')} {'without' if quantised else 'with'}"
+            raise ConfigError(
+                f"weights are {found} scale_in and scale_out; expected one scale per row of quantised weights alone"
+            )
         self._arguments = _Arguments(
             router_weight=router.weight.data_ptr(),
             router_weight_type=_TYPES[router.weight.dtype],
@@ -177,6 +189,8 @@ class RoutedFFN:
                 setattr(self._arguments, name, tensor.data_ptr())
                 if not name.startswith("scale"):
                     setattr(self._arguments, f"{name}_type", _TYPES[tensor.dtype])
+        if weights.scale_in is not None and weights.w_up is None and spec.glu:
+            self._arguments.scale_up = weights.scale_in[spec.neurons :].data_ptr()
 
     def __call__(
         self,
@@ -281,8 +295,6 @@ def routed_ffn(
     spec: LayerSpec,
     *,
     router_input: Tensor | None = None,
-    scale_in: Tensor | None = None,
-    scale_out: Tensor | None = None,
     counters: Counters = NO_COUNTERS,
     num_threads: int | None = None,
     isa: str | None = None,
@@ -303,5 +315,5 @@ def routed_ffn(
     Returns:
         [T, H] in the dtype of `x`.
     """
-    layer = RoutedFFN(router, weights, spec, scale_in=scale_in, scale_out=scale_out, isa=isa)
+    layer = RoutedFFN(router, weights, spec, isa=isa)
     return layer(x, tau, router_input=router_input, counters=counters, num_threads=num_threads)

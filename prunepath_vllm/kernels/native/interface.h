@@ -3,7 +3,7 @@
 
 #include <cstdint>
 
-enum Type : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, INT8 = 3 };
+enum Type : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, INT8 = 3, FLOAT8_E4M3FN = 4 };  // the last two: weights
 enum Activation : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 
 // T tokens, H hidden size, E experts, D neurons per expert, F = E * D. All tensors are contiguous; a pointer may be
@@ -21,7 +21,8 @@ struct Arguments {
     const void* w_out;         // [F, H]
     const void* b_in;          // [2 F] or [F], or null
     const void* b_out;         // [H] or null
-    const float* scale_in;     // [2 F] or [F], or null: what each row of w_in is multiplied by
+    const float* scale_in;     // [F] or null: what each row of w_in is multiplied by
+    const float* scale_up;     // [F] if glu and scale_in: the same for w_up
     const float* scale_out;    // [F] or null: the same for w_out
     int32_t* active_counts;    // [T] or null, added to
     void* experts_read;        // [1] or null, added to

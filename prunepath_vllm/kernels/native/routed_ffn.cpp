@@ -196,8 +196,9 @@ void compute(const Tile& s, const Group& g, const Group& next) {
     s.weights.dot(g.rows, ahead, num_rows, inputs, tokens, a.hidden, out);
     if (a.scale_in || a.b_in)
         for (int r = 0; r < num_rows; r++) {
-            const int64_t row = g.neuron[r % g.size] + (r < g.size ? 0 : all_neurons);
-            const float scale = a.scale_in ? a.scale_in[row] : 1;
+            const bool up = r >= g.size;
+            const int64_t neuron = g.neuron[r % g.size], row = neuron + (up ? all_neurons : 0);
+            const float scale = a.scale_in ? (up ? a.scale_up : a.scale_in)[neuron] * s.weights.unit : 1;
             const float bias = a.b_in ? element(a.b_in, a.b_in_type, row) : 0;
             for (int k = 0; k < tokens; k++) out[r * tokens + k] = out[r * tokens + k] * scale + bias;
         }
@@ -206,7 +207,7 @@ void compute(const Tile& s, const Group& g, const Group& next) {
     std::memcpy(pre, out, values * sizeof(float));
     activate(a.activation, pre, values);
     for (int i = 0; i < g.size; i++) {
-        const float scale = a.scale_out ? a.scale_out[g.neuron[i]] : 1;
+        const float scale = a.scale_out ? a.scale_out[g.neuron[i]] * s.weights.unit : 1;
         for (int k = 0; k < tokens; k++) {
             float h = pre[i * tokens + k] * scale;
             if (a.glu) h *= out[values + i * tokens + k];

@@ -181,6 +181,48 @@ struct Int8 {
     }
 };
 
+#if !defined(__AVX2__)
+struct Float8Values {
+    float of[256];
+    constexpr Float8Values() : of() {
+        for (int byte = 0; byte < 256; byte++) {
+            const int exponent = byte >> 3 & 15, mantissa = byte & 7;
+            float v = (exponent ? 8 + mantissa : mantissa) / 131072.0f;  // of the lowest exponent, over UNIT
+            for (int i = 1; i < exponent; i++) v *= 2;
+            of[byte] = byte & 128 ? -v : v;
+        }
+    }
+};
+constexpr Float8Values float8_values;
+#endif
+
+// Exponent and mantissa have the places of a float16's, whose exponent counts from 8 lower: 2^8 is left to the scale.
+// NaN, which no checkpoint holds, is read as 480.
+struct Float8 {
+    using Stored = uint8_t;
+    using Input = float;
+    static constexpr float UNIT = 256;
+    static INLINE int64_t slot(int64_t i) { return i; }
+    static INLINE void widen(const Stored* p, Floats& a, Floats& b) {
+#if defined(__AVX512F__)
+        a = (Floats)_mm512_cvtph_ps(halves(p));
+        b = (Floats)_mm512_cvtph_ps(halves(p + WIDTH));
+#elif defined(__AVX2__)
+        const __m256i both = halves(p);
+        a = (Floats)_mm256_cvtph_ps(_mm256_castsi256_si128(both));
+        b = (Floats)_mm256_cvtph_ps(_mm256_extracti128_si256(both, 1));
+#else
+        for (int i = 0; i < WIDTH; i++) a[i] = float8_values.of[p[i]], b[i] = float8_values.of[p[WIDTH + i]];
+#endif
+    }
+#if defined(__AVX2__)
+    static INLINE __m256i halves(const Stored* p) {
+        const __m256i bits = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load<__m128i>(p)), 7);
+        return _mm256_and_si256(bits, _mm256_set1_epi16((short)0xbf80));  // the sign came twice
+    }
+#endif
+};
+
 // acc += the products of a block. The order of the additions is part of a token's result, so it is the same for any
 // number of rows and tokens at once.
 template <class Type>
@@ -354,11 +396,17 @@ struct Product {
     void (*pack)(const void*, int32_t, int64_t, void*);
     int64_t (*slot)(int64_t);
     int element_bytes;
+    float unit;  // what a widened element is too small by; a power of 2
 };
 
 template <class Type>
+constexpr float unit = 1;
+template <>
+constexpr float unit<Float8> = Float8::UNIT;
+
+template <class Type>
 Product product() {
-    return {dot<Type>, add<Type>, pack<Type>, slot<Type>, (int)sizeof(typename Type::Stored)};
+    return {dot<Type>, add<Type>, pack<Type>, slot<Type>, (int)sizeof(typename Type::Stored), unit<Type>};
 }
 
 // For rows of one type and inputs of another.
@@ -371,6 +419,7 @@ Product product_of(int32_t rows, int32_t inputs) {
         case FLOAT32: return product<Float32>();
         case FLOAT16: return product<Float16>();
         case BFLOAT16: return product<BFloat16>();
+        case FLOAT8_E4M3FN: return product<Float8>();
         default: return product<Int8>();
     }
 }

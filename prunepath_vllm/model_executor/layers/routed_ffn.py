@@ -26,6 +26,7 @@ from prunepath_vllm.errors import UnsupportedFeatureError
 from prunepath_vllm.families import family_of
 from prunepath_vllm.kernels import cpu, native
 from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, RoutingRule, Weights
+from prunepath_vllm.kernels.native import memory
 from prunepath_vllm.model_executor.compat import VllmConfig
 
 logger = init_logger("vllm.prunepath")
@@ -54,6 +55,15 @@ class _ExpertShard:
         return experts.narrow(1, self.rank * self.expert_size, self.expert_size).flatten(0, 1)
 
 
+def _expert_weight(rows: int, hidden_size: int, prunepath: PrunePathConfig) -> tuple[nn.Parameter, nn.Parameter | None]:
+    """An uninitialised [rows, H] weight in the checkpoint's dtype, and float32 [rows] scales where it is quantised."""
+    stored = prunepath.expert_dtype
+    dtype = torch.get_default_dtype() if stored is None else getattr(torch, stored)
+    empty = memory.empty if torch.get_default_device().type == "cpu" else torch.empty
+    scales = None if stored is None else nn.Parameter(torch.empty(rows, dtype=torch.float32), requires_grad=False)
+    return nn.Parameter(empty(rows, hidden_size, dtype=dtype), requires_grad=False), scales
+
+
 class ExpertRouter(nn.Module):
     """Router weights, replicated on every rank. A checkpoint without router biases leaves the bias zero."""
 
@@ -73,8 +83,10 @@ class ExpertInputs(nn.Module):
         self._shard = _ExpertShard(prunepath)
         self._glu = glu
         rows = self._shard.neurons * (2 if glu else 1)
-        self.weight = nn.Parameter(torch.empty(rows, hidden_size), requires_grad=False)
-        set_weight_attrs(self.weight, {"weight_loader": self._load})
+        self.weight, self.weight_scale = _expert_weight(rows, hidden_size, prunepath)
+        for parameter in (self.weight, self.weight_scale):
+            if parameter is not None:
+                set_weight_attrs(parameter, {"weight_loader": self._load})
         self.bias = nn.Parameter(torch.empty(rows), requires_grad=False) if bias else None
         if self.bias is not None:
             set_weight_attrs(self.bias, {"weight_loader": self._load})
@@ -94,14 +106,16 @@ class ExpertOutputs(nn.Module):
     def __init__(self, hidden_size: int, prunepath: PrunePathConfig, *, bias: bool) -> None:
         super().__init__()
         self._shard = _ExpertShard(prunepath)
-        self.weight = nn.Parameter(torch.empty(self._shard.neurons, hidden_size), requires_grad=False)
+        self.weight, self.weight_scale = _expert_weight(self._shard.neurons, hidden_size, prunepath)
         set_weight_attrs(self.weight, {"weight_loader": self._load_weight})
+        if self.weight_scale is not None:
+            set_weight_attrs(self.weight_scale, {"weight_loader": self._load_weight})
         self.bias = nn.Parameter(torch.empty(hidden_size), requires_grad=False) if bias else None
         if self.bias is not None:
             set_weight_attrs(self.bias, {"weight_loader": self._load_bias})
 
     def _load_weight(self, param: nn.Parameter, loaded: Tensor) -> None:
-        """Copy the dense [H, d_ff] weight."""
+        """Copy the dense [H, d_ff] weight, or its [d_ff] scales."""
         param.data.copy_(self._shard.rows(loaded.t()))
 
     def _load_bias(self, param: nn.Parameter, loaded: Tensor) -> None:
@@ -174,7 +188,7 @@ class RoutedFFN(nn.Module):
             router_input,
             [self.tau, self.dense_step, self.active_counts, self.experts_read, self.dense_runs],
             [router.weight, router.bias, None if router.down is None else router.down.weight],
-            [inputs.weight, inputs.bias, outputs.weight, outputs.bias],
+            [inputs.weight, inputs.bias, outputs.weight, outputs.bias, inputs.weight_scale, outputs.weight_scale],
             self.encoded_spec,
         )
         return tensor_model_parallel_all_reduce(y) if self.world > 1 else y
@@ -190,7 +204,7 @@ def _routed_ffn_op(
 ) -> torch.Tensor:
     # The counters are not declared as mutated: no graph reads them, and functionalisation would copy them around every
     # layer.
-    if x.is_cpu and x.shape[0] <= cpu.native_tokens(x.dtype):
+    if x.is_cpu and x.shape[0] <= cpu.native_tokens(x.dtype, quantised=weights[4] is not None):
         return _native_layer(step, router, weights, spec)(x, x if router_input is None else router_input)
     state = StepState(*step)
     counters = Counters(state.active_counts[: x.shape[0]], state.experts_read)

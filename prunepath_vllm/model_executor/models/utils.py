@@ -19,7 +19,16 @@ from prunepath_vllm.model_executor.tau import TokenTaus
 
 _Model: Any = nn.Module if TYPE_CHECKING else object
 
-_BUILT_IN = ("num_experts", "expert_size", "selection", "threshold", "gate", "dense_positions", "router")
+_BUILT_IN = (
+    "num_experts",
+    "expert_size",
+    "selection",
+    "threshold",
+    "gate",
+    "dense_positions",
+    "router",
+    "expert_dtype",
+)
 """Fields of ``prunepath_config`` that a model is built from: other weights do not change them."""
 
 

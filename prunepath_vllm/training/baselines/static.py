@@ -8,7 +8,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from prunepath_vllm.checkpoint import WEIGHTS_FILE, CheckpointSummary, stream_tensors, validate_checkpoint
+from prunepath_vllm.checkpoint import (
+    WEIGHTS_FILE,
+    CheckpointSummary,
+    refuse_quantised,
+    stream_tensors,
+    validate_checkpoint,
+)
 from prunepath_vllm.conversion.calibrate import load_model
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.tau import DENSE_TAU
@@ -48,13 +54,15 @@ def prune_experts(
         `dst`.
 
     Raises:
-        UsageError: an argument that makes no sense, a gated checkpoint, or a text that is missing or too short.
+        UsageError: an argument that makes no sense, a gated or quantised checkpoint, or a text that is
+            missing or too short.
         ConfigError, CheckpointError: `src` is not a valid PrunePath checkpoint.
     """
     dst = Path(dst)
     check_arguments(dst, sparsity, device)
     summary = validate_checkpoint(src)
     prunepath = summary.prunepath
+    refuse_quantised(src, prunepath, "pruning")
     if prunepath.gate != "none":
         raise UsageError(f"{src}: gate {prunepath.gate!r}; expected 'none': without its router an expert has no gate")
     kept = round(prunepath.num_experts * (1 - sparsity))
