@@ -305,7 +305,7 @@ INLINE void dot_tile(const void* const* rows, const void* const* ahead, const vo
 template <class Type, int TOKENS>
 INLINE void dot_tokens(const void* const* rows, const void* const* ahead, int num_rows, const void* const* inputs,
                        int64_t hidden, float* out, int stride) {
-    constexpr int ROWS = TOKENS <= 2 ? 4 : 2;  // eight sums at once, for which every processor has the registers
+    constexpr int ROWS = 8 / TOKENS;  // eight sums at once, for which every processor has the registers
     int r = 0;
     for (; r + ROWS <= num_rows; r += ROWS)
         dot_tile<Type, ROWS, TOKENS>(rows + r, ahead + r, inputs, hidden, out + r * stride, stride);
