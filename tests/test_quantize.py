@@ -10,7 +10,7 @@ import torch
 from naive import load_naive, naive_generate, naive_logits
 from safetensors.torch import load_file, save_file
 from test_engine import assert_naive, run_engine
-from tiny_models import FAMILY_NAMES, HIDDEN, INTERMEDIATE, LAYERS
+from tiny_models import FAMILY_NAMES, HIDDEN, INTERMEDIATE, LAYERS, block, block_fields, tokens
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import prunepath_vllm
@@ -58,19 +58,6 @@ def load(path, **options):
     return auto.from_pretrained(path, **options)
 
 
-def tokens(batch, length):
-    return torch.randint(4, 300, (batch, length), generator=torch.Generator().manual_seed(0))
-
-
-def block(path):
-    return json.loads((path / "config.json").read_text())["prunepath_config"]
-
-
-def config(**changes):
-    fields = dict(format_version=2, num_experts=8, expert_size=32, gate="none", split=dict(method="random", seed=0))
-    return fields | changes
-
-
 def linears(names):
     """Names of the linears that have scales."""
     return sorted(name.removesuffix(".weight_scale") for name in names if name.endswith(".weight_scale"))
@@ -80,11 +67,11 @@ def linears(names):
 
 
 def test_the_lowest_format_that_says_everything_is_written():
-    assert "expert_dtype" not in PrunePathConfig.parse(config(router=dict(rank=3))).to_json()
-    plain = PrunePathConfig.parse(config(expert_dtype=None)).to_json()
+    assert "expert_dtype" not in PrunePathConfig.parse(block_fields(router=dict(rank=3))).to_json()
+    plain = PrunePathConfig.parse(block_fields(expert_dtype=None)).to_json()
     assert (plain["format_version"], "expert_dtype" in plain) == (1, False)
     for dtype in EXPERT_DTYPES:
-        written = PrunePathConfig.parse(config(expert_dtype=dtype)).to_json()
+        written = PrunePathConfig.parse(block_fields(expert_dtype=dtype)).to_json()
         assert (written["format_version"], written["expert_dtype"], "router" in written) == (2, dtype, False)
         assert PrunePathConfig.parse(written).to_json() == written
 
@@ -100,7 +87,7 @@ def test_the_lowest_format_that_says_everything_is_written():
 )
 def test_a_bad_dtype_is_named(changes, message):
     with pytest.raises(ConfigError, match=f"prunepath_config.{message}"):
-        PrunePathConfig.parse(config(**changes))
+        PrunePathConfig.parse(block_fields(**changes))
 
 
 def scale(change):
@@ -492,7 +479,7 @@ def test_an_engine_elsewhere_refuses_them_by_name(monkeypatch):
     from prunepath_vllm.model_executor import engine_config
 
     def model(dtype):
-        block = PrunePathConfig.parse(config(expert_dtype=dtype))
+        block = PrunePathConfig.parse(block_fields(expert_dtype=dtype))
         return SimpleNamespace(hf_config=SimpleNamespace(prunepath=block))
 
     engine_config._refuse_quantised_experts(model("int8"))

@@ -8,7 +8,7 @@ import torch
 from naive import load_naive, naive_generate, naive_logits, naive_sparsity
 from safetensors.torch import load_file, save_file
 from test_engine import assert_naive, run_engine
-from tiny_models import FAMILY_NAMES, HIDDEN, LAYERS, build_dense, save_dense
+from tiny_models import FAMILY_NAMES, HIDDEN, LAYERS, block, block_fields, build_dense, save_dense, tokens
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
 import prunepath_vllm
@@ -50,31 +50,18 @@ def load(path, family, **options):
     return auto.from_pretrained(path, **options)
 
 
-def tokens(batch, length):
-    return torch.randint(4, 300, (batch, length), generator=torch.Generator().manual_seed(0))
-
-
-def block(path):
-    return json.loads((path / "config.json").read_text())["prunepath_config"]
-
-
-def config(**changes):
-    fields = dict(format_version=2, num_experts=8, expert_size=32, gate="none", split=dict(method="random", seed=0))
-    return fields | changes
-
-
 # --- the format ------------------------------------------------------------------------------------------------------
 
 
 def test_the_lowest_format_that_says_everything_is_written():
-    default = PrunePathConfig.parse(config())
+    default = PrunePathConfig.parse(block_fields())
     assert (default.router.input, default.router.rank) == ("ffn", None)
-    assert default.to_json() == PrunePathConfig.parse(config(format_version=1)).to_json()
+    assert default.to_json() == PrunePathConfig.parse(block_fields(format_version=1)).to_json()
     assert "router" not in default.to_json()
     assert default.to_json()["format_version"] == 1
     router = dict(input="attention", rank=None)
-    assert PrunePathConfig.parse(config(router=dict(input="attention"))).to_json()["router"] == router
-    written = PrunePathConfig.parse(config(router=dict(input="ffn", rank=3))).to_json()
+    assert PrunePathConfig.parse(block_fields(router=dict(input="attention"))).to_json()["router"] == router
+    written = PrunePathConfig.parse(block_fields(router=dict(input="ffn", rank=3))).to_json()
     assert written["format_version"] == 2
     assert PrunePathConfig.parse(written).to_json() == written
 
@@ -94,7 +81,7 @@ def test_the_lowest_format_that_says_everything_is_written():
 )
 def test_a_bad_router_block_is_named(changes, message):
     with pytest.raises(ConfigError, match=f"prunepath_config.{message}"):
-        PrunePathConfig.parse(config(**changes))
+        PrunePathConfig.parse(block_fields(**changes))
 
 
 def test_a_rank_above_the_hidden_size_is_refused(prunepath_checkpoint, tmp_path):

@@ -237,3 +237,19 @@ def save_prunepath(
         dense.generation_config.save_pretrained(path)
     build_tokenizer().save_pretrained(path)
     return path
+
+
+def tokens(batch: int, length: int) -> torch.Tensor:
+    """Random token ids of a tiny model, the same in every call."""
+    return torch.randint(4, 300, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def block(path: Path) -> dict:
+    """The prunepath_config of a checkpoint."""
+    return json.loads((path / "config.json").read_text())["prunepath_config"]
+
+
+def block_fields(**changes) -> dict:
+    """A right prunepath_config of format 2 for a tiny model, and what a test changes in it."""
+    fields = dict(format_version=2, num_experts=8, expert_size=32, gate="none", split=dict(method="random", seed=0))
+    return fields | changes

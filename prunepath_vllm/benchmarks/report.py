@@ -104,6 +104,11 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
+def markdown(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    """A Markdown table."""
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
+
+
 def ratio(dense: float | None, ours: float) -> str:
     """The speed-up as "1.36x", or nothing without a dense figure."""
     return "" if dense is None else f" {dense / ours:4.2f}x"

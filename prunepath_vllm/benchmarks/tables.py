@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from prunepath_vllm.benchmarks.report import markdown
 from prunepath_vllm.benchmarks.training_curves import Curve, perplexity_at, read_curve, read_models
 from prunepath_vllm.checkpoint import read_json
 from prunepath_vllm.errors import PrunePathError, UsageError
@@ -33,11 +34,6 @@ SERVED = {
     "time to first token, median": ("median_ttft_ms", "{:.3g} ms", True),
 }
 """Rows of a ``serve`` table: vLLM's field, how to write it, whether less is better."""
-
-
-def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table."""
-    return "\n".join(f"| {' | '.join(row)} |" for row in [header, ["---"] * len(header), *rows])
 
 
 def share(value: float | None) -> str:
@@ -110,21 +106,20 @@ def kernel(file: str, *, model: str) -> str:
     return markdown(["tokens", "dense, us", *(share(one) for one in shares), "path"], table)
 
 
-def perplexity(*curves: str, at: str, dense: str = "", ratio: str = "yes") -> str:
+def perplexity(*curves: str, at: str, dense: str = "") -> str:
     """Perplexity by FFN sparsity, between measured points as ``training_curves`` interpolates.
 
     Args:
         curves: LABEL=FILE, or LABEL=FILE@SPARSITY,... for a model a sparsity.
         at: FFN sparsities.
-        dense: a file whose perplexity the ratios in brackets are over.
-        ratio: "no" leaves them out.
+        dense: a file whose perplexity the ratios in brackets are over; no ratios without it.
     """
     sparsities = [float(one) for one in at.split(",")]
     base = read_curve(str(RESULTS / dense))[0][1] if dense else None
     rows = []
     for label, files in map(split_label, curves):
         curve = _curve(files)
-        cells = [_perplexity(perplexity_at(curve, one), base if ratio == "yes" else None) for one in sparsities]
+        cells = [_perplexity(perplexity_at(curve, one), base) for one in sparsities]
         rows.append([label, *cells])
     return markdown(["FFN sparsity", *(f"{one:g}" for one in sparsities)], rows)
 

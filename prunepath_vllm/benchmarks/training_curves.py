@@ -13,6 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from prunepath_vllm.benchmarks.report import markdown
 from prunepath_vllm.checkpoint import read_json
 from prunepath_vllm.errors import PrunePathError, UsageError
 from prunepath_vllm.evaluation.figures import read_share, split_label
@@ -70,11 +71,11 @@ def perplexity_at(curve: Curve, sparsity: float) -> float | None:
 
 def table(curves: Mapping[str, Curve], dense: float, *, sparsities: Sequence[float] = SPARSITIES) -> str:
     """Markdown: a row a method, a column a sparsity; perplexity and, in brackets, its ratio to the dense model's."""
-    rows = [["method", *(f"{sparsity:g}" for sparsity in sparsities)], ["---"] * (1 + len(sparsities))]
+    rows = []
     for label, curve in curves.items():
         values = [perplexity_at(curve, sparsity) for sparsity in sparsities]
         rows.append([label, *("-" if v is None else f"{v:,.4g} ({v / dense:.3g})" for v in values)])
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    return markdown(["method", *(f"{sparsity:g}" for sparsity in sparsities)], rows)
 
 
 def plot(curves: Mapping[str, Curve], dense: tuple[str, float], path: str) -> None:

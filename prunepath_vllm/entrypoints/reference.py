@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from prunepath_vllm.benchmarks.report import markdown
 from prunepath_vllm.config import PrunePathConfig, RouterOptions, Split
 from prunepath_vllm.entrypoints.cli import build_parser
 from prunepath_vllm.entrypoints.server.metrics import REQUEST_TAU
@@ -17,11 +18,9 @@ FOLDER = Path(__file__).parents[2] / "docs" / "reference"
 MADE = "<!-- made by `python -m prunepath_vllm.entrypoints.reference`; a test compares -->\n"
 
 
-def table(*rows: tuple[str, ...]) -> str:
-    """A Markdown table; the first row is its header."""
-    header, *others = rows
-    lines = [header, ("---",) * len(header), *others]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)
+def table(header: tuple[str, ...], *rows: tuple[str, ...]) -> str:
+    """A Markdown table of cells in which "|" means nothing."""
+    return markdown(header, [[cell.replace("|", r"\|") for cell in row] for row in rows])
 
 
 def command_line() -> str:

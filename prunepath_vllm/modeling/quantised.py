@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.kernels.layer import dequantise
 
 
 class QuantisedLinear(nn.Module):
@@ -55,8 +56,9 @@ class QuantisedLinear(nn.Module):
 
     def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
         """The weight, as it is shaped, in `dtype`."""
-        scale = self.weight_scale.unsqueeze(1 - self.neuron_axis)
-        return self.weight.to(torch.float32).mul_(scale).to(dtype)
+        if self.neuron_axis == 0:
+            return dequantise(self.weight, self.weight_scale, dtype)
+        return dequantise(self.weight.t(), self.weight_scale, dtype).t()
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [..., inputs] to [..., outputs], in the same dtype."""

@@ -21,7 +21,7 @@ from prunepath_vllm.conversion.convert import convert
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.errors import CheckpointError, UsageError
 from prunepath_vllm.families import Family, family_of
-from prunepath_vllm.files import new_directory, replace_file
+from prunepath_vllm.files import check_absent_or_empty, new_directory, replace_file
 
 ORDER = "{}.neuron_order"
 """Name of a layer's permutation, over the layer's feed-forward module: int16 (int32 beyond 32767 neurons) [F]."""
@@ -164,8 +164,7 @@ def merge_adapter(dense: str | Path, adapter: str | Path, destination: str | Pat
     """
     dense, destination = Path(dense), Path(destination)
     tensors, block, expected = read_adapter(adapter)
-    if destination.exists() and any(destination.iterdir()):
-        raise UsageError(f"{destination}: already there and not an empty directory; expected a new one")
+    check_absent_or_empty(destination)
     found = expected and weights_digest(dense)
     if found != expected:
         raise CheckpointError(
