@@ -18,7 +18,7 @@ from prunepath_vllm.activations import Activation
 from prunepath_vllm.kernels import decode, ffn
 from prunepath_vllm.kernels.dense import gated_activation
 from prunepath_vllm.kernels.expand import expand_taus
-from prunepath_vllm.kernels.ffn import Tuning, heuristic_tuning, load_tuning, routed_ffn
+from prunepath_vllm.kernels.ffn import Tuning, heuristic_tuning, load_tuning, route_ahead, routed_ffn
 from prunepath_vllm.kernels.layer import LayerSpec, RouterWeights, RoutingRule, Weights
 from prunepath_vllm.kernels.routing import route, select_mask
 
@@ -129,7 +129,11 @@ def compile_sparse_paths(spec: LayerSpec) -> None:
     tokens = {1: found.choice(1), 8: split, 64: split, 5000: found.choice(5000)}
     for num_tokens, choice in tokens.items():
         x, tau = empty(num_tokens, spec.hidden), torch.empty(num_tokens, device="meta")
-        routed_ffn(x, tau, router, weights, spec, tuning=Tuning(((1, choice),)))
+        tuning = Tuning(((1, choice),))
+        routed_ffn(x, tau, router, weights, spec, tuning=tuning)
+        if num_tokens <= 8:
+            ahead = route_ahead(x, tau, router, spec, tuning=tuning)
+            routed_ffn(x, tau, router, weights, spec, tuning=tuning, router_input=x, routing=ahead)
     gated_activation(empty(8, spec.input_rows), spec, torch.empty(8, spec.num_experts, device="meta"))
 
 

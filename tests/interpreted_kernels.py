@@ -17,7 +17,7 @@ from prunepath_vllm.kernels import cpu, expand, reference
 from prunepath_vllm.kernels import tau as taus
 from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
 from prunepath_vllm.kernels.dense import dense_ffn
-from prunepath_vllm.kernels.ffn import Choice, Tuning, routed_ffn
+from prunepath_vllm.kernels.ffn import Choice, Tuning, route_ahead, routed_ffn
 from prunepath_vllm.kernels.grouped import GroupedConfig, grouped_ffn
 from prunepath_vllm.kernels.layer import (
     Counters,
@@ -276,6 +276,28 @@ def test_a_router_of_low_rank_that_reads_another_input(path, num_tokens, dtype):
     gates = reference.expert_weights(logits.float(), tau, **vars(spec.rule))
     y = routed_ffn(x, tau, router, weights, spec, tuning=NO_TUNING[path], router_input=seen)
     assert error(y, reference_ffn(x, gates, weights, "silu", True)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("host_dense", [False, True], ids=["", "host-dense"])
+@pytest.mark.parametrize("at_least", [False, True], ids=["exact", "at-least"])
+@pytest.mark.parametrize("gate", ["none", "sigmoid"])
+@pytest.mark.parametrize(("path", "num_tokens"), EVERY_PATH)
+def test_routing_ahead_changes_no_bit_and_no_count(path, num_tokens, gate, at_least, host_dense):
+    x, router, weights, spec = make_case(num_tokens, 37, 8, 48)
+    seen = make_case(num_tokens, 36, 8, 48)[0]
+    spec = replace(spec, rule=RoutingRule(gate=gate), at_least=at_least)
+    tau = torch.ones(num_tokens) if host_dense else mixed_taus(num_tokens)
+    results = []
+    for is_ahead in (False, True):
+        counters = Counters(torch.zeros(num_tokens, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+        options = dict(tuning=NO_TUNING[path], counters=counters, host_dense=host_dense)
+        ahead = route_ahead(seen, tau, router, spec, **options) if is_ahead else None
+        y = routed_ffn(x, tau, router, weights, spec, router_input=seen, routing=ahead, **options)
+        results.append([y, counters.active, counters.read])
+        every = host_dense or (at_least and path == "dense")
+        assert (ahead is not None) == (is_ahead and not (every and gate == "none"))
+    assert all(map(torch.equal, *results))
+    assert results[0][2] > 0
 
 
 @pytest.mark.parametrize("gate", ["none", "sigmoid"])

@@ -16,7 +16,7 @@ from prunepath_vllm.benchmarks.float32 import layer_output
 from prunepath_vllm.benchmarks.tile_search import make_layer, paths_for, start_choice
 from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.kernels import reference
-from prunepath_vllm.kernels.ffn import Tuning, heuristic_tuning
+from prunepath_vllm.kernels.ffn import Tuning, heuristic_tuning, route_ahead
 from prunepath_vllm.kernels.ffn import routed_ffn as layer_run
 from prunepath_vllm.kernels.layer import Counters, LayerSpec, RoutingRule
 
@@ -26,16 +26,19 @@ pytestmark = [
 ]
 
 VARIANTS = {
-    "qwen3": {},
-    "llama": {},
-    "qwen2": dict(gate="sigmoid", router_bias=True),
-    "gpt2": dict(dense_positions=3, expert_size=16),
+    "qwen3": ("qwen3", {}),
+    "llama": ("llama", {}),
+    "qwen2": ("qwen2", dict(gate="sigmoid", router_bias=True)),
+    "gpt2": ("gpt2", dict(dense_positions=3, expert_size=16)),
+    "llama-attention": ("llama", dict(router_input="attention")),
+    "gpt2-attention-rank": ("gpt2", dict(router_input="attention", router_rank=6)),
 }
 
 
-@pytest.mark.parametrize("family", [*ENGINE_FAMILY_NAMES, "qwen3"])
-def test_mixed_taus_under_cuda_graphs_equal_the_naive_model(prunepath_checkpoint, family):
-    checkpoint = prunepath_checkpoint(family, default_tau=0.6, **VARIANTS[family])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_mixed_taus_under_cuda_graphs_equal_the_naive_model(prunepath_checkpoint, variant):
+    family, options = VARIANTS[variant]
+    checkpoint = prunepath_checkpoint(family, default_tau=0.6, **options)
     result = run_engine("decoder", checkpoint, "cuda", eager=False)
     assert [row["tokens"] for row in result["mixed"]] == [row["tokens"] for row in result["lone"]]
     rows = [*result["mixed"], *result["shared_prefix"]]
@@ -51,17 +54,17 @@ def test_mixed_taus_under_cuda_graphs_equal_the_naive_model(prunepath_checkpoint
     assert sum(agree) > 0.95 * len(agree)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(("router_input", "dtype"), [("ffn", "float32"), ("ffn", "bfloat16"), ("attention", "float32")])
 @pytest.mark.parametrize("mode", ["FULL", "PIECEWISE", "FULL_AND_PIECEWISE"])
-def test_the_same_requests_give_the_same_tokens_in_every_graph_mode(prunepath_checkpoint, mode, dtype):
-    checkpoint = prunepath_checkpoint("qwen2", default_tau=0.6)
+def test_the_same_requests_give_the_same_tokens_in_every_graph_mode(prunepath_checkpoint, mode, router_input, dtype):
+    checkpoint = prunepath_checkpoint("qwen2", default_tau=0.6, router_input=router_input)
     # vLLM 0.32.0's FlashAttention under FULL graphs repeats not even a dense model's tokens in bfloat16.
     backend = "TRITON_ATTN" if (mode, dtype) == ("FULL", "bfloat16") else None
     result = run_engine("graphs", checkpoint, "cuda", cudagraph_mode=mode, dtype=dtype, attention_backend=backend)
     tokens = {name: [row["tokens"][0] for row in rows] for name, rows in result.items()}
     assert tokens["second"] == tokens["first"]
     same = int((torch.tensor(tokens["first"]) == torch.tensor(tokens["lone"])).sum())
-    print(f"{mode} {dtype}: {same} of {9 * 40} tokens as alone")
+    print(f"{mode} {router_input} {dtype}: {same} of {9 * 40} tokens as alone")
     # bfloat16: another batch size takes other kernels, whose rounding may turn a near-tie in a token or an expert.
     assert same == 9 * 40 if dtype == "float32" else same > 0.5 * 9 * 40
 
@@ -109,10 +112,14 @@ def test_counts_under_cuda_graphs_are_those_of_the_transformers_model(prunepath_
             assert counted == pytest.approx(part.sum((1, 2)).tolist(), rel=0.02)
 
 
-@pytest.mark.parametrize("policy", [{}, {"prefill_tau": 0.9}], ids=["", "prefill_tau"])
-def test_nothing_is_compiled_while_serving(prunepath_checkpoint, policy):
+@pytest.mark.parametrize(
+    ("policy", "options"),
+    [({}, {}), ({"prefill_tau": 0.9}, {"router_input": "attention"})],
+    ids=["", "prefill_tau, router at the attention's input"],
+)
+def test_nothing_is_compiled_while_serving(prunepath_checkpoint, policy, options):
     """CPU counterpart: test_kernels_tuning.py, by what Triton specialises kernels for."""
-    checkpoint = prunepath_checkpoint("qwen2", default_tau=0.6, expert_size=8)
+    checkpoint = prunepath_checkpoint("qwen2", default_tau=0.6, expert_size=8, **options)
     result = run_engine("odd_batches", checkpoint, "cuda", dtype="bfloat16", policy=policy)
     assert [name for name in result["compiled"] if name.startswith("prunepath_vllm")] == []
 
@@ -145,10 +152,12 @@ def test_every_expert_size_on_every_path(num_tokens, size):
     paths += ["split"] * (num_tokens == 64)
     for path in paths:
         torch.empty(1 << 22, device="cuda").fill_(float("nan"))  # what a kernel leaves unwritten shows
-        y = layer_run(
-            x, taus, layer.router, layer.weights, spec, tuning=Tuning(((1, start_choice(spec, num_tokens, path)),))
-        )
+        tuning = Tuning(((1, start_choice(spec, num_tokens, path)),))
+        y = layer_run(x, taus, layer.router, layer.weights, spec, tuning=tuning)
         assert within(y), (path, errors(y).mean().item(), errors(y).max().item())
+        ahead = route_ahead(x, taus, layer.router, spec, tuning=tuning)
+        again = layer_run(x, taus, layer.router, layer.weights, spec, tuning=tuning, router_input=x, routing=ahead)
+        assert torch.equal(again, y), path
     # The tolerance tells when a neuron of the first token is left out whose contribution is about the mean.
     gate, up = (x[0].float() @ layer.weights.w_in.float().t()).chunk(2)
     each = (F.silu(gate) * up * gates[0].repeat_interleave(size)).abs() * layer.weights.w_out_t.float().norm(dim=1)

@@ -47,7 +47,7 @@ def take_share(
     Every program does the same scan.
 
     Args:
-        flags: int32 [E], nonzero for the experts to list.
+        flags: int32 [E], nonzero for the experts to list, or None where `experts` holds the list already.
         experts: int32 [E + 1], written: the listed experts in this program's share. Neighbours that share an expert
             write the same value. Program 0 also writes the number of listed experts to experts[E].
         experts_read: int32 or int64 [1], or None; program 0 adds the number of listed experts.
@@ -56,18 +56,23 @@ def take_share(
     Returns:
         first unit, end unit; unit u belongs to the expert experts[u // UNITS].
     """
-    index = tl.arange(0, BLOCK_E)
-    flag = (tl.load(flags + index, mask=index < E, other=0) != 0).to(tl.int32)
-    position = tl.cumsum(flag, axis=0) - 1
-    count = tl.sum(flag, axis=0)
-    begin = pid * count * UNITS // num_programs
-    end = (pid + 1) * count * UNITS // num_programs
-    mine = (flag != 0) & (position >= begin // UNITS) & (position * UNITS < end)
-    tl.store(experts + position, index, mask=mine)
-    tl.store(experts + E, count, mask=pid == 0)
-    if experts_read is not None:
-        tl.atomic_add(experts_read, count, mask=pid == 0, sem="relaxed")
-    tl.debug_barrier()  # the list is read back by other threads of this program
+    if flags is None:
+        count = tl.load(experts + E)
+        begin = pid * count * UNITS // num_programs
+        end = (pid + 1) * count * UNITS // num_programs
+    else:
+        index = tl.arange(0, BLOCK_E)
+        flag = (tl.load(flags + index, mask=index < E, other=0) != 0).to(tl.int32)
+        position = tl.cumsum(flag, axis=0) - 1
+        count = tl.sum(flag, axis=0)
+        begin = pid * count * UNITS // num_programs
+        end = (pid + 1) * count * UNITS // num_programs
+        mine = (flag != 0) & (position >= begin // UNITS) & (position * UNITS < end)
+        tl.store(experts + position, index, mask=mine)
+        tl.store(experts + E, count, mask=pid == 0)
+        if experts_read is not None:
+            tl.atomic_add(experts_read, count, mask=pid == 0, sem="relaxed")
+        tl.debug_barrier()  # the list is read back by other threads of this program
     return begin, end
 
 

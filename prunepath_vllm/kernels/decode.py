@@ -195,6 +195,18 @@ def reduce_kernel(
     tl.store(y + i, total, mask=i < numel)
 
 
+def listing(routing: Routing, pdl: int) -> tuple[Tensor | None, Tensor, dict[str, bool]]:
+    """The flags to make the list of experts from, or None; the list, int32 [E + 1]; and options of the launch.
+
+    A list that is there was made on another stream: the kernel that reads it has more than one predecessor, so it is
+    launched plainly. It still lets the next kernel start early.
+    """
+    if routing.experts is not None:
+        return None, routing.experts, {}
+    experts = torch.empty(routing.gates.shape[1] + 1, dtype=torch.int32, device=routing.gates.device)
+    return routing.flags, experts, launch_options(pdl)
+
+
 def fused_partials(
     x: Tensor,
     weights: Weights,
@@ -208,14 +220,14 @@ def fused_partials(
     hidden, num_experts = spec.hidden, spec.num_experts
     pdl = default_pdl(x.device) if pdl is None else pdl
     programs = num_sms(x.device) * config.programs_per_sm
-    experts = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
     partial = torch.empty(programs, 1, hidden, dtype=torch.float32, device=x.device)
+    flags, experts, launch = listing(routing, pdl)
     fused_decode_kernel[(programs,)](
-        x, weights.w_in, weights.b_in, weights.w_out_t, routing.gates, routing.flags, experts, experts_read,
+        x, weights.w_in, weights.b_in, weights.w_out_t, routing.gates, flags, experts, experts_read,
         partial, num_experts, spec.expert_size, hidden, GLU=spec.glu, BIAS=weights.b_in is not None,
         ACTIVATION=spec.activation.value, BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK_H=triton.next_power_of_2(hidden), R=rows_per_step(config.rows, spec.expert_size),
-        STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps, **launch_options(pdl),
+        STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps, **launch,
     )  # fmt: skip
     return partial
 
@@ -229,7 +241,9 @@ def up(
     pdl: int | None = None,
     experts_read: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The listed experts' neurons, gated. Their number is added to experts_read, int32 or int64 [1], or None.
+    """The listed experts' neurons, gated.
+
+    Their number is added to experts_read, int32 or int64 [1], or None, unless the list was made before.
 
     Returns:
         neurons [T, F] in x's dtype, whose column r is the r-th row of the listed experts (the rest is not written), and
@@ -237,14 +251,14 @@ def up(
     """
     num_tokens, num_experts = x.shape[0], spec.num_experts
     pdl = default_pdl(x.device) if pdl is None else pdl
-    experts = torch.empty(num_experts + 1, dtype=torch.int32, device=x.device)
     neurons = torch.empty(num_tokens, spec.neurons, dtype=x.dtype, device=x.device)
+    flags, experts, launch = listing(routing, pdl)
     up_kernel[(num_sms(x.device) * config.programs_per_sm,)](
-        x, weights.w_in, weights.b_in, routing.gates, routing.flags, experts, experts_read, neurons,
+        x, weights.w_in, weights.b_in, routing.gates, flags, experts, experts_read, neurons,
         num_tokens, num_experts, spec.expert_size, spec.hidden, GLU=spec.glu, BIAS=weights.b_in is not None,
         ACTIVATION=spec.activation.value, BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK_T=block_t(num_tokens), R=config.rows, BLOCK_K=config.block_k, GRAIN=rows_per_step(8, spec.expert_size),
-        PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(pdl),
+        PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages, **launch,
     )  # fmt: skip
     return neurons, experts
 

@@ -4,7 +4,8 @@ The path for tau >= 1 and for batches whose tokens together use most experts; ga
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -98,15 +99,10 @@ def routed_dense_ffn(
 
     experts_read: int32 or int64 [1], or None; E is added to it.
     """
-    if x.device.type != "cuda":
-        return dense_ffn(x, weights, spec, route(), experts_read)
-    main, side = torch.cuda.current_stream(x.device), side_stream(x.device)
-    # The side stream's memory needs no record_stream: its next user waits for all that the main stream does here.
-    side.wait_stream(main)
-    with torch.cuda.stream(side):
+    with beside_main_stream(x.device):
         gates = route()
     pre = F.linear(x, weights.w_in, weights.b_in)
-    main.wait_stream(side)
+    join_side_stream(x.device)
     return second_linear(gated_activation(pre, spec, gates, experts_read), weights)
 
 
@@ -121,3 +117,25 @@ def second_linear(neurons: Tensor, weights: Weights) -> Tensor:
 def side_stream(device: torch.device) -> torch.cuda.Stream:
     """A device's second stream; of high priority, or its programs would wait for those of a large product."""
     return torch.cuda.Stream(device, priority=-1)
+
+
+@contextmanager
+def beside_main_stream(device: torch.device) -> Iterator[None]:
+    """Launch what the block launches on the second stream, after all that the current one has so far.
+
+    Off CUDA there is one stream. The second stream's memory needs no record_stream: its next user waits for all that
+    the current stream does until then.
+    """
+    if device.type != "cuda":
+        yield
+        return
+    side = side_stream(device)
+    side.wait_stream(torch.cuda.current_stream(device))
+    with torch.cuda.stream(side):
+        yield
+
+
+def join_side_stream(device: torch.device) -> None:
+    """Let the current stream wait for the second one."""
+    if device.type == "cuda":
+        torch.cuda.current_stream(device).wait_stream(side_stream(device))

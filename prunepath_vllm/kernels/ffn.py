@@ -23,13 +23,23 @@ from prunepath_vllm.kernels.decode import (
     reduce_partials,
     up,
 )
-from prunepath_vllm.kernels.dense import dense_ffn, routed_dense_ffn
+from prunepath_vllm.kernels.dense import beside_main_stream, dense_ffn, join_side_stream, routed_dense_ffn
 from prunepath_vllm.kernels.expand import expand_taus
 from prunepath_vllm.kernels.grouped import GroupedConfig, grouped_ffn
 from prunepath_vllm.kernels.layer import NO_COUNTERS, Counters, LayerSpec, RouterWeights, Weights
-from prunepath_vllm.kernels.routing import LIBRARY_TOKENS, RouterConfig, route
+from prunepath_vllm.kernels.routing import LIBRARY_TOKENS, RouterConfig, Routing, list_experts, route
 
-__all__ = ["Choice", "Tuning", "expand_taus", "heuristic_tuning", "load_tuning", "routed_ffn", "warm_up_tokens"]
+__all__ = [
+    "Choice",
+    "Routing",
+    "Tuning",
+    "expand_taus",
+    "heuristic_tuning",
+    "load_tuning",
+    "route_ahead",
+    "routed_ffn",
+    "warm_up_tokens",
+]
 
 PATHS = {
     "fused": ("router", "fused"),
@@ -184,6 +194,7 @@ def routed_ffn(
     *,
     tuning: Tuning,
     router_input: Tensor | None = None,
+    routing: Routing | None = None,
     counters: Counters = NO_COUNTERS,
     host_dense: bool = False,
 ) -> Tensor:
@@ -198,6 +209,7 @@ def routed_ffn(
         router, weights, spec: the layer.
         tuning: from :func:`load_tuning`.
         router_input: [T, H] contiguous, in the layer's dtype; what the router reads, or None for `x`.
+        routing: from :func:`route_ahead`, or None for routing here.
         counters: what the call adds to.
         host_dense: whether the host knows that every tau is >= 1; not to be set under graph capture.
 
@@ -210,32 +222,79 @@ def routed_ffn(
     spec.check(x, tau, router, weights, router_input)
     read = counters.read
     choice = tuning.choice(x.shape[0])
-    every = spec.at_least and choice.path == "dense"
-    if every and spec.rule.gate == "none":
-        return dense_ffn(x, weights, spec, experts_read=read, tau=tau, active_counts=counters.active)
-    if host_dense and spec.rule.gate == "none":
+    if not needs_routing(spec, choice, host_dense):
+        if not host_dense:
+            return dense_ffn(x, weights, spec, experts_read=read, tau=tau, active_counts=counters.active)
         if counters.active is not None:
             counters.active.add_(tau > 0, alpha=spec.num_experts)  # none at a padding row
         if read is not None:
             read.add_(spec.num_experts)
         return dense_ffn(x, weights, spec)
     pdl = min(choice.pdl, 2 * default_pdl(x.device))
+    if routing is not None:
+        join_side_stream(x.device)
     routed = x if router_input is None else router_input
     find_routing = functools.partial(
         route, routed, tau, router, spec.rule, config=choice.router, active_counts=counters.active
     )
     if choice.path == "dense" or host_dense:
-        gates = functools.partial(find_routing, want_flags=False, every=every, pdl=0)
+        if routing is not None:
+            return dense_ffn(x, weights, spec, routing.gates, read)
+        gates = functools.partial(find_routing, want_flags=False, every=_every(spec, choice), pdl=0)
         return routed_dense_ffn(x, weights, spec, lambda: gates().gates, read)
     if choice.path == "grouped":
-        return grouped_ffn(x, weights, find_routing(want_flags=False, pdl=0), spec, choice.grouped, read)
-    routing = find_routing(pdl=pdl)
+        routing = routing or find_routing(want_flags=False, pdl=0)
+        return grouped_ffn(x, weights, routing, spec, choice.grouped, read)
+    if routing is None:
+        routing = find_routing(pdl=pdl)
+    else:
+        read = None  # counted with the list
     if choice.path == "fused":
         partial = fused_partials(x, weights, routing, spec, choice.fused, pdl, read)
     else:
         neurons, experts = up(x, weights, routing, spec, choice.up, pdl, read)
         partial = down_partials(neurons, experts, weights, spec, choice.down, pdl)
     return reduce_partials(partial, weights.b_out, x.dtype, pdl)
+
+
+def _every(spec: LayerSpec, choice: Choice) -> bool:
+    """Whether tokens get every expert whatever their tau."""
+    return spec.at_least and choice.path == "dense"
+
+
+def needs_routing(spec: LayerSpec, choice: Choice, host_dense: bool) -> bool:
+    """Whether the result depends on the router: not where every token gets every expert, each with a gate of 1."""
+    return spec.rule.gate != "none" or not (host_dense or _every(spec, choice))
+
+
+def route_ahead(
+    router_input: Tensor,
+    tau: Tensor,
+    router: RouterWeights,
+    spec: LayerSpec,
+    *,
+    tuning: Tuning,
+    counters: Counters = NO_COUNTERS,
+    host_dense: bool = False,
+) -> Routing | None:
+    """The routing of a later :func:`routed_ffn` of as many tokens, found on a second stream.
+
+    What the caller launches meanwhile, an attention say, runs beside it; ``routed_ffn`` waits for it. Between the two
+    calls no other layer may be routed. The arguments are those of ``routed_ffn``, which counts what this does not.
+
+    Returns:
+        None where the layer needs no routing.
+    """
+    choice = tuning.choice(router_input.shape[0])
+    if not needs_routing(spec, choice, host_dense):
+        return None
+    with beside_main_stream(router_input.device):
+        lists = choice.path in ("fused", "split") and not host_dense
+        routing = route(
+            router_input, tau, router, spec.rule, config=choice.router, active_counts=counters.active,
+            want_flags=lists, every=_every(spec, choice), pdl=0,
+        )  # fmt: skip
+        return list_experts(routing, counters.read) if lists else routing
 
 
 def warm_up_tokens(tuning: Tuning, max_tokens: int) -> list[int]:

@@ -1,6 +1,6 @@
 """Router logits and expert selection (eq. 7-9, or LTE's threshold)."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -44,10 +44,12 @@ class Routing:
     Attributes:
         gates: float32 [T, E]; what each expert's output is multiplied by, 0 where it is not active (eq. 10).
         flags: int32 [E]; 1 where some token uses the expert. None where it was not asked for.
+        experts: int32 [E + 1] from :func:`list_experts`, or None where the feed-forward kernels make the list.
     """
 
     gates: Tensor
     flags: Tensor | None
+    experts: Tensor | None = None
 
 
 @triton.jit
@@ -220,6 +222,18 @@ def select_pairwise_kernel(
         tl.atomic_add(active_counts + token, tl.sum(active.to(tl.int32), axis=0), sem="relaxed")
 
 
+@triton.jit
+def list_experts_kernel(flags, experts, experts_read, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """One program: experts [E + 1] = the flagged ones in ascending order, their number in the last element."""
+    index = tl.arange(0, BLOCK_E)
+    flag = (tl.load(flags + index, mask=index < E, other=0) != 0).to(tl.int32)
+    count = tl.sum(flag, axis=0)
+    tl.store(experts + tl.cumsum(flag, axis=0) - 1, index, mask=flag != 0)
+    tl.store(experts + E, count)
+    if experts_read is not None:
+        tl.atomic_add(experts_read, count, sem="relaxed")
+
+
 def route(
     x: Tensor,
     tau: Tensor,
@@ -290,6 +304,21 @@ def route(
         assert config.select == "radix", f"unknown selection {config.select!r}; expected pairwise or radix"
         select_radix_kernel[(num_tokens,)](*arguments, **options, BITS=config.select_bits)
     return Routing(gates, flags)
+
+
+def list_experts(routing: Routing, experts_read: Tensor | None = None) -> Routing:
+    """The same with the list of the experts that some token uses, for feed-forward kernels that need not make it.
+
+    Args:
+        routing: from :func:`route`, with flags.
+        experts_read: int32 or int64 [1], or None; the number of listed experts is added to it.
+    """
+    assert routing.flags is not None
+    num_experts = len(routing.flags)
+    experts = torch.empty(num_experts + 1, dtype=torch.int32, device=routing.flags.device)
+    block = triton.next_power_of_2(num_experts)
+    list_experts_kernel[(1,)](routing.flags, experts, experts_read, num_experts, BLOCK_E=block, num_warps=8)
+    return replace(routing, experts=experts)
 
 
 def select_mask(logits: Tensor, tau: Tensor) -> Tensor:

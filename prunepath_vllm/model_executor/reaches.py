@@ -550,6 +550,27 @@ REACHES = (
         parameters=("data",),
         keywords=("device",),
     ),
+    Reach(
+        "vllm.forward_context",
+        "ForwardContext",
+        "whether a graph is captured piece by piece: no second stream may run from one to the next",
+        "find what tells a model under capture whether its graph ends before the attention",
+        attributes=("cudagraph_runtime_mode",),
+    ),
+    Reach(
+        "vllm.forward_context",
+        "get_forward_context",
+        "the one above",
+        "find what tells a model under capture whether its graph ends before the attention",
+    ),
+    Reach(
+        "vllm.config",
+        "CUDAGraphMode",
+        "the kind of captured graph that is one of pieces",
+        "find what tells a model under capture whether its graph ends before the attention",
+        attributes=("PIECEWISE",),
+        known_as=("CUDAGraphMode",),
+    ),
     # Benchmarks
     Reach("vllm.benchmarks.latency", "add_cli_args", "flags of `bench latency`", _BENCHMARK, parameters=("parser",)),
     Reach("vllm.benchmarks.serve", "main", "what `bench serve` runs", _BENCHMARK, parameters=("args",)),

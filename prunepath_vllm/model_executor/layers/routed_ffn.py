@@ -6,16 +6,18 @@ Shapes: T tokens, H hidden size, E experts, D neurons per expert on this rank, F
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
 from torch.library import Library
+from vllm.config import CUDAGraphMode
 from vllm.distributed import (
     get_tensor_model_parallel_rank,
     get_tensor_model_parallel_world_size,
     tensor_model_parallel_all_reduce,
 )
+from vllm.forward_context import get_forward_context
 from vllm.logger import init_logger
 from vllm.model_executor.utils import set_weight_attrs
 from vllm.utils.torch_utils import direct_register_custom_op
@@ -73,6 +75,10 @@ class ExpertRouter(nn.Module):
         self.weight = nn.Parameter(torch.empty(prunepath.num_experts, rank or hidden_size), requires_grad=False)
         self.down = None if rank is None else nn.Linear(hidden_size, rank, bias=False).requires_grad_(False)
         self.bias = nn.Parameter(torch.zeros(prunepath.num_experts), requires_grad=False)
+
+    def tensors(self) -> list[Tensor | None]:
+        """The fields of a ``RouterWeights``, in order."""
+        return [self.weight, self.bias, None if self.down is None else self.down.weight]
 
 
 class ExpertInputs(nn.Module):
@@ -143,6 +149,18 @@ class StepState:
     dense_runs: Tensor
 
 
+class RoutedAhead(NamedTuple):
+    """What a router that reads another input than the feed-forward layer's hands on to it.
+
+    Attributes:
+        router_input: [T, H] in the model's dtype; what the router reads.
+        routing: on a GPU the routing that was begun, as :func:`_route_ahead_op` returns it; else empty.
+    """
+
+    router_input: Tensor
+    routing: list[Tensor]
+
+
 def layer_spec(vllm_config: VllmConfig) -> LayerSpec:
     """The routed layers of a model, as this tensor-parallel rank holds them."""
     config = vllm_config.model_config.hf_config
@@ -180,23 +198,39 @@ class RoutedFFN(nn.Module):
         router: ExpertRouter,
         inputs: ExpertInputs,
         outputs: ExpertOutputs,
-        router_input: Tensor | None = None,
+        ahead: RoutedAhead | None = None,
     ) -> Tensor:
-        """x: [T, H] in the model's dtype; returns the same. The router reads `router_input`, likewise, or else x."""
+        """x: [T, H] in the model's dtype; returns the same. The router reads x, or what it was given ahead."""
         y = torch.ops.prunepath.routed_ffn(
             x,
-            router_input,
-            [self.tau, self.dense_step, self.active_counts, self.experts_read, self.dense_runs],
-            [router.weight, router.bias, None if router.down is None else router.down.weight],
+            None if ahead is None else ahead.router_input,
+            [] if ahead is None else ahead.routing,
+            self._step(),
+            router.tensors(),
             [inputs.weight, inputs.bias, outputs.weight, outputs.bias, inputs.weight_scale, outputs.weight_scale],
             self.encoded_spec,
         )
         return tensor_model_parallel_all_reduce(y) if self.world > 1 else y
 
+    def route_ahead(self, router_input: Tensor, router: ExpertRouter) -> RoutedAhead:
+        """Begin what :meth:`forward` needs of the router, which reads `router_input`, [T, H] in the model's dtype.
+
+        On a GPU it runs beside what is launched between the two; on a CPU, one thing after the other, it is left.
+        """
+        routing: list[Tensor] = []
+        if self.tau.is_cuda and triton_kernels() is not None:
+            arguments = router_input, self._step(), router.tensors(), self.encoded_spec
+            routing = torch.ops.prunepath.route_ahead(*arguments, self.spec.num_experts)
+        return RoutedAhead(router_input, routing)
+
+    def _step(self) -> list[Any]:
+        return [self.tau, self.dense_step, self.active_counts, self.experts_read, self.dense_runs]
+
 
 def _routed_ffn_op(
     x: torch.Tensor,
     router_input: torch.Tensor | None,
+    routing: list[torch.Tensor],
     step: list[torch.Tensor],
     router: list[torch.Tensor | None],
     weights: list[torch.Tensor | None],
@@ -215,12 +249,67 @@ def _routed_ffn_op(
     kernels = triton_kernels()
     if kernels is None:
         return cpu.routed_ffn(*layer, router_input=router_input, gather=False, counters=counters)
-    # A captured graph is replayed for any taus: there the flag of the moment means nothing.
-    host_dense = bool(state.dense_step) and not torch.cuda.is_current_stream_capturing()
     tuning = kernels.load_tuning(torch.cuda.get_device_name(x.device), layer[-1])
     return kernels.routed_ffn(
-        *layer, tuning=tuning, router_input=router_input, counters=counters, host_dense=host_dense
+        *layer,
+        tuning=tuning,
+        router_input=router_input,
+        routing=kernels.Routing(routing[0], None, routing[1]) if routing and _pieces_are_joined() else None,
+        counters=counters,
+        host_dense=_host_dense(state),
     )
+
+
+def _host_dense(state: StepState) -> bool:
+    """Whether the host knows that every token takes every expert.
+
+    A captured graph is replayed for any taus: there the flag of the moment means nothing.
+    """
+    return bool(state.dense_step) and not torch.cuda.is_current_stream_capturing()
+
+
+def _pieces_are_joined() -> bool:
+    """Whether a second stream may run from one op to another.
+
+    Not where vLLM captures a graph of each piece between two attentions: such a graph ends before the attention.
+    """
+    if not torch.cuda.is_current_stream_capturing():
+        return True
+    return get_forward_context().cudagraph_runtime_mode != CUDAGraphMode.PIECEWISE
+
+
+def _route_ahead_op(
+    router_input: torch.Tensor,
+    step: list[torch.Tensor],
+    router: list[torch.Tensor | None],
+    spec: str,
+    num_experts: int,
+) -> list[torch.Tensor]:
+    """Gates, float32 [T, E], and the list of experts, int32 [E + 1]; unwritten where the layer does not read them."""
+    kernels, layer, state = cast(Any, triton_kernels()), LayerSpec.decode(spec), StepState(*step)
+    routing = None
+    if _pieces_are_joined():
+        tokens = router_input.shape[0]
+        routing = kernels.route_ahead(
+            router_input,
+            state.tau[:tokens],
+            RouterWeights(*cast(Any, router)),
+            layer,
+            tuning=kernels.load_tuning(torch.cuda.get_device_name(router_input.device), layer),
+            counters=Counters(state.active_counts[:tokens], state.experts_read),
+            host_dense=_host_dense(state),
+        )
+    gates, experts = _route_ahead_fake(router_input, step, router, spec, num_experts)
+    if routing is None:
+        return [gates, experts]
+    return [routing.gates, experts if routing.experts is None else routing.experts]
+
+
+def _route_ahead_fake(
+    router_input: torch.Tensor, step: Any, router: Any, spec: str, num_experts: int
+) -> list[torch.Tensor]:
+    gates = router_input.new_empty((router_input.shape[0], num_experts), dtype=torch.float32)
+    return [gates, router_input.new_empty((num_experts + 1,), dtype=torch.int32)]
 
 
 _native_layers: dict[tuple, Callable[[Tensor, Tensor], Tensor]] = {}
@@ -286,13 +375,14 @@ def compile_kernels(model: nn.Module, max_tokens: int) -> None:
     layer, kernels = first_layer(model), triton_kernels()
     if not layer or kernels is None or not layer[0].tau.is_cuda:
         return
-    ffn, *weights = layer
+    ffn, router, *weights = layer
     tuning = kernels.load_tuning(torch.cuda.get_device_name(), ffn.spec)
     for tokens in kernels.warm_up_tokens(tuning, max_tokens):
         x = torch.zeros(tokens, ffn.spec.hidden, dtype=ffn.spec.dtype, device=ffn.tau.device)
         for dense_step in (True, False):
             ffn.dense_step.fill_(dense_step)
-            ffn(x, *weights)
+            ffn(x, router, *weights)
+            ffn(x, router, *weights, ffn.route_ahead(x, router))
 
 
 def _routed_ffn_fake(x: torch.Tensor, *args: Any, **settings: Any) -> torch.Tensor:
@@ -303,3 +393,4 @@ _library = Library("prunepath", "FRAGMENT")
 """Ours, not vLLM's; it must outlive the op."""
 
 direct_register_custom_op("routed_ffn", _routed_ffn_op, fake_impl=_routed_ffn_fake, target_lib=_library)
+direct_register_custom_op("route_ahead", _route_ahead_op, fake_impl=_route_ahead_fake, target_lib=_library)

@@ -43,7 +43,7 @@ class RoutedGLU(RoutedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, H]; returns the same shape."""
-        return self.ffn(x, self.router, self.gate_up_proj, self.down_proj, self.take_router_input())
+        return self.ffn(x, self.router, self.gate_up_proj, self.down_proj, self.take_ahead())
 
 
 class RoutedGLUForCausalLM(PrunePathModelMixin):

@@ -26,7 +26,7 @@ class RoutedGPT2MLP(RoutedModule):
 
     def forward(self, x: Tensor) -> Tensor:
         """x: [T, H]; returns the same shape."""
-        return self.ffn(x, self.router, self.c_fc, self.c_proj, self.take_router_input())
+        return self.ffn(x, self.router, self.c_fc, self.c_proj, self.take_ahead())
 
 
 class PrunePathGPT2LMHeadModel(PrunePathModelMixin, gpt2.GPT2LMHeadModel):

@@ -35,10 +35,10 @@ class RoutedRobertaLayer(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [T, H]; returns the same shape."""
-        attention = self.attention(hidden_states)
         first = self.intermediate
-        router_input = hidden_states if self.routes_by_attention else None
-        ffn = first.ffn(attention, first.router, first.dense, self.output.dense, router_input)
+        ahead = first.ffn.route_ahead(hidden_states, first.router) if self.routes_by_attention else None
+        attention = self.attention(hidden_states)
+        ffn = first.ffn(attention, first.router, first.dense, self.output.dense, ahead)
         return self.output.LayerNorm(ffn + attention)
 
 

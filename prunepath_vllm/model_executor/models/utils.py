@@ -14,7 +14,7 @@ from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import CheckpointError, ConfigError
 from prunepath_vllm.families import family_of
 from prunepath_vllm.model_executor.compat import VllmConfig, moved
-from prunepath_vllm.model_executor.layers.routed_ffn import ExpertRouter, RoutedFFN, StepState
+from prunepath_vllm.model_executor.layers.routed_ffn import ExpertRouter, RoutedAhead, RoutedFFN, StepState
 from prunepath_vllm.model_executor.tau import TokenTaus
 
 _Model: Any = nn.Module if TYPE_CHECKING else object
@@ -129,20 +129,22 @@ class RoutedModule(nn.Module):
     """A feed-forward module that stands in for a dense one, whose router may read what entered the attention.
 
     Attributes:
-        router_input: between the attention and this module what the router will read, [T, H]; otherwise None. Set and
-            taken within one forward, so that in a compiled graph the tensor is an argument of the layer's op.
+        ahead: between the attention and this module what the router was given; otherwise None. Set and taken within
+            one forward, so that in a compiled graph its tensors are arguments of the layer's op.
     """
 
-    router_input: Tensor | None = None
+    ffn: RoutedFFN
+    router: ExpertRouter
+    ahead: RoutedAhead | None = None
 
-    def take_router_input(self) -> Tensor | None:
-        """What the router reads instead of the module's input; None where it reads that."""
-        taken, self.router_input = self.router_input, None
+    def take_ahead(self) -> RoutedAhead | None:
+        """What the router was given instead of the module's input; None where it reads that."""
+        taken, self.ahead = self.ahead, None
         return taken
 
 
 def route_by_attention(model: nn.Module, config: Any) -> None:
-    """Hand every :class:`RoutedModule` of a model the input of its block's self-attention, if its routers read that.
+    """Route every :class:`RoutedModule` of a model before its block's self-attention, if its routers read that input.
 
     Raises:
         EngineVersionError: a block has no attention under the name that transformers gives it.
@@ -153,7 +155,7 @@ def route_by_attention(model: nn.Module, config: Any) -> None:
     for name, ffn in [(name, module) for name, module in model.named_modules() if isinstance(module, RoutedModule)]:
 
         def keep(_: nn.Module, args: tuple, kwargs: dict[str, Any], ffn: RoutedModule = ffn) -> None:
-            ffn.router_input = kwargs["hidden_states"]
+            ffn.ahead = ffn.ffn.route_ahead(kwargs["hidden_states"], ffn.router)
 
         attention = family.attention.format(extract_layer_index(name))
         try:
