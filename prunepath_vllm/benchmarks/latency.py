@@ -67,6 +67,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="PrunePath checkpoint directory")
     parser.add_argument("--shape", choices=shapes.SHAPES, help="random weights of a published shape, instead of CKPT")
     parser.add_argument("--expert-size", type=whole(1), default=32, metavar="N", help="with --shape (default: 32)")
+    parser.add_argument(
+        "--router-input", choices=("ffn", "attention"), default="ffn", help="with --shape: what its routers read"
+    )
     parser.add_argument("--dense", metavar="DIR", help="the dense model; --shape brings its own")
     parser.add_argument("--tau", type=options.taus, metavar="LIST", help="(default: 1.0,0.8,0.5)")
     parser.add_argument(
@@ -140,7 +143,11 @@ def start_engine(args: argparse.Namespace, engine: str) -> tuple[LLM, dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         if args.shape:
             path = shapes.write_config(
-                args.shape, Path(folder) / "model", sparse=engine == "sparse", expert_size=args.expert_size
+                args.shape,
+                Path(folder) / "model",
+                sparse=engine == "sparse",
+                expert_size=args.expert_size,
+                router_input=args.router_input,
             )
             args.skip_tokenizer_init = True
             args.max_model_len = args.max_model_len or max(1024, args.input_len + args.output_len, args.prefill + 1)
@@ -312,6 +319,7 @@ def run(argv: Sequence[str]) -> int:
         measured = {engine: json.loads(part.read_text()) for engine, part in parts.items()}
     result = {
         "model": args.shape or args.checkpoint,
+        **({"expert_size": args.expert_size, "router_input": args.router_input} if args.shape else {}),
         "input_len": args.input_len,
         "output_len": args.output_len,
         "text": args.text,

@@ -59,13 +59,14 @@ def check_first_layer(model: nn.Module) -> list[float | str] | None:
         taus = torch.tensor(CHECKED_TAUS, device=weight.device).repeat(1 + tokens // len(CHECKED_TAUS))[:tokens]
         ffn.tau[:tokens] = taus
         ffn.dense_step.fill_(False)
-        y = ffn(x, router, inputs, outputs).float()
         logits = reference.router_logits(x, router.weight, router.bias, router.down and router.down.weight)
         gates = reference.expert_weights(logits, taus, **asdict(ffn.spec.rule))
         expected = layer_output(x, gates, weights, ffn.spec)
         if ffn.world > 1:
             expected = tensor_model_parallel_all_reduce(expected)
-        error = ((y - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-        worst = max(worst, error if error == error else float("inf"))
+        for ahead in (None, ffn.route_ahead(x, router)):
+            y = ffn(x, router, inputs, outputs, ahead).float()
+            error = ((y - expected).norm() / expected.norm().clamp(min=1e-30)).item()
+            worst = max(worst, error if error == error else float("inf"))
     ffn.tau.copy_(saved)
     return [worst, str(ffn.spec.dtype).removeprefix("torch.")]

@@ -72,7 +72,7 @@ def shape_family(shape: str) -> Family:
     return family_of(dense_config(shape), converted=False)
 
 
-def write_config(shape: str, folder: Path, *, sparse: bool, expert_size: int = 32) -> Path:
+def write_config(shape: str, folder: Path, *, sparse: bool, expert_size: int = 32, router_input: str = "ffn") -> Path:
     """A checkpoint directory with a configuration and no weights: the engine's dummy format loads it."""
     config = dense_config(shape)
     if sparse:
@@ -81,7 +81,8 @@ def write_config(shape: str, folder: Path, *, sparse: bool, expert_size: int = 3
             architectures=[family.architecture],
             model_type=family.model_type,
             prunepath_config=dict(
-                format_version=1, num_experts=family.intermediate_size(config) // expert_size, expert_size=expert_size,
+                format_version=2, num_experts=family.intermediate_size(config) // expert_size, expert_size=expert_size,
+                router=dict(input=router_input, rank=None),
                 selection="cumulative_mass", threshold=None, gate="none", dense_positions=0, default_tau=1.0,
                 tau_curve=None, split=dict(method="random", seed=0, source=None), base_model=shape,
             ),
