@@ -15,7 +15,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from prunepath_vllm.activations import Activation
-from prunepath_vllm.kernels import decode, ffn
+from prunepath_vllm.kernels import common, decode, ffn, quantised
 from prunepath_vllm.kernels.dense import gated_activation
 from prunepath_vllm.kernels.expand import expand_taus
 from prunepath_vllm.kernels.ffn import Tuning, heuristic_tuning, load_tuning, route_ahead, routed_ffn
@@ -70,6 +70,8 @@ def main(capability: int) -> None:
     driver.set_active(NoDevice(capability))
     decode.num_sms = lambda device: 132
     ffn.default_pdl = lambda device: int(capability >= 90)
+    common.converts_float8 = lambda device: capability >= 89
+    quantised.num_sms = lambda device: 132
     run = JITFunction.run
 
     def compile_only(self, *args, grid=None, warmup=False, **kwargs):
@@ -83,6 +85,8 @@ def main(capability: int) -> None:
         compile_layer(spec, load_tuning("NVIDIA H200", spec) if capability == 90 else heuristic_tuning(spec))
     for size in SIZES:
         compile_sparse_paths(LayerSpec(256, 8, size, torch.bfloat16))
+    for stored in ("int8", "float8_e4m3fn"):
+        compile_quantised(getattr(torch, stored))
     for prompt_lens in (None, torch.empty(5, dtype=torch.int64)):
         expand_taus(
             torch.empty(8), torch.empty(5, dtype=torch.int32), torch.empty(6, dtype=torch.int32),
@@ -91,14 +95,21 @@ def main(capability: int) -> None:
     select_mask(torch.empty(64, 592), torch.empty(64))
 
 
-def empty(*sizes: int) -> torch.Tensor:
-    return torch.empty(*sizes, dtype=torch.bfloat16, device="meta")  # cuBLAS's products cost nothing here
+def empty(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    return torch.empty(*sizes, dtype=dtype, device="meta")  # cuBLAS's products cost nothing here
 
 
 def layer_of(spec: LayerSpec) -> tuple[RouterWeights, Weights]:
-    bias = (None, None) if spec.glu else (empty(spec.input_rows), empty(spec.hidden))
-    weights = Weights(empty(spec.input_rows, spec.hidden), bias[0], empty(spec.neurons, spec.hidden), bias[1])
-    return RouterWeights(empty(spec.num_experts, spec.hidden)), weights
+    bias = (None, None)
+    if not spec.glu:
+        bias = empty(spec.input_rows, dtype=spec.dtype), empty(spec.hidden, dtype=spec.dtype)
+    stored = spec.expert_dtype or spec.dtype
+    w_in, w_out_t = (empty(rows, spec.hidden, dtype=stored) for rows in (spec.input_rows, spec.neurons))
+    scales = (None, None)
+    if spec.expert_dtype:
+        scales = tuple(empty(rows, dtype=torch.float32) for rows in (spec.input_rows, spec.neurons))
+    weights = Weights(w_in, bias[0], w_out_t, bias[1], *scales)
+    return RouterWeights(empty(spec.num_experts, spec.hidden, dtype=spec.dtype)), weights
 
 
 def compile_layer(spec: LayerSpec, tuning: Tuning) -> None:
@@ -107,7 +118,7 @@ def compile_layer(spec: LayerSpec, tuning: Tuning) -> None:
     gated = replace(spec, rule=RoutingRule(gate="sigmoid"))
     for limit, choice in tuning.choices:
         num_tokens = min(limit, 256)
-        x, tau = empty(num_tokens, spec.hidden), torch.empty(num_tokens, device="meta")
+        x, tau = empty(num_tokens, spec.hidden, dtype=spec.dtype), torch.empty(num_tokens, device="meta")
         if choice.path == "dense":  # the products are cuBLAS's
             for rule in (spec.rule, gated.rule):
                 route(x, tau, router, rule, config=choice.router, want_flags=False, pdl=0)
@@ -128,13 +139,33 @@ def compile_sparse_paths(spec: LayerSpec) -> None:
     split = found.choice(8)
     tokens = {1: found.choice(1), 8: split, 64: split, 5000: found.choice(5000)}
     for num_tokens, choice in tokens.items():
-        x, tau = empty(num_tokens, spec.hidden), torch.empty(num_tokens, device="meta")
+        x, tau = empty(num_tokens, spec.hidden, dtype=spec.dtype), torch.empty(num_tokens, device="meta")
         tuning = Tuning(((1, choice),))
         routed_ffn(x, tau, router, weights, spec, tuning=tuning)
         if num_tokens <= 8:
             ahead = route_ahead(x, tau, router, spec, tuning=tuning)
             routed_ffn(x, tau, router, weights, spec, tuning=tuning, router_input=x, routing=ahead)
     gated_activation(empty(8, spec.input_rows), spec, torch.empty(8, spec.num_experts, device="meta"))
+
+
+def compile_quantised(stored: torch.dtype) -> None:
+    """The heuristic choices on quantised weights, their dense products of every size, and what W8A8 needs."""
+    for spec in SPECS:
+        spec = replace(spec, expert_dtype=stored)
+        compile_layer(spec, heuristic_tuning(spec))
+    compile_sparse_paths(LayerSpec(1024, 128, 32, torch.float16, expert_dtype=stored))
+    for spec in (replace(spec, expert_dtype=stored) for spec in (SPECS[0], SPECS[2])):
+        _, weights = layer_of(spec)
+        for num_tokens in (1, 17, 33, 65, 129, 257, 513):
+            exact = replace(spec, quantise_activations=False)
+            neurons = gated_activation(empty(num_tokens, spec.input_rows), spec, scale_out=weights.scale_out)
+            quantised.first_linear(empty(num_tokens, spec.hidden), weights, exact)
+            quantised.second_linear(neurons, weights, exact)
+    for size in SIZES[::3]:
+        compile_sparse_paths(LayerSpec(256, 8, size, torch.bfloat16, expert_dtype=stored))
+    if common.converts_float8(torch.device("cuda")):
+        quantised.quantise_tokens(empty(8, 18944))
+    quantised.transposed(empty(18944, 3584, dtype=stored))
 
 
 if __name__ == "__main__":

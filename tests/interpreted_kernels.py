@@ -25,6 +25,7 @@ from prunepath_vllm.kernels.layer import (
     RouterWeights,
     RoutingRule,
     Weights,
+    dequantise,
 )
 from prunepath_vllm.kernels.routing import RouterConfig, Routing, route, select_mask
 
@@ -71,7 +72,7 @@ def poisoned_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def poisoned(*sizes: int, **kwargs: object) -> Tensor:
         tensor = empty(*sizes, **kwargs)
-        return tensor.fill_(float("nan") if tensor.is_floating_point() else 2**30)
+        return tensor.fill_(float("nan") if tensor.is_floating_point() else min(2**30, torch.iinfo(tensor.dtype).max))
 
     monkeypatch.setattr(torch, "empty", poisoned)
 
@@ -105,14 +106,18 @@ def make_case(
 
 
 def reference_ffn(x: Tensor, gates: Tensor, weights: Weights, activation: str, glu: bool) -> Tensor:
-    pre = F.linear(x.float(), weights.w_in.float(), None if weights.b_in is None else weights.b_in.float())
+    w_in, w_out_t = (
+        dequantise(rows, scale, torch.float32).float()
+        for rows, scale in ((weights.w_in, weights.scale_in), (weights.w_out_t, weights.scale_out))
+    )
+    pre = F.linear(x.float(), w_in, None if weights.b_in is None else weights.b_in.float())
     act = ACTIVATIONS[activation]
     if glu:
         gate, value = pre.chunk(2, dim=-1)
         neurons = act(gate) * value
     else:
         neurons = act(pre)
-    y = reference.scale_neurons(neurons, gates) @ weights.w_out_t.float()
+    y = reference.scale_neurons(neurons, gates) @ w_out_t
     return y if weights.b_out is None else y + weights.b_out.float()
 
 

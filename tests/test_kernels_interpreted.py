@@ -10,7 +10,11 @@ import pytest
 
 @pytest.mark.timeout(2400)
 def test_kernels_under_the_interpreter():
-    file = Path(__file__).with_name("interpreted_kernels.py")
+    run_interpreted(Path(__file__).with_name("interpreted_kernels.py"))
+
+
+def run_interpreted(file: Path) -> None:
+    """Run a file of tests with TRITON_INTERPRET; none may fail or be skipped."""
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "--noconftest", "-p", "no:cacheprovider", "-x", "--tb=short", str(file)],
         env={**os.environ, "TRITON_INTERPRET": "1", "OMP_NUM_THREADS": "1"},

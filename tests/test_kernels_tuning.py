@@ -8,7 +8,7 @@ import torch
 from triton.runtime.jit import JITFunction
 
 from prunepath_vllm.benchmarks.tile_search import pick, write_table
-from prunepath_vllm.kernels import ffn
+from prunepath_vllm.kernels import ffn, quantised
 from prunepath_vllm.kernels.decode import FusedConfig, UpConfig
 from prunepath_vllm.kernels.ffn import Choice, Tuning, heuristic_tuning, load_tuning, tuning_from_json, tuning_to_json
 from prunepath_vllm.kernels.grouped import GroupedConfig
@@ -53,6 +53,8 @@ def test_tables_are_added_to_a_file(tmp_path):
     write_table(file, spec(64, 4, 8, glu=False), heuristic_tuning(spec(64, 4, 8, glu=False)))
     write_table(file, spec(64, 4, 8, dtype=torch.float16), TABLE)
     tables = json.loads((tmp_path / "table.json").read_text())
+    write_table(file, replace(spec(64, 4, 8), expert_dtype=torch.int8), TABLE)
+    assert json.loads((tmp_path / "table.json").read_text()).keys() - tables == {"H64_E4_D8_glu_bfloat16_int8"}
     assert set(tables) == {"H64_E4_D8_glu_bfloat16", "H64_E4_D8_plain_bfloat16", "H64_E4_D8_glu_float16"}
     assert tuning_from_json(tables["H64_E4_D8_glu_bfloat16"]) == TABLE
 
@@ -96,6 +98,31 @@ def test_small_layers_without_a_table_are_dense(hidden, experts, glu):
     assert [exact.choice(tokens).path for tokens in (1, 4, 64, 9000)] == ["fused", "split", "dense", "dense"]
 
 
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
+def test_quantised_layers_have_tables_of_their_own(stored):
+    """The shipped ones are for weights that are not; a layer's size is what is stored."""
+    qwen, llama = spec(3584, 592), spec(4096, 448)
+    small, large = (replace(one, expert_dtype=stored) for one in (llama, spec(5120, 864)))
+    assert load_tuning("NVIDIA H200", replace(qwen, expert_dtype=stored)) == heuristic_tuning(
+        replace(qwen, expert_dtype=stored)
+    )
+    assert small.weight_bytes * 2 == llama.weight_bytes < 400_000_000
+    assert {load_tuning("Some other GPU", small).choice(tokens).path for tokens in (1, 4, 9000)} == {"dense"}
+    assert load_tuning("Some other GPU", llama).choice(1).path == "fused"
+    for one, rows, stages in ((small, 4, 2), (large, 2, 2)):
+        found = heuristic_tuning(one).choice(1).fused
+        assert (found.rows, found.num_stages, found.num_warps, found.programs_per_sm) == (rows, stages, 8, 2)
+
+
+def test_a_layer_as_a_string_is_that_layer_again():
+    for layer in (
+        spec(64, 4),
+        replace(spec(64, 4, glu=False, dtype=torch.float16), expert_dtype=torch.int8, quantise_activations=False),
+        replace(spec(64, 4), rule=RoutingRule("threshold", 0.5, "sigmoid"), at_least=True),
+    ):
+        assert LayerSpec.decode(layer.encode()) == layer
+
+
 @pytest.mark.parametrize(("hidden", "stages"), [(576, 4), (3584, 4), (5120, 2), (8192, 2)])
 def test_heuristic_fits_shared_memory(hidden, stages):
     assert heuristic_tuning(spec(hidden, 592)).choice(1).fused.num_stages == stages
@@ -130,8 +157,10 @@ def test_host_dense_skips_routing(monkeypatch):
         spec(1024, 128, glu=False),
         spec(576, 384, 4),
         spec(64, 12, 3, dtype=torch.float32),
+        replace(spec(3584, 592), expert_dtype=torch.int8),
+        replace(spec(1024, 128, glu=False), expert_dtype=torch.float8_e4m3fn),
     ],
-    ids=["qwen2-7b", "qwen2.5-32b", "gpt2-medium", "smollm2", "float32"],
+    ids=["qwen2-7b", "qwen2.5-32b", "gpt2-medium", "smollm2", "float32", "int8", "float8"],
 )
 @pytest.mark.parametrize("gate", ["none", "sigmoid"])
 @pytest.mark.parametrize("at_least", [False, True], ids=["exact", "at-least"])
@@ -143,6 +172,7 @@ def test_warm_up_compiles_the_kernels_of_every_batch_size(monkeypatch, layer, ga
         compiled.add((self.fn.__name__, specialised(self, args, options)))
 
     monkeypatch.setattr(JITFunction, "run", record)
+    monkeypatch.setattr(quantised, "num_sms", lambda device: 132)
     layer = replace(layer, rule=RoutingRule(gate=gate), at_least=at_least)
     tuning = load_tuning("NVIDIA H200", layer)
 
@@ -179,7 +209,10 @@ def run_on_nothing(layer: LayerSpec, tuning: Tuning, num_tokens: int, host_dense
     def empty(*sizes, dtype=layer.dtype):
         return torch.empty(*sizes, dtype=dtype, device="meta")
 
-    weights = Weights(empty(layer.input_rows, layer.hidden), None, empty(layer.neurons, layer.hidden), None)
+    rows, stored = (layer.input_rows, layer.neurons), layer.expert_dtype or layer.dtype
+    scales = [empty(size, dtype=torch.float32) for size in rows] if layer.expert_dtype else [None, None]
+    w_in, w_out_t = (empty(size, layer.hidden, dtype=stored) for size in rows)
+    weights = Weights(w_in, None, w_out_t, None, *scales)
     ffn.routed_ffn(
         empty(num_tokens, layer.hidden),
         empty(num_tokens, dtype=torch.float32),

@@ -1,4 +1,7 @@
-"""The feed-forward layer in float32 arithmetic on the weights as they are: what benchmarks check against."""
+"""The feed-forward layer in float32 arithmetic on the weights as they are: what benchmarks check against.
+
+Where products take their inputs in float8, so does the reference: what is checked is the kernel, not the rounding.
+"""
 
 import torch
 import torch.nn.functional as F
@@ -8,23 +11,42 @@ from prunepath_vllm.kernels.layer import LayerSpec, Weights, dequantise
 from prunepath_vllm.kernels.reference import scale_neurons
 
 
-def layer_output(x: Tensor, gates: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
+def through_float8(x: Tensor) -> Tensor:
+    """x [T, K] as a product in float8 sees it: a scale per token, its largest value 448; float32."""
+    scale = x.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
+    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+
+
+def layer_output(
+    x: Tensor, gates: Tensor, weights: Weights, spec: LayerSpec, float8_inputs: tuple[bool, bool] = (False, False)
+) -> Tensor:
     """Eq. 10.
 
     Args:
         x: [T, H].
         gates: what each expert's output is multiplied by, float32 [T, E].
         weights, spec: the layer, or one rank's part of it.
+        float8_inputs: whether the inputs of the first linear, and of the second, are in float8
+            (``kernels.quantised.float8_inputs``). What lies between them is then rounded to the layer's dtype, as it is
+            in the kernels: otherwise other values would be at the edge between two of float8's.
 
     Returns:
         float32 [T, H].
     """
     w_in = dequantise(weights.w_in, weights.scale_in, torch.float32).float()
-    pre = F.linear(x.float(), w_in, None if weights.b_in is None else weights.b_in.float())
+    inputs = through_float8(x) if float8_inputs[0] else x.float()
+    pre = F.linear(inputs, w_in, None if weights.b_in is None else weights.b_in.float())
+    if any(float8_inputs):
+        pre = pre.to(spec.dtype).float()
     if spec.glu:
         gate, up = pre.chunk(2, dim=-1)
         neurons = spec.activate(gate) * up
     else:
         neurons = spec.activate(pre)
-    y = scale_neurons(neurons, gates) @ dequantise(weights.w_out_t, weights.scale_out, torch.float32).float()
+    neurons = scale_neurons(neurons, gates)
+    if float8_inputs[1]:
+        assert weights.scale_out is not None
+        y = through_float8((neurons * weights.scale_out).to(spec.dtype)) @ weights.w_out_t.float()
+    else:
+        y = neurons @ dequantise(weights.w_out_t, weights.scale_out, torch.float32).float()
     return y if weights.b_out is None else y + weights.b_out.float()

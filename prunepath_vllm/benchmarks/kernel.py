@@ -33,6 +33,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help="active shares of experts (default: 1.0,0.5,0.2,0.1,0.05)",
     )  # fmt: skip
     parser.add_argument("--expert-size", type=whole(1), default=32, metavar="N", help="of a shape (default: 32)")
+    options.add_expert_dtype(parser)
     parser.add_argument(
         "--layers", type=whole(1), default=8, metavar="N", help="with weights of their own (default: 8)"
     )
@@ -53,7 +54,8 @@ def run(argv: Sequence[str]) -> int:
     for model in args.models or ["qwen2-7b"]:
         rows, checks = measure(model, args, bandwidth)
         result["models"][model] = {"rows": rows, "checks": checks}
-        print(f"{model}: {len(checks)} checks passed, worst relative RMS {max(c['error'] for c in checks):.1e}")
+        worst = max(c["error"] for c in checks)
+        print(f"{shown(model, args)}: {len(checks)} checks passed, worst relative RMS {worst:.1e}")
         print(table(rows), "\n")
     if args.output:
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
@@ -69,6 +71,11 @@ def run(argv: Sequence[str]) -> int:
     return 0
 
 
+def shown(model: str, args: argparse.Namespace) -> str:
+    """A model with the dtype that its experts are given here."""
+    return f"{model}, experts in {args.expert_dtype}" if args.expert_dtype else model
+
+
 def measure(
     model: str, args: argparse.Namespace, bandwidth: float
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
@@ -77,7 +84,7 @@ def measure(
     Raises:
         BenchmarkError: a choice gives wrong results.
     """
-    bench = Bench(layer.spec_of(model, args.expert_size), args.layers)
+    bench = Bench(layer.spec_of(model, args.expert_size, args.expert_dtype), args.layers)
     spec = bench.spec
     tuning = load_tuning(torch.cuda.get_device_name(), spec)
     checks: list[dict[str, Any]] = []
@@ -86,13 +93,13 @@ def measure(
         if not layer.check_all(bench, {choice.path: choice}, tokens, checks):
             raise BenchmarkError(f"{model}, {tokens} tokens: the {choice.path} path is wrong; no speed is reported")
     rows = []
-    weight = float(spec.dtype.itemsize * spec.hidden * spec.num_experts)
+    router = float(spec.dtype.itemsize * spec.hidden * spec.num_experts)
     for tokens in tqdm(args.tokens, desc=model):
         dense = bench.time_dense(tokens)
         for share in args.share:
             us = bench.time(tuning.choice(tokens), bench.inputs(tokens, share), gate="none")
             union = 1 - (1 - share) ** tokens
-            touched = weight * (1 + spec.expert_size * (3 if spec.glu else 2) * union)
+            touched = router + spec.weight_bytes * union
             path = tuning.choice(tokens).path
             rows.append(
                 dict(tokens=tokens, share=share, path=path, us=us, dense_us=dense, of_copy=touched / us / bandwidth)

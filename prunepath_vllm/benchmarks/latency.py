@@ -70,6 +70,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--router-input", choices=("ffn", "attention"), default="ffn", help="with --shape: what its routers read"
     )
+    options.add_expert_dtype(parser)
+    parser.add_argument(
+        "--dense-quantization", metavar="METHOD",
+        help="vLLM's quantization of the dense engine, such as fp8_per_channel (float8, with a scale per neuron)",
+    )  # fmt: skip
     parser.add_argument("--dense", metavar="DIR", help="the dense model; --shape brings its own")
     parser.add_argument("--tau", type=options.taus, metavar="LIST", help="(default: 1.0,0.8,0.5)")
     parser.add_argument(
@@ -98,6 +103,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("expected a checkpoint or --shape, and not both")
     if args.share and (args.tau or not args.shape):
         raise UsageError("--share: expected with --shape, instead of --tau")
+    if args.expert_dtype and not args.shape:
+        raise UsageError("--expert-dtype: expected with --shape; a checkpoint is made by `prunepath quantize`")
+    if args.dense_quantization and not (args.shape or args.dense):
+        raise UsageError("--dense-quantization: expected with --shape or --dense")
     if args.dense and args.shape:
         raise UsageError("--dense: expected with a checkpoint; --shape brings its own dense model")
     if args.use_beam_search or args.profile:
@@ -143,12 +152,9 @@ def start_engine(args: argparse.Namespace, engine: str) -> tuple[LLM, dict[str, 
     with tempfile.TemporaryDirectory() as folder:
         if args.shape:
             path = shapes.write_config(
-                args.shape,
-                Path(folder) / "model",
-                sparse=engine == "sparse",
-                expert_size=args.expert_size,
-                router_input=args.router_input,
-            )
+                args.shape, Path(folder) / "model", sparse=engine == "sparse", expert_size=args.expert_size,
+                router_input=args.router_input, expert_dtype=args.expert_dtype,
+            )  # fmt: skip
             args.skip_tokenizer_init = True
             args.max_model_len = args.max_model_len or max(1024, args.input_len + args.output_len, args.prefill + 1)
             if runs_on_cpu():
@@ -157,6 +163,8 @@ def start_engine(args: argparse.Namespace, engine: str) -> tuple[LLM, dict[str, 
                 args.load_format = "dummy"
         else:
             path = args.checkpoint if engine == "sparse" else args.dense
+        if engine == "dense" and args.dense_quantization:
+            args.quantization = args.dense_quantization
         args.model, args.worker_extension_cls, args.disable_log_stats = str(path), report.PROBE, True
         args.max_num_seqs = args.max_num_seqs or max(args.batch_size)
         if args.max_num_batched_tokens is None and not runs_on_cpu():
@@ -323,6 +331,8 @@ def run(argv: Sequence[str]) -> int:
         "input_len": args.input_len,
         "output_len": args.output_len,
         "text": args.text,
+        "expert_dtype": args.expert_dtype,
+        "dense_quantization": args.dense_quantization,
         **measured,
         "versions": report.versions(),
     }
@@ -357,7 +367,12 @@ def tables(result: dict[str, Any]) -> str:
     sparse, dense = result["sparse"], result.get("dense", {"rows": [], "prefill": []})
     batches = list(dict.fromkeys(row["batch_size"] for row in sparse["rows"]))
     known = {row["batch_size"]: row for row in dense["rows"]}
-    parts = [f"{result['model']}: routed layer within {sparse['layer_error']:.1e} (relative RMS) of float32"]
+    model = result["model"]
+    if result["expert_dtype"]:
+        model += f", experts in {result['expert_dtype']}"
+    if result["dense_quantization"]:
+        model += f", dense with {result['dense_quantization']}"
+    parts = [f"{model}: routed layer within {sparse['layer_error']:.1e} (relative RMS) of float32"]
     for key, title, unit in [("decode_step_ms", "decode step", 1.0), ("avg_latency", "average latency", 1e3)]:
         if key not in sparse["rows"][0]:
             continue

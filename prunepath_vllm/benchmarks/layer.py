@@ -22,6 +22,7 @@ from prunepath_vllm.families import Family
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.kernels.ffn import Choice
 from prunepath_vllm.kernels.layer import LayerSpec
+from prunepath_vllm.kernels.quantised import float8_inputs
 from prunepath_vllm.kernels.routing import LIBRARY_TOKENS
 
 TOLERANCE = 8e-3
@@ -57,7 +58,9 @@ def check(bench: Bench, num_tokens: int, share: float, choice: Choice, gate: str
     for i in {0, last}:
         logits = F.linear(xs[i].double(), bench.layers[i].router.weight.double()).float()
         gates = reference.expert_weights(logits, taus[i], selection="cumulative_mass", threshold=None, gate=gate)
-        y = layer_output(xs[i], gates, bench.layers[i].weights, bench.spec)
+        weights = bench.layers[i].weights
+        float8 = float8_inputs(bench.spec, weights, num_tokens, choice.path)
+        y = layer_output(xs[i], gates, weights, bench.spec, float8)
         difference = float((first[i].float() - y).norm() / y.norm())
         error = max(error, difference) if difference == difference else float("inf")
     del graph
@@ -121,17 +124,19 @@ def require_gpu() -> None:
         raise BenchmarkError("the kernels are measured on a CUDA GPU; expected one, found none")
 
 
-def spec_of(name: str, expert_size: int = 32) -> LayerSpec:
-    """The layer of a published shape, or of a PrunePath checkpoint's directory."""
+def spec_of(name: str, expert_size: int = 32, expert_dtype: str | None = None) -> LayerSpec:
+    """The layer of a published shape, or of a PrunePath checkpoint's directory; `expert_dtype` None for its own."""
     if name in shapes.SHAPES:
         config = shapes.dense_config(name)
         family = shapes.shape_family(name)
-        return _layer(family, config, family.intermediate_size(config) // expert_size, expert_size)
+        return _layer(family, config, family.intermediate_size(config) // expert_size, expert_size, expert_dtype)
     family, prunepath, config = load_prunepath_config(name)
-    return _layer(family, config, prunepath.num_experts, prunepath.expert_size)
+    stored = expert_dtype or prunepath.expert_dtype
+    return _layer(family, config, prunepath.num_experts, prunepath.expert_size, stored)
 
 
-def _layer(family: Family, config: dict[str, Any], experts: int, size: int) -> LayerSpec:
+def _layer(family: Family, config: dict[str, Any], experts: int, size: int, stored: str | None) -> LayerSpec:
     activation = ACTIVATIONS[family.activation(config)]
     hidden, glu = family.hidden_size(config), family.gate is not None
-    return LayerSpec(hidden, experts, size, torch.bfloat16, activation, glu)
+    expert_dtype = None if stored is None else getattr(torch, stored)
+    return LayerSpec(hidden, experts, size, torch.bfloat16, activation, glu, expert_dtype=expert_dtype)

@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 
 from prunepath_vllm.arguments import MAX_WHOLE
 from prunepath_vllm.checkpoint import CheckpointSummary, validate_checkpoint
+from prunepath_vllm.config import EXPERT_DTYPES
 from prunepath_vllm.errors import TauError, UsageError
 from prunepath_vllm.tau import parse_tau_list
 
@@ -61,6 +62,14 @@ def add_output(parser: Any) -> None:
     """--output, --plot."""
     parser.add_argument("--output", metavar="FILE", help="write the results as JSON too")
     parser.add_argument("--plot", metavar="FILE.png", help="draw the speed-up against the active share")
+
+
+def add_expert_dtype(parser: Any) -> None:
+    """--expert-dtype, of weights drawn at random."""
+    parser.add_argument(
+        "--expert-dtype", choices=EXPERT_DTYPES,
+        help="quantise the random weights (default: as a checkpoint has them, a shape's are bfloat16)",
+    )  # fmt: skip
 
 
 def add_debug(parser: Any) -> None:

@@ -13,8 +13,8 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from prunepath_vllm.benchmarks.float32 import layer_output
 from prunepath_vllm.benchmarks.shapes import randomise
 from prunepath_vllm.kernels import reference
-from prunepath_vllm.kernels.layer import Weights
-from prunepath_vllm.model_executor.layers.routed_ffn import first_layer
+from prunepath_vllm.kernels.layer import LayerSpec, Weights
+from prunepath_vllm.model_executor.layers.routed_ffn import first_layer, triton_kernels
 
 CHECKED_TOKENS = (1, 4, 16, 64, 256)
 CHECKED_TAUS = (0.3, 1.0, 0.7, 0.05)
@@ -61,7 +61,7 @@ def check_first_layer(model: nn.Module) -> list[float | str] | None:
         ffn.dense_step.fill_(False)
         logits = reference.router_logits(x, router.weight, router.bias, router.down and router.down.weight)
         gates = reference.expert_weights(logits, taus, **asdict(ffn.spec.rule))
-        expected = layer_output(x, gates, weights, ffn.spec)
+        expected = layer_output(x, gates, weights, ffn.spec, _float8_inputs(ffn.spec, weights, tokens))
         if ffn.world > 1:
             expected = tensor_model_parallel_all_reduce(expected)
         for ahead in (None, ffn.route_ahead(x, router)):
@@ -70,3 +70,12 @@ def check_first_layer(model: nn.Module) -> list[float | str] | None:
             worst = max(worst, error if error == error else float("inf"))
     ffn.tau.copy_(saved)
     return [worst, str(ffn.spec.dtype).removeprefix("torch.")]
+
+
+def _float8_inputs(spec: LayerSpec, weights: Weights, num_tokens: int) -> tuple[bool, bool]:
+    """See ``kernels.quantised.float8_inputs``; on a CPU, or without Triton, there are none."""
+    kernels = triton_kernels()
+    if kernels is None or not weights.w_in.is_cuda:
+        return False, False
+    choice = kernels.load_tuning(torch.cuda.get_device_name(weights.w_in.device), spec).choice(num_tokens)
+    return kernels.float8_inputs(spec, weights, num_tokens, choice.path)

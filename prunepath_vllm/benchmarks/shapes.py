@@ -12,7 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from prunepath_vllm.config import expected_sparsity
+from prunepath_vllm.conversion.quantize import quantise_weight
 from prunepath_vllm.families import FAMILIES, Family, family_of
+from prunepath_vllm.kernels.layer import dtype_name
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2-7b": dict(
@@ -72,7 +74,15 @@ def shape_family(shape: str) -> Family:
     return family_of(dense_config(shape), converted=False)
 
 
-def write_config(shape: str, folder: Path, *, sparse: bool, expert_size: int = 32, router_input: str = "ffn") -> Path:
+def write_config(
+    shape: str,
+    folder: Path,
+    *,
+    sparse: bool,
+    expert_size: int = 32,
+    router_input: str = "ffn",
+    expert_dtype: str | None = None,
+) -> Path:
     """A checkpoint directory with a configuration and no weights: the engine's dummy format loads it."""
     config = dense_config(shape)
     if sparse:
@@ -87,6 +97,8 @@ def write_config(shape: str, folder: Path, *, sparse: bool, expert_size: int = 3
                 tau_curve=None, split=dict(method="random", seed=0, source=None), base_model=shape,
             ),
         )  # fmt: skip
+        if expert_dtype is not None:
+            config["prunepath_config"] |= dict(format_version=2, expert_dtype=expert_dtype)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
@@ -110,18 +122,41 @@ def write_weights(folder: Path) -> None:
 
 
 def randomise(model: nn.Module) -> None:
-    """Fill every parameter in place: matrices with a Gaussian, routers so that their logits have unit variance."""
+    """Fill every parameter in place: matrices with a Gaussian, routers so that their logits have unit variance.
+
+    Weights beside a float32 scale per neuron are quantised ones, buffers too; others of a byte, vLLM's own, stay.
+    """
     generator: torch.Generator | None = None
+    scales = {name: one for name, one in (*model.named_parameters(), *model.named_buffers()) if name.endswith("_scale")}
     with torch.no_grad():
-        for name, parameter in model.named_parameters():
+        for name, parameter in (*model.named_parameters(), *model.named_buffers()):
+            scale = scales.get(f"{name}_scale")
+            if name.endswith(("_scale", "_scale_inv")) or not (
+                isinstance(parameter, nn.Parameter) or scale is not None
+            ):
+                continue
             if parameter.dim() < 2:
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+                continue
+            if parameter.dtype.itemsize == 1 and (scale is None or list(scale.shape) not in _axes(parameter)):
                 continue
             generator = generator or torch.Generator(device=parameter.device).manual_seed(0)
             std = 1 / math.sqrt(parameter.shape[-1]) if "router" in name else 0.02
             # Chunks: the generator draws in float32.
-            for rows in parameter.data.split(max(1, 2**26 // parameter.shape[-1])):
-                rows.copy_(torch.randn(rows.shape, generator=generator, device=parameter.device) * std)
+            neurons = 0 if scale is None else _axes(parameter).index(list(scale.shape))
+            size = max(1, 2**26 // (parameter.numel() // parameter.shape[neurons]))
+            for start in range(0, parameter.shape[neurons], size):
+                rows = parameter.data.narrow(neurons, start, min(size, parameter.shape[neurons] - start))
+                drawn = torch.randn(rows.shape, generator=generator, device=parameter.device) * std
+                if scale is not None:
+                    drawn, found = quantise_weight(drawn, neurons, dtype_name(parameter.dtype))
+                    scale.data[start : start + size] = found
+                rows.copy_(drawn)
+
+
+def _axes(weight: Tensor) -> list[list[int]]:
+    """Shapes of a scale per row, and per column."""
+    return [[size] for size in weight.shape]
 
 
 @functools.cache

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
+from prunepath_vllm.conversion.quantize import quantise_weight, quantised_weights
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
 from prunepath_vllm.kernels.dense import gated_activation
@@ -34,7 +35,8 @@ from prunepath_vllm.kernels.ffn import (
     tuning_to_json,
 )
 from prunepath_vllm.kernels.grouped import GroupedConfig
-from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, RoutingRule, Weights
+from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, RoutingRule, Weights, dtype_name
+from prunepath_vllm.kernels.quantised import float8_product, quantises_activations
 from prunepath_vllm.kernels.routing import LIBRARY_TOKENS, RouterConfig
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 2048, 8192)
@@ -62,10 +64,13 @@ TOO_LARGE = (triton.runtime.errors.OutOfResources, RuntimeError)
 
 @dataclass
 class Layer:
-    """One layer's weights, the second linear also in the usual layout [H, F]."""
+    """One layer's weights, and what a dense engine would hold of it."""
 
     weights: Weights
-    w_out: Tensor
+    dense_in: tuple[Tensor, Tensor | None]
+    """The first linear, and its scale per row where it is float8."""
+    dense_out: tuple[Tensor, Tensor | None]
+    """The second linear in the usual layout [H, F], likewise."""
     router: RouterWeights
     others: tuple[Tensor, Tensor]
     """Two [H, H] projections, for what an engine runs between two of these layers."""
@@ -74,7 +79,8 @@ class Layer:
 def make_layer(spec: LayerSpec, seed: int) -> Layer:
     """Random weights; the router's logits have unit variance for inputs that do.
 
-    Linears of a layer without a gate half have biases, as in the families that have such layers.
+    Linears of a layer without a gate half have biases, as in the families that have such layers. The dense layer of a
+    float8 one is in float8, where the GPU multiplies it; other quantised layers' are not quantised.
     """
     gen = torch.Generator("cuda").manual_seed(seed)
 
@@ -91,13 +97,24 @@ def make_layer(spec: LayerSpec, seed: int) -> Layer:
     )
     router = RouterWeights(rand(spec.num_experts, hidden, scale=hidden**-0.5))
     first, second = (rand(hidden, hidden, scale=0.02) for _ in range(2))
-    return Layer(weights, w_out_t.t().contiguous(), router, (first, second))
+    dense_in: tuple[Tensor, Tensor | None] = weights.w_in, None
+    dense_out: tuple[Tensor, Tensor | None] = w_out_t.t().contiguous(), None
+    if spec.expert_dtype is not None:
+        weights = quantised_weights(weights, dtype_name(spec.expert_dtype))
+        if quantises_activations(replace(spec, quantise_activations=True), weights):
+            dense_in = weights.w_in, weights.scale_in
+            dense_out = quantise_weight(dense_out[0], 0, "float8_e4m3fn")
+    return Layer(weights, dense_in, dense_out, router, (first, second))
 
 
 def plain_dense(x: Tensor, layer: Layer, spec: LayerSpec) -> Tensor:
     """What a dense engine runs: two linears in their usual layouts around one activation kernel."""
-    w = layer.weights
-    return F.linear(gated_activation(F.linear(x, w.w_in, w.b_in), spec), layer.w_out, w.b_out)
+
+    def linear(inputs: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+        return F.linear(inputs, weight, bias) if scale is None else float8_product(inputs, weight, scale, bias)
+
+    neurons = gated_activation(linear(x, *layer.dense_in, layer.weights.b_in), spec)
+    return linear(neurons, *layer.dense_out, layer.weights.b_out)
 
 
 def between(x: Tensor, layer: Layer) -> Tensor:
@@ -162,6 +179,9 @@ FUSED = [
     FusedConfig(*c)
     for c in [(2, 16, 4, 1), (2, 16, 3, 1), (1, 16, 4, 1), (1, 16, 3, 2), (2, 8, 3, 2), (2, 8, 2, 2), (1, 4, 2, 4)]
 ]
+FUSED_QUANTISED = [
+    FusedConfig(*c) for c in [(4, 8, 3, 2), (4, 8, 2, 2), (4, 8, 3, 1), (2, 8, 3, 2), (8, 8, 2, 1), (4, 4, 2, 3)]
+]
 UP = [
     UpConfig(*c)
     for c in [
@@ -194,12 +214,12 @@ def paths_for(num_tokens: int) -> tuple[str, ...]:
     return ("dense", "grouped") if num_tokens >= 1024 else ("dense",)
 
 
-def variants(num_tokens: int, path: str) -> Iterator[tuple[str, list[Any]]]:
+def variants(num_tokens: int, path: str, *, quantised: bool = False) -> Iterator[tuple[str, list[Any]]]:
     """The fields of a choice that matter on a path, and the values to try."""
     routers = ROUTER_ONE if num_tokens == 1 else ROUTER_SOME if num_tokens <= LIBRARY_TOKENS else ROUTER_MANY
     values: dict[str, list[Any]] = {
         "router": routers,
-        "fused": FUSED,
+        "fused": FUSED_QUANTISED if quantised else FUSED,
         "up": UP,
         "down": DOWN,
         "grouped": GROUPED,
@@ -293,7 +313,7 @@ class Bench:
         """The fastest choice on a path, one field at a time; first those that `dense` us seldom beats."""
         best = begin or start_choice(self.spec, num_tokens, path)
         data = [self.inputs(num_tokens, share) for share in SHARES]
-        for name, values in variants(num_tokens, path) if sweep else ():
+        for name, values in variants(num_tokens, path, quantised=self.spec.expert_dtype is not None) if sweep else ():
             times = {}
             for value in dict.fromkeys([getattr(best, name), *values]):
                 times[value] = [self.time(replace(best, **{name: value}), d) for d in data]
@@ -343,7 +363,7 @@ def precompile_all(spec: LayerSpec, tokens: tuple[int, ...], processes: int) -> 
             begin = start_choice(spec, num_tokens, path)
             jobs += [
                 (num_tokens, replace(begin, **{name: value}))
-                for name, values in variants(num_tokens, path)
+                for name, values in variants(num_tokens, path, quantised=spec.expert_dtype is not None)
                 for value in values
             ]
     with ProcessPoolExecutor(processes, mp_context=get_context("spawn")) as pool:

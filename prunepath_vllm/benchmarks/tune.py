@@ -37,6 +37,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--tokens", type=options.numbers(int), default=list(TOKENS), metavar="LIST", help="batch sizes")
     parser.add_argument("--expert-size", type=whole(1), default=32, metavar="N", help="of a shape (default: 32)")
+    options.add_expert_dtype(parser)
     parser.add_argument(
         "--layers", type=whole(1), default=8, metavar="N", help="with weights of their own (default: 8)"
     )
@@ -58,7 +59,7 @@ def run(argv: Sequence[str]) -> int:
     file = os.path.join(args.output, table_name(torch.cuda.get_device_name()))
     tokens = tuple(sorted(args.tokens))
     for model in args.models:
-        spec = layer.spec_of(model, args.expert_size)
+        spec = layer.spec_of(model, args.expert_size, args.expert_dtype)
         print(f"{model}: {shape_key(spec)}, compiling", flush=True)
         precompile_all(spec, tuple(t for t in tokens if t in SWEEP_AT), args.processes)
         bench = Bench(spec, args.layers)

@@ -114,6 +114,14 @@ def quantise_weight(weight: Tensor, axis: int, expert_dtype: str) -> tuple[Tenso
     return (narrow.round() if expert_dtype == "int8" else narrow).to(getattr(torch, expert_dtype)), scale
 
 
+def quantised_weights(weights: Weights, expert_dtype: str) -> Weights:
+    """A layer with both linears in `expert_dtype`, a key of LARGEST, and their scales; biases as they were."""
+    (w_in, scale_in), (w_out_t, scale_out) = (
+        quantise_weight(rows, 0, expert_dtype) for rows in (weights.w_in, weights.w_out_t)
+    )
+    return Weights(w_in, weights.b_in, w_out_t, weights.b_out, scale_in, scale_out)
+
+
 def _write_weights(summary: CheckpointSummary, staging: Path, expert_dtype: str, inputs: Tensor) -> list[LayerError]:
     path, family, tensors = summary.path, summary.family, summary.tensors
     layers = [list(ffn_tensor_shapes(family, summary.config, layer)) for layer in range(summary.num_layers)]

@@ -6,6 +6,7 @@ import math
 import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
@@ -22,6 +23,28 @@ def activate(v, ACTIVATION: tl.constexpr):
     else:
         tl.static_assert(ACTIVATION == "relu", "unknown activation")
         return tl.maximum(v, 0.0)
+
+
+FOLDED: tl.constexpr = tl.constexpr(256.0)
+"""What a neuron that carries its quantised row's scale is multiplied by besides, and the sum over neurons divided by.
+
+The scale alone is a hundredth or less of the row's largest weight: such neurons would leave float16's range.
+"""
+
+
+@triton.jit
+def widen(w, DTYPE: tl.constexpr):
+    """Stored weights in DTYPE, exactly: all of int8's and float8_e4m3fn's values are bfloat16's and float16's too.
+
+    uint8 are the bits of float8_e4m3fn, for GPUs that do not convert it (:func:`readable`): moved to where float16 has
+    sign, exponent and mantissa they are 2^-8 of the value, subnormals too.
+    """
+    if w.dtype == tl.uint8:
+        bits = w.to(tl.uint16)
+        half = (((bits & 0x80) << 8) | ((bits & 0x7F) << 7)).to(tl.float16, bitcast=True)
+        return (half * 256.0).to(DTYPE)
+    else:
+        return w.to(DTYPE)
 
 
 @triton.jit
@@ -88,6 +111,19 @@ def rows_per_step(most: int, expert_size: int) -> int:
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 1 elsewhere (the interpreter)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+@functools.cache
+def converts_float8(device: torch.device) -> bool:
+    """Whether a device converts and multiplies float8_e4m3fn in hardware: from compute capability 8.9 on."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def readable(weight: Tensor) -> Tensor:
+    """A stored weight as the kernels read it on its device: float8 as bits where nothing else converts it."""
+    if weight.dtype == torch.float8_e4m3fn and not converts_float8(weight.device):
+        return weight.view(torch.uint8)
+    return weight
 
 
 @functools.cache

@@ -13,13 +13,16 @@ import triton.language as tl
 from torch import Tensor
 
 from prunepath_vllm.kernels.common import (
+    FOLDED,
     activate,
     default_pdl,
     launch_options,
     num_sms,
+    readable,
     rows_per_step,
     take_share,
     wait_for_previous,
+    widen,
 )
 from prunepath_vllm.kernels.layer import LayerSpec, Weights
 from prunepath_vllm.kernels.routing import Routing
@@ -61,9 +64,9 @@ class DownConfig:
 
 @triton.jit
 def fused_decode_kernel(
-    x, w_in, b_in, w_out_t, gates, flags, experts, experts_read, partial, E: tl.constexpr, D: tl.constexpr,
-    H: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_H: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    x, w_in, b_in, w_out_t, scale_in, scale_out, gates, flags, experts, experts_read, partial, E: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: partial [programs, H] = sum over this program's neurons of gate * act(w_in x) * w_out."""
     pid, num_programs = tl.program_id(0), tl.num_programs(0)
@@ -83,27 +86,37 @@ def fused_decode_kernel(
         if GLU:
             w2 = tl.load(w_in + E * D * H + tile, mask=in_h, other=0.0, eviction_policy="evict_first")
         wd = tl.load(w_out_t + tile, mask=in_h, other=0.0, eviction_policy="evict_first")
-        h = tl.sum(w1.to(tl.float32) * xv, axis=1)
+        h = tl.sum(widen(w1, tl.float32) * xv, axis=1)
+        if scale_in is not None:
+            h *= tl.load(scale_in + rows)
         if BIAS:
             h += tl.load(b_in + rows).to(tl.float32)
         h = activate(h, ACTIVATION)
         if GLU:
-            u = tl.sum(w2.to(tl.float32) * xv, axis=1)
+            u = tl.sum(widen(w2, tl.float32) * xv, axis=1)
+            if scale_in is not None:
+                u *= tl.load(scale_in + E * D + rows)
             if BIAS:
                 u += tl.load(b_in + E * D + rows).to(tl.float32)
             h *= u
         h *= tl.load(gates + expert)
-        acc += tl.sum(h[:, None] * wd.to(tl.float32), axis=0)
+        if scale_out is not None:
+            h *= tl.load(scale_out + rows)
+        acc += tl.sum(h[:, None] * widen(wd, tl.float32), axis=0)
     tl.store(partial + pid * H + cols, acc, mask=cols < H)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def up_kernel(
-    x, w_in, b_in, gates, flags, experts, experts_read, neurons, num_tokens, E: tl.constexpr, D: tl.constexpr,
-    H: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_T: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr, GRAIN: tl.constexpr, PDL: tl.constexpr,
+    x, w_in, b_in, scale_in, scale_out, gates, flags, experts, experts_read, neurons, num_tokens, E: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr, GRAIN: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
-    """Several tokens: neurons [T, F], row r of the listed experts' rows in column r, multiplied by its gate."""
+    """Several tokens: neurons [T, F], row r of the listed experts' rows in column r, multiplied by its gate.
+
+    With scales they carry scale_out * FOLDED too.
+    """
     pid, num_programs = tl.program_id(0), tl.num_programs(0)
     tokens = tl.arange(0, BLOCK_T)
     in_t = tokens < num_tokens
@@ -127,10 +140,14 @@ def up_kernel(
                 x + tokens[None, :].to(tl.int64) * H + k[:, None],
                 mask=in_t[None, :] & ((H % BLOCK_K == 0) | (k < H)[:, None]), other=0.0,
             )  # fmt: skip
-            acc = tl.dot(w1, xt, acc, input_precision="ieee")
+            acc = tl.dot(widen(w1, xt.dtype), xt, acc, input_precision="ieee")
             if GLU:
                 w2 = tl.load(w_in + E * D * H + tile, mask=in_w, other=0.0)
-                acc_up = tl.dot(w2, xt, acc_up, input_precision="ieee")
+                acc_up = tl.dot(widen(w2, xt.dtype), xt, acc_up, input_precision="ieee")
+        if scale_in is not None:
+            acc *= tl.load(scale_in + source, mask=in_r, other=0.0)[:, None]
+            if GLU:
+                acc_up *= tl.load(scale_in + E * D + source, mask=in_r, other=0.0)[:, None]
         if BIAS:
             acc += tl.load(b_in + source, mask=in_r, other=0.0).to(tl.float32)[:, None]
         acc = activate(acc, ACTIVATION)
@@ -142,15 +159,20 @@ def up_kernel(
         gate = tl.load(gates + tokens[None, :] * E + expert[:, None], mask=out, other=0.0)
         # Not a product with 0: an overflow in an expert the token did not choose must not reach it.
         acc = tl.where(gate != 0.0, acc * gate, 0.0)
+        if scale_out is not None:
+            acc *= tl.load(scale_out + source, mask=in_r, other=0.0)[:, None] * FOLDED
         tl.store(neurons + tokens[None, :].to(tl.int64) * (E * D) + row[:, None], acc, mask=out)
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def down_kernel(
     neurons, w_out_t, experts, partial, num_tokens, E: tl.constexpr, D: tl.constexpr, H: tl.constexpr,
-    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, PDL: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_K: tl.constexpr, SCALED: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """Several tokens: partial [splits, T, H] = neurons times this split's share of the listed experts' rows."""
+    """Several tokens: partial [splits, T, H] = neurons times this split's share of the listed experts' rows.
+
+    SCALED: whether the neurons carry FOLDED.
+    """
     pid_h, pid_s, splits = tl.program_id(0), tl.program_id(1), tl.num_programs(1)
     tokens = tl.arange(0, BLOCK_T)
     in_t = (tokens < num_tokens)[:, None]
@@ -170,7 +192,9 @@ def down_kernel(
         h = tl.load(
             neurons + tokens[:, None].to(tl.int64) * (E * D) + row[None, :], mask=in_t & in_r[None, :], other=0.0
         )
-        acc = tl.dot(h, w, acc, input_precision="ieee")
+        acc = tl.dot(h, widen(w, h.dtype), acc, input_precision="ieee")
+    if SCALED:
+        acc *= 1.0 / FOLDED
     out = partial + (pid_s * num_tokens + tokens[:, None]).to(tl.int64) * H + cols[None, :]
     tl.store(out, acc, mask=in_t & in_h)
 
@@ -223,11 +247,12 @@ def fused_partials(
     partial = torch.empty(programs, 1, hidden, dtype=torch.float32, device=x.device)
     flags, experts, launch = listing(routing, pdl)
     fused_decode_kernel[(programs,)](
-        x, weights.w_in, weights.b_in, weights.w_out_t, routing.gates, flags, experts, experts_read,
-        partial, num_experts, spec.expert_size, hidden, GLU=spec.glu, BIAS=weights.b_in is not None,
-        ACTIVATION=spec.activation.value, BLOCK_E=triton.next_power_of_2(num_experts),
-        BLOCK_H=triton.next_power_of_2(hidden), R=rows_per_step(config.rows, spec.expert_size),
-        STAGES=config.num_stages, PDL=pdl, num_warps=config.num_warps, **launch,
+        x, readable(weights.w_in), weights.b_in, readable(weights.w_out_t), weights.scale_in, weights.scale_out,
+        routing.gates, flags, experts, experts_read, partial, num_experts, spec.expert_size, hidden,
+        GLU=spec.glu, BIAS=weights.b_in is not None, ACTIVATION=spec.activation.value,
+        BLOCK_E=triton.next_power_of_2(num_experts), BLOCK_H=triton.next_power_of_2(hidden),
+        R=rows_per_step(config.rows, spec.expert_size), STAGES=config.num_stages, PDL=pdl,
+        num_warps=config.num_warps, **launch,
     )  # fmt: skip
     return partial
 
@@ -247,16 +272,17 @@ def up(
 
     Returns:
         neurons [T, F] in x's dtype, whose column r is the r-th row of the listed experts (the rest is not written), and
-        experts, int32 [E + 1]: the list, its length in the last element.
+        experts, int32 [E + 1]: the list, its length in the last element. Neurons of quantised weights are multiplied by
+        their scale_out and ``common.FOLDED``.
     """
     num_tokens, num_experts = x.shape[0], spec.num_experts
     pdl = default_pdl(x.device) if pdl is None else pdl
     neurons = torch.empty(num_tokens, spec.neurons, dtype=x.dtype, device=x.device)
     flags, experts, launch = listing(routing, pdl)
     up_kernel[(num_sms(x.device) * config.programs_per_sm,)](
-        x, weights.w_in, weights.b_in, routing.gates, flags, experts, experts_read, neurons,
-        num_tokens, num_experts, spec.expert_size, spec.hidden, GLU=spec.glu, BIAS=weights.b_in is not None,
-        ACTIVATION=spec.activation.value, BLOCK_E=triton.next_power_of_2(num_experts),
+        x, readable(weights.w_in), weights.b_in, weights.scale_in, weights.scale_out, routing.gates, flags,
+        experts, experts_read, neurons, num_tokens, num_experts, spec.expert_size, spec.hidden, GLU=spec.glu,
+        BIAS=weights.b_in is not None, ACTIVATION=spec.activation.value, BLOCK_E=triton.next_power_of_2(num_experts),
         BLOCK_T=block_t(num_tokens), R=config.rows, BLOCK_K=config.block_k, GRAIN=rows_per_step(8, spec.expert_size),
         PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages, **launch,
     )  # fmt: skip
@@ -271,9 +297,10 @@ def down_partials(
     pdl = default_pdl(neurons.device) if pdl is None else pdl
     partial = torch.empty(config.splits, num_tokens, hidden, dtype=torch.float32, device=neurons.device)
     down_kernel[(triton.cdiv(hidden, config.block_h), config.splits)](
-        neurons, weights.w_out_t, experts, partial, num_tokens, spec.num_experts, spec.expert_size, hidden,
-        BLOCK_T=block_t(num_tokens), BLOCK_H=config.block_h, BLOCK_K=config.block_k, PDL=pdl,
-        num_warps=config.num_warps, num_stages=config.num_stages, **launch_options(pdl),
+        neurons, readable(weights.w_out_t), experts, partial, num_tokens, spec.num_experts, spec.expert_size, hidden,
+        BLOCK_T=block_t(num_tokens), BLOCK_H=config.block_h, BLOCK_K=config.block_k,
+        SCALED=weights.quantised, PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages,
+        **launch_options(pdl),
     )  # fmt: skip
     return partial
 

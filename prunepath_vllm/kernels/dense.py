@@ -13,16 +13,17 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunepath_vllm.kernels.common import activate
+from prunepath_vllm.kernels import quantised
+from prunepath_vllm.kernels.common import FOLDED, activate
 from prunepath_vllm.kernels.layer import LayerSpec, Weights
 
 
 @triton.jit
 def gated_activation_kernel(
-    pre, gates, out, experts_read, tau, active_counts, F: tl.constexpr, E: tl.constexpr, GLU: tl.constexpr,
-    GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    pre, gates, scale_out, out, experts_read, tau, active_counts, F: tl.constexpr, E: tl.constexpr,
+    GLU: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [T, F] = gate of the neuron's expert * act(pre[:, :F]) (* pre[:, F:] for a GLU)."""
+    """out [T, F] = gate of the neuron's expert * act(pre[:, :F]) (* pre[:, F:] for a GLU) (* scale_out * FOLDED)."""
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = i < F
@@ -33,6 +34,8 @@ def gated_activation_kernel(
     if GATED:
         gate = tl.load(gates + token * E + i // (F // E), mask=mask, other=0.0)
         h = tl.where(gate != 0.0, h * gate, 0.0)
+    if scale_out is not None:
+        h *= tl.load(scale_out + i, mask=mask, other=0.0) * FOLDED
     tl.store(out + token * F + i, h, mask=mask)
     if experts_read is not None:
         tl.atomic_add(experts_read, E, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0), sem="relaxed")
@@ -50,16 +53,18 @@ def gated_activation(
     *,
     tau: Tensor | None = None,
     active_counts: Tensor | None = None,
+    scale_out: Tensor | None = None,
 ) -> Tensor:
     """Neurons [T, F] of the first linear's output `pre` [T, F or 2 F], multiplied by their experts' gates [T, E].
 
+    With `scale_out`, float32 [F], they are multiplied by it and ``common.FOLDED`` too, as quantised weights want them.
     The other arguments are those of :func:`dense_ffn`.
     """
     neurons = torch.empty(pre.shape[0], spec.neurons, dtype=pre.dtype, device=pre.device)
     block = 1024
     gated_activation_kernel[(pre.shape[0], triton.cdiv(spec.neurons, block))](
-        pre, gates, neurons, experts_read, tau, active_counts, spec.neurons, spec.num_experts, GLU=spec.glu,
-        GATED=gates is not None, ACTIVATION=spec.activation.value, BLOCK=block, num_warps=4,
+        pre, gates, scale_out, neurons, experts_read, tau, active_counts, spec.neurons, spec.num_experts,
+        GLU=spec.glu, GATED=gates is not None, ACTIVATION=spec.activation.value, BLOCK=block, num_warps=4,
     )  # fmt: skip
     return neurons
 
@@ -87,9 +92,11 @@ def dense_ffn(
     Returns:
         [T, H] in x's dtype.
     """
-    pre = F.linear(x, weights.w_in, weights.b_in)
-    neurons = gated_activation(pre, spec, gates, experts_read, tau=tau, active_counts=active_counts)
-    return second_linear(neurons, weights)
+    pre = first_linear(x, weights, spec)
+    neurons = gated_activation(
+        pre, spec, gates, experts_read, tau=tau, active_counts=active_counts, scale_out=weights.scale_out
+    )
+    return second_linear(neurons, weights, spec)
 
 
 def routed_dense_ffn(
@@ -101,13 +108,21 @@ def routed_dense_ffn(
     """
     with beside_main_stream(x.device):
         gates = route()
-    pre = F.linear(x, weights.w_in, weights.b_in)
+    pre = first_linear(x, weights, spec)
     join_side_stream(x.device)
-    return second_linear(gated_activation(pre, spec, gates, experts_read), weights)
+    neurons = gated_activation(pre, spec, gates, experts_read, scale_out=weights.scale_out)
+    return second_linear(neurons, weights, spec)
 
 
-def second_linear(neurons: Tensor, weights: Weights) -> Tensor:
-    """neurons [T, F] @ w_out_t + b_out."""
+def first_linear(x: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
+    """x [T, H] @ w_in^T + b_in."""
+    return quantised.first_linear(x, weights, spec) if weights.quantised else F.linear(x, weights.w_in, weights.b_in)
+
+
+def second_linear(neurons: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
+    """neurons [T, F] @ w_out_t + b_out; neurons for quantised weights carry scale_out: see ``quantised``."""
+    if weights.quantised:
+        return quantised.second_linear(neurons, weights, spec)
     if weights.b_out is None:
         return neurons @ weights.w_out_t
     return torch.addmm(weights.b_out, neurons, weights.w_out_t)

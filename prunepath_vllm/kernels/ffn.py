@@ -26,20 +26,14 @@ from prunepath_vllm.kernels.decode import (
 from prunepath_vllm.kernels.dense import beside_main_stream, dense_ffn, join_side_stream, routed_dense_ffn
 from prunepath_vllm.kernels.expand import expand_taus
 from prunepath_vllm.kernels.grouped import GroupedConfig, grouped_ffn
-from prunepath_vllm.kernels.layer import NO_COUNTERS, Counters, LayerSpec, RouterWeights, Weights
+from prunepath_vllm.kernels.layer import NO_COUNTERS, Counters, LayerSpec, RouterWeights, Weights, dtype_name
+from prunepath_vllm.kernels.quantised import WIDENED_TOKENS, float8_inputs
 from prunepath_vllm.kernels.routing import LIBRARY_TOKENS, RouterConfig, Routing, list_experts, route
 
 __all__ = [
-    "Choice",
-    "Routing",
-    "Tuning",
-    "expand_taus",
-    "heuristic_tuning",
-    "load_tuning",
-    "route_ahead",
-    "routed_ffn",
-    "warm_up_tokens",
-]
+    "Choice", "Routing", "Tuning", "expand_taus", "float8_inputs", "heuristic_tuning", "load_tuning", "route_ahead",
+    "routed_ffn", "warm_up_tokens",
+]  # fmt: skip
 
 PATHS = {
     "fused": ("router", "fused"),
@@ -88,8 +82,12 @@ GROUPED_UP_TO = 64
 def heuristic_tuning(spec: LayerSpec) -> Tuning:
     """Choices for a GPU or shape without a table: what was fastest on Qwen2-7B's shape, cut to fit shared memory."""
     element_size = spec.dtype.itemsize
-    step = 2 * (3 if spec.glu else 2) * triton.next_power_of_2(spec.hidden) * element_size
-    fused = FusedConfig(2, 16, max(1, min(4, 196608 // step)), 1)
+    row = (3 if spec.glu else 2) * triton.next_power_of_2(spec.hidden)
+    fused = FusedConfig(2, 16, max(1, min(4, 196608 // (2 * row * element_size))), 1)
+    if spec.expert_dtype is not None:
+        # Widening takes instructions: two programs a multiprocessor, one computing while the other waits.
+        rows = 4 if 8 * row <= 98304 else 2
+        fused = FusedConfig(rows, 8, max(1, min(3, 98304 // (rows * row))), 2)
     wide = 1 if element_size == 2 else 2  # float32 tiles take twice the room
     small = UpConfig(64 // wide, 64, 4, 6 // wide, 1)
     down = DownConfig(128, 32, 9, 4, 9 // wide)
@@ -118,10 +116,10 @@ TUNING_DIR = "PRUNEPATH_TUNING_DIR"
 
 
 def shape_key(spec: LayerSpec) -> str:
-    """A layer's name in a table: its shape and dtype."""
+    """A layer's name in a table: its shape and dtype, and that of quantised weights."""
     kind = "glu" if spec.glu else "plain"
-    dtype = str(spec.dtype).removeprefix("torch.")
-    return f"H{spec.hidden}_E{spec.num_experts}_D{spec.expert_size}_{kind}_{dtype}"
+    dtypes = "_".join(dtype_name(dtype) for dtype in (spec.dtype, spec.expert_dtype) if dtype is not None)
+    return f"H{spec.hidden}_E{spec.num_experts}_D{spec.expert_size}_{kind}_{dtypes}"
 
 
 def table_name(gpu: str) -> str:
@@ -300,9 +298,9 @@ def route_ahead(
 def warm_up_tokens(tuning: Tuning, max_tokens: int) -> list[int]:
     """Batch sizes that between them compile every kernel of every batch size up to `max_tokens`.
 
-    A kernel is compiled again where the choice changes, where a tile of tokens grows to the next power of two, and
-    where the logits go to the library.
+    A kernel is compiled again where the choice changes, where a tile of tokens grows to the next power of two (those of
+    quantised weights' dense products do up to WIDENED_TOKENS), and where the logits go to the library.
     """
-    starts = {1, 2, LIBRARY_TOKENS + 1, max_tokens, *(2**power + 1 for power in range(4, LIBRARY_TOKENS.bit_length()))}
+    starts = {1, 2, LIBRARY_TOKENS + 1, max_tokens, *(2**power + 1 for power in range(4, WIDENED_TOKENS.bit_length()))}
     starts |= {limit + 1 for limit, _ in tuning.choices}
     return sorted(size for size in starts if size <= max_tokens)

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunepath_vllm.kernels.common import activate
+from prunepath_vllm.kernels.common import FOLDED, activate, readable, widen
 from prunepath_vllm.kernels.dense import second_linear
 from prunepath_vllm.kernels.layer import LayerSpec, Weights
 from prunepath_vllm.kernels.routing import Routing
@@ -63,11 +63,14 @@ def list_tokens_kernel(
 
 @triton.jit(do_not_specialize=["num_tokens", "tiles"])
 def grouped_up_kernel(
-    x, w_in, b_in, gates, tokens, counts, neurons, num_tokens, tiles, E: tl.constexpr, D: tl.constexpr,
-    H: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    x, w_in, b_in, scale_in, scale_out, gates, tokens, counts, neurons, num_tokens, tiles, E: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """neurons [T, F], zero elsewhere: one expert's neurons of BLOCK_M of its tokens, gated."""
+    """neurons [T, F], zero elsewhere: one expert's neurons of BLOCK_M of its tokens, gated.
+
+    With scales they carry scale_out * FOLDED too.
+    """
     pid = tl.program_id(0)
     first_tile = pid // (E * GROUP) * GROUP
     width = tl.minimum(tiles - first_tile, GROUP)
@@ -91,7 +94,9 @@ def grouped_up_kernel(
             in_k = (H % BLOCK_K == 0) | (k0 + k < H)
             xv = tl.load(x_tile + k0, mask=in_k[None, :], other=0.0)
             w = tl.load(w_tile + k0, mask=in_n[None, :] & in_k[:, None], other=0.0)
-            acc = tl.dot(xv, w, acc, input_precision="ieee")
+            acc = tl.dot(xv, widen(w, xv.dtype), acc, input_precision="ieee")
+        if scale_in is not None:
+            acc *= tl.load(scale_in + source, mask=in_n, other=0.0)[None, :]
         if BIAS:
             acc += tl.load(b_in + source, mask=in_n, other=0.0).to(tl.float32)[None, :]
         if GLU:
@@ -101,6 +106,8 @@ def grouped_up_kernel(
             h = activate(acc, ACTIVATION)
         gate = tl.load(gates + token * E + expert, mask=m < count, other=0.0)
         d = tl.arange(0, BLOCK_D)
+        if scale_out is not None:
+            h *= tl.load(scale_out + expert * D + d, mask=d < D, other=0.0)[None, :] * FOLDED
         out = neurons + token[:, None] * (E * D) + expert * D + d[None, :]
         tl.store(out, h * gate[:, None], mask=(m < count)[:, None] & (d < D)[None, :])
 
@@ -113,7 +120,10 @@ def grouped_neurons(
     config: GroupedConfig,
     experts_read: Tensor | None = None,
 ) -> Tensor:
-    """Gated neurons [T, F] in x's dtype, zero where a token does not use the neuron's expert. x: [T, H]."""
+    """Gated neurons [T, F] in x's dtype, zero where a token does not use the neuron's expert. x: [T, H].
+
+    With quantised weights each is multiplied by its scale_out and ``common.FOLDED``.
+    """
     num_tokens, num_experts = x.shape[0], spec.num_experts
     neurons = torch.zeros(num_tokens, spec.neurons, dtype=x.dtype, device=x.device)
     tokens = torch.empty(num_experts, num_tokens, dtype=torch.int32, device=x.device)
@@ -125,9 +135,9 @@ def grouped_neurons(
     )  # fmt: skip
     tiles = triton.cdiv(num_tokens, config.block_m)
     grouped_up_kernel[(num_experts * tiles,)](
-        x, weights.w_in, weights.b_in, routing.gates, tokens, counts, neurons, num_tokens, tiles,
-        num_experts, spec.expert_size, spec.hidden, GLU=spec.glu, BIAS=weights.b_in is not None,
-        ACTIVATION=spec.activation.value, BLOCK_M=config.block_m,
+        x, readable(weights.w_in), weights.b_in, weights.scale_in, weights.scale_out, routing.gates, tokens, counts,
+        neurons, num_tokens, tiles, num_experts, spec.expert_size, spec.hidden, GLU=spec.glu,
+        BIAS=weights.b_in is not None, ACTIVATION=spec.activation.value, BLOCK_M=config.block_m,
         BLOCK_D=max(8 if spec.glu else 16, triton.next_power_of_2(spec.expert_size)), BLOCK_K=config.block_k,
         GROUP=config.group, num_warps=config.num_warps, num_stages=config.num_stages,
     )  # fmt: skip
@@ -146,4 +156,4 @@ def grouped_ffn(
 
     The number of experts with a token is added to experts_read, int32 or int64 [1], or None.
     """
-    return second_linear(grouped_neurons(x, weights, routing, spec, config, experts_read), weights)
+    return second_linear(grouped_neurons(x, weights, routing, spec, config, experts_read), weights, spec)

@@ -31,6 +31,11 @@ _FUNCTIONS: dict[Activation, Callable[[Tensor], Tensor]] = {
 }
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as checkpoints and tables name it: "bfloat16", "int8"."""
+    return str(dtype).removeprefix("torch.")
+
+
 @dataclass(frozen=True)
 class RoutingRule:
     """How a token's experts follow from its router logits (eq. 7-10, or LTE's threshold).
@@ -71,6 +76,11 @@ class LayerSpec:
         rule: the routing rule.
         at_least: whether tau is the least that a token gets: calls that compute every expert anyway, as their number of
             tokens decides, then leave none out and select nothing. Otherwise every token gets its tau exactly.
+        expert_dtype: of both linears as they are stored, one of QUANTISED_DTYPES; None for `dtype`. Tables and choices
+            of tiles go by it.
+        quantise_activations: whether the dense products of float8 weights may take their inputs in float8 too, with a
+            scale per token, on GPUs that multiply it: faster, and as coarse as the weights are. Otherwise every path
+            widens the weights, and keeps the inputs as they are.
     """
 
     hidden: int
@@ -81,6 +91,8 @@ class LayerSpec:
     glu: bool = True
     rule: RoutingRule = RoutingRule()
     at_least: bool = False
+    expert_dtype: torch.dtype | None = None
+    quantise_activations: bool = True
 
     def __post_init__(self) -> None:
         for name in ("hidden", "num_experts", "expert_size"):
@@ -88,6 +100,9 @@ class LayerSpec:
                 raise ConfigError(f"{name} {getattr(self, name)}; expected at least 1")
         if self.dtype not in DTYPES:
             raise ConfigError(f"dtype {self.dtype}; expected one of {', '.join(map(str, DTYPES))}")
+        if self.expert_dtype not in (None, *QUANTISED_DTYPES):
+            expected = ", ".join(map(str, QUANTISED_DTYPES))
+            raise ConfigError(f"expert_dtype {self.expert_dtype}; expected None or one of {expected}")
 
     @property
     def neurons(self) -> int:
@@ -101,8 +116,8 @@ class LayerSpec:
 
     @property
     def weight_bytes(self) -> int:
-        """Bytes of both linears without their biases."""
-        return (self.input_rows + self.neurons) * self.hidden * self.dtype.itemsize
+        """Bytes of both linears as they are stored, without biases and scales."""
+        return (self.input_rows + self.neurons) * self.hidden * (self.expert_dtype or self.dtype).itemsize
 
     def activate(self, x: Tensor) -> Tensor:
         """The non-linearity in PyTorch, in x's dtype."""
@@ -110,16 +125,18 @@ class LayerSpec:
 
     def encode(self) -> str:
         """As a string, which a custom op takes where it takes no object; :meth:`decode` is the inverse."""
-        names = ("hidden", "num_experts", "expert_size", "activation", "glu", "at_least")
-        values = {name: getattr(self, name) for name in names}
-        return json.dumps({**values, "dtype": str(self.dtype).removeprefix("torch."), "rule": vars(self.rule)})
+        values = {**vars(self), "rule": vars(self.rule)}
+        for name in ("dtype", "expert_dtype"):
+            values[name] = values[name] and dtype_name(values[name])
+        return json.dumps(values)
 
     @staticmethod
     @functools.cache
     def decode(text: str) -> "LayerSpec":
         """The inverse of :meth:`encode`."""
         values = json.loads(text)
-        values["dtype"] = getattr(torch, values["dtype"])
+        for name in ("dtype", "expert_dtype"):
+            values[name] = values[name] and getattr(torch, values[name])
         values["activation"] = Activation(values["activation"])
         return LayerSpec(**{**values, "rule": RoutingRule(**values["rule"])})
 
@@ -158,10 +175,12 @@ class LayerSpec:
         quantised = weights.scale_in is not None and weights.scale_out is not None
         stored = weights.w_in.dtype
         if quantised and stored in QUANTISED_DTYPES:
-            if x.dtype != self.dtype or weights.w_out_t.dtype != stored:
+            expected_dtype = self.expert_dtype or stored
+            if x.dtype != self.dtype or not stored == weights.w_out_t.dtype == expected_dtype:
                 found = f"{x.dtype}, {stored} and {weights.w_out_t.dtype}"
-                raise ConfigError(f"x and both linears: {found}; expected {self.dtype}, {stored} and {stored}")
-        elif quantised or not x.dtype == stored == weights.w_out_t.dtype == self.dtype:
+                wanted = f"{self.dtype}, {expected_dtype} and {expected_dtype}"
+                raise ConfigError(f"x and both linears: {found}; expected {wanted}")
+        elif quantised or self.expert_dtype is not None or not x.dtype == stored == weights.w_out_t.dtype == self.dtype:
             found = f"{x.dtype}, {stored} and {weights.w_out_t.dtype}"
             raise ConfigError(
                 f"x and both linears: {found} {'with' if quantised else 'without'} scales; expected {self.dtype}, or "

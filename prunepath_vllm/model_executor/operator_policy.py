@@ -25,6 +25,8 @@ class OperatorPolicy:
             as may run at once unless given.
         mode: "exact": every token gets its tau, whatever runs beside it; "at_least": its tau is the least that it gets,
             and where the engine computes every expert of a step anyway, none is left out.
+        quantise_activations: whether a GPU that multiplies float8 may quantise what enters the dense products of float8
+            experts; False widens the weights instead, slower, and as steps of few tokens do.
     """
 
     default_tau: float
@@ -34,6 +36,7 @@ class OperatorPolicy:
     prefill_tau: float | None = None
     default_tau_by_model: Mapping[str, float] = field(default_factory=dict)
     mode: str = "exact"
+    quantise_activations: bool = True
 
     @property
     def auto_range(self) -> tuple[float, float]:
@@ -64,6 +67,9 @@ def operator_policy(vllm_config: VllmConfig) -> OperatorPolicy:
     mode = given.get("mode", "exact")
     if mode not in MODES:
         raise ConfigError(f"{where}.mode: expected one of {', '.join(MODES)}, got {mode!r}")
+    quantise = given.get("quantise_activations", True)
+    if not isinstance(quantise, bool):
+        raise ConfigError(f"{where}.quantise_activations: expected true or false, got {quantise!r}")
     named = given.get("default_tau_by_model", {})
     if not isinstance(named, dict):
         raise ConfigError(f"{where}.default_tau_by_model: expected an object of served names and taus, got {named!r}")
@@ -71,10 +77,16 @@ def operator_policy(vllm_config: VllmConfig) -> OperatorPolicy:
     taus = {
         name: parse_tau(value, f"{where}.{name}")
         for name, value in given.items()
-        if name not in ("full_queue", "default_tau_by_model", "mode")
+        if name not in ("full_queue", "default_tau_by_model", "mode", "quantise_activations")
     }
     defaults = {"default_tau": vllm_config.model_config.hf_config.prunepath.unset_tau}
-    policy = OperatorPolicy(full_queue=full_queue, default_tau_by_model=named, mode=mode, **{**defaults, **taus})
+    policy = OperatorPolicy(
+        full_queue=full_queue,
+        default_tau_by_model=named,
+        mode=mode,
+        quantise_activations=quantise,
+        **{**defaults, **taus},
+    )
     if policy.min_tau > policy.max_tau:
         raise ConfigError(f"{where}.min_tau: {policy.min_tau} is above max_tau {policy.max_tau}")
     source = "" if "default_tau" in given else " (the checkpoint's)"

@@ -49,7 +49,12 @@ class TokenTaus:
         num_layers = vllm_config.model_config.get_total_num_hidden_layers()
         self.counts = ExpertCounts(self.prunepath, num_layers, max_tokens)
         self.dense_step = torch.ones((), dtype=torch.bool, device="cpu")
-        self.spec = replace(layer_spec(vllm_config), at_least=self.resolver.policy.mode == "at_least")
+        policy = self.resolver.policy
+        self.spec = replace(
+            layer_spec(vllm_config),
+            at_least=policy.mode == "at_least",
+            quantise_activations=policy.quantise_activations,
+        )
         _of_configs[id(vllm_config)] = self
 
     @classmethod

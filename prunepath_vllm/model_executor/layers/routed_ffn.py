@@ -173,6 +173,7 @@ def layer_spec(vllm_config: VllmConfig) -> LayerSpec:
         activation=ACTIVATIONS[family.activation(config.to_dict())],
         glu=family.gate is not None,
         rule=RoutingRule(prunepath.selection, prunepath.threshold, prunepath.gate),
+        expert_dtype=None if prunepath.expert_dtype is None else getattr(torch, prunepath.expert_dtype),
     )
 
 

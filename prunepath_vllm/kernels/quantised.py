@@ -1,0 +1,193 @@
+"""Dense products with int8 or float8 weights, which carry a float32 scale per neuron.
+
+W8A16: weights are widened in registers, inputs stay as they are; any GPU and dtype. W8A8: inputs are quantised too, to
+float8 with a scale per token, and the library multiplies float8 by float8; bfloat16, from compute capability 8.9 on.
+
+Shapes: T tokens, H hidden size, F neurons. Neurons that the second linear gets carry scale_out * FOLDED.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from prunepath_vllm.kernels.common import FOLDED, converts_float8, num_sms, readable, widen
+from prunepath_vllm.kernels.decode import reduce_partials
+from prunepath_vllm.kernels.layer import LayerSpec, Weights
+
+FLOAT8_MAX = 448.0
+"""The largest float8_e4m3fn."""
+
+WIDENED_TOKENS = 512
+"""Up to this many tokens the second linear is W8A16 on any GPU. Its product takes as long as reading the weights does,
+and float8 tensor cores want them [H, F], not [F, H] as they lie; above it, transposing them first pays."""
+
+MAX_SPLITS = 8
+
+
+@triton.jit(do_not_specialize=["num_tokens"])
+def product_kernel(
+    x, w, scale, bias, out, num_tokens, N: tl.constexpr, K: tl.constexpr, ROWS: tl.constexpr, SPLIT: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """out [T, N] = x [T, K] times w, which is [N, K] with ROWS and scaled by scale [N], else [K, N] and unfolded.
+
+    SPLIT: out is float32 [splits, T, N], each of a part of K and without the bias.
+    """
+    pid_t, pid_n, pid_k, splits = tl.program_id(0), tl.program_id(1), tl.program_id(2), tl.num_programs(2)
+    token = pid_t * BLOCK_T + tl.arange(0, BLOCK_T)
+    n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    in_t, in_n = (token < num_tokens)[:, None], (n < N)[None, :]
+    blocks = tl.cdiv(K, BLOCK_K)
+    acc = tl.zeros([BLOCK_T, BLOCK_N], dtype=tl.float32)
+    for block in range(pid_k * blocks // splits, (pid_k + 1) * blocks // splits):
+        k = block * BLOCK_K + tl.arange(0, BLOCK_K)
+        in_k = (K % BLOCK_K == 0) | (k < K)  # folds away where BLOCK_K divides K
+        xv = tl.load(x + token[:, None].to(tl.int64) * K + k[None, :], mask=in_t & in_k[None, :], other=0.0)
+        if ROWS:
+            at = n[None, :].to(tl.int64) * K + k[:, None]
+        else:
+            at = k[:, None].to(tl.int64) * N + n[None, :]
+        wv = tl.load(w + at, mask=in_k[:, None] & in_n, other=0.0)
+        acc = tl.dot(xv, widen(wv, xv.dtype), acc, input_precision="ieee")
+    if ROWS:
+        acc *= tl.load(scale + n, mask=n < N, other=0.0)[None, :]
+    else:
+        acc *= 1.0 / FOLDED
+    if bias is not None:
+        acc += tl.load(bias + n, mask=n < N, other=0.0).to(tl.float32)[None, :]
+    row = token[:, None].to(tl.int64)
+    if SPLIT:
+        row += pid_k.to(tl.int64) * num_tokens
+    tl.store(out + row * N + n[None, :], acc, mask=in_t & in_n)
+
+
+def product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
+    """W8A16: x W^T * scale + bias in x's dtype, or, for neurons x without `scale`, x W / FOLDED + bias.
+
+    Args:
+        x: [T, K] contiguous.
+        weight: quantised, [N, K] with `scale`, else [K, N].
+        scale: float32 [N] or None.
+        bias: [N] or None.
+
+    Returns:
+        [T, N].
+    """
+    num_tokens, inputs = x.shape
+    outputs = weight.shape[0 if scale is not None else 1]
+    # Tiles change at powers of two alone, which ffn.warm_up_tokens knows.
+    bucket = min(max(16, triton.next_power_of_2(num_tokens)), 2 * WIDENED_TOKENS)
+    block_t, block_n, block_k = min(128, bucket), 128, 64 if x.dtype.itemsize == 2 else 32
+    tiles = bucket // block_t * triton.cdiv(outputs, block_n)
+    splits = 1
+    while splits < MAX_SPLITS and tiles * splits < num_sms(x.device) and inputs >= 8 * splits * block_k:
+        splits *= 2
+    if splits == 1:
+        out = torch.empty(num_tokens, outputs, dtype=x.dtype, device=x.device)
+    else:
+        out = torch.empty(splits, num_tokens, outputs, dtype=torch.float32, device=x.device)
+    product_kernel[(triton.cdiv(num_tokens, block_t), triton.cdiv(outputs, block_n), splits)](
+        x, readable(weight), scale, bias if splits == 1 else None, out, num_tokens, outputs, inputs,
+        ROWS=scale is not None, SPLIT=splits > 1, BLOCK_T=block_t, BLOCK_N=block_n, BLOCK_K=block_k,
+        num_warps=8 if block_t == 128 else 4, num_stages=3,
+    )  # fmt: skip
+    return out if splits == 1 else reduce_partials(out, bias, x.dtype, pdl=0)
+
+
+@triton.jit
+def quantise_kernel(x, out, scale, K: tl.constexpr, MAX: tl.constexpr, BLOCK: tl.constexpr):
+    """One token: scale = max |x| / MAX, out = x / scale in out's dtype."""
+    token = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, BLOCK)
+    most = tl.zeros([BLOCK], dtype=tl.float32)
+    for k0 in range(0, K, BLOCK):
+        v = tl.load(x + token * K + k0 + i, mask=k0 + i < K, other=0.0).to(tl.float32)
+        most = tl.maximum(most, tl.abs(v))
+    s = tl.maximum(tl.max(most, axis=0), 1e-12) / MAX
+    tl.store(scale + token, s)
+    for k0 in range(0, K, BLOCK):
+        v = tl.load(x + token * K + k0 + i, mask=k0 + i < K, other=0.0).to(tl.float32) / s
+        v = tl.minimum(tl.maximum(v, -MAX), MAX)  # beyond it lies NaN
+        tl.store(out + token * K + k0 + i, v.to(out.dtype.element_ty), mask=k0 + i < K)
+
+
+def quantise_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T, K] in float8_e4m3fn, and the float32 scales [T, 1] that give it back."""
+    num_tokens, inputs = x.shape
+    out = torch.empty(num_tokens, inputs, dtype=torch.float8_e4m3fn, device=x.device)
+    scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=x.device)
+    block = min(4096, triton.next_power_of_2(inputs))
+    quantise_kernel[(num_tokens,)](x, out, scale, inputs, MAX=FLOAT8_MAX, BLOCK=block, num_warps=8)
+    return out, scale
+
+
+@triton.jit
+def transpose_kernel(source, out, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr):
+    """out [COLS, ROWS] = source [ROWS, COLS] transposed, of bytes."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    col = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = (row < ROWS)[:, None] & (col < COLS)[None, :]
+    tile = tl.load(source + row[:, None].to(tl.int64) * COLS + col[None, :], mask=inside, other=0)
+    at = col[:, None].to(tl.int64) * ROWS + row[None, :]
+    tl.store(out + at, tl.trans(tile), mask=(col < COLS)[:, None] & (row < ROWS)[None, :])
+
+
+def transposed(weight: Tensor) -> Tensor:
+    """A copy [H, F] of a weight [F, H] whose elements are bytes."""
+    rows, cols = weight.shape
+    out = torch.empty(cols, rows, dtype=torch.uint8, device=weight.device)
+    grid = triton.cdiv(rows, 64), triton.cdiv(cols, 64)
+    transpose_kernel[grid](weight.view(torch.uint8), out, rows, cols, BLOCK=64, num_warps=4)
+    return out.view(weight.dtype)
+
+
+def quantises_activations(spec: LayerSpec, weights: Weights) -> bool:
+    """Whether dense products are W8A8: the layer allows it, and the GPU and the library do it for these shapes."""
+    return (
+        spec.quantise_activations
+        and weights.w_in.dtype == torch.float8_e4m3fn
+        and spec.dtype == torch.bfloat16  # all that the library gives with scales per row on every such GPU
+        and spec.hidden % 16 == spec.neurons % 16 == 0
+        and converts_float8(weights.w_in.device)
+    )
+
+
+def float8_inputs(spec: LayerSpec, weights: Weights, num_tokens: int, path: str) -> tuple[bool, bool]:
+    """Whether a path of ``ffn.PATHS`` gives the first linear, and the second, inputs in float8 at this batch size."""
+    allowed = weights.quantised and quantises_activations(spec, weights)
+    return allowed and path == "dense", allowed and path in ("dense", "grouped") and num_tokens > WIDENED_TOKENS
+
+
+def float8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
+    """W8A8: with q, s = quantise_tokens(x): s * (q weight^T) * scale + bias in x's dtype.
+
+    Args:
+        x: [T, K] contiguous.
+        weight: float8_e4m3fn [N, K] contiguous.
+        scale: float32 [N].
+        bias: [N] or None.
+
+    Returns:
+        [T, N].
+    """
+    inputs, scales = quantise_tokens(x)
+    return torch._scaled_mm(
+        inputs, weight.t(), scale_a=scales, scale_b=scale.unsqueeze(0), bias=bias, out_dtype=x.dtype
+    )
+
+
+def first_linear(x: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
+    """x [T, H] to [T, F], or [T, 2 F] of a GLU, in x's dtype."""
+    assert weights.scale_in is not None
+    if quantises_activations(spec, weights):
+        return float8_product(x, weights.w_in, weights.scale_in, weights.b_in)
+    return product(x, weights.w_in, weights.scale_in, weights.b_in)
+
+
+def second_linear(neurons: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
+    """Neurons [T, F] times scale_out * FOLDED to [T, H], in the same dtype."""
+    if neurons.shape[0] > WIDENED_TOKENS and quantises_activations(spec, weights):
+        unfold = torch.full((spec.hidden,), 1 / FOLDED.value, dtype=torch.float32, device=neurons.device)
+        return float8_product(neurons, transposed(weights.w_out_t), unfold, weights.b_out)
+    return product(neurons, weights.w_out_t, None, weights.b_out)
