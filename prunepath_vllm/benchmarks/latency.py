@@ -2,8 +2,8 @@
 
 The loop that is timed is vLLM's, written again: vLLM's starts an engine each time it runs and knows no tau. Here one
 engine is started per model, in a process of its own, and every tau is measured on it: tau belongs to the request, so a
-start per tau would change nothing but the time a run takes. Beside vLLM's figures: the decode step, (time of N tokens -
-time of N / 4) / (3 N / 4), because the requests of a batch start a few steps apart, and the prefill of one long prompt.
+start per tau would change nothing but the time a run takes. Beside vLLM's figures: the decode step, the
+median time between two steps in which every request of the batch got a token, and the prefill of one long prompt.
 
 From a script, piece by piece: :func:`parse`, :func:`start_engine`, :func:`measure`.
 """
@@ -21,6 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from vllm import LLM, SamplingParams
 from vllm.benchmarks import latency as vllm_latency
 from vllm.engine.arg_utils import EngineArgs
 from vllm.inputs import TokensPrompt
+from vllm.sampling_params import RequestOutputKind
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from prunepath_vllm.arguments import OneLineErrors, check_output_file, whole
@@ -111,8 +113,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("--dense: expected with a checkpoint; --shape brings its own dense model")
     if args.use_beam_search or args.profile:
         raise UsageError("--use-beam-search (which carries no tau) and --profile: expected with `vllm bench latency`")
-    if args.output_len < 2 or args.input_len < 1:
-        raise UsageError("expected --output-len of 2 or more and --input-len of 1 or more")
+    if args.output_len < 3 or args.input_len < 1:
+        raise UsageError("expected --output-len of 3 or more and --input-len of 1 or more")
     if args.text and (args.shape or not Path(args.text).is_file()):
         raise UsageError(f"--text {args.text}: expected a text file, with a checkpoint")
     check_output_file(args.output, "--output")
@@ -188,7 +190,7 @@ def measure(llm: LLM, args: argparse.Namespace, points: Sequence[Point]) -> dict
 
     Returns:
         {"rows", "prefill", "peak_gib"}. A row has tau, share, batch_size, what ``vllm bench latency`` writes
-        (avg_latency and latencies in seconds, percentiles), and decode_step_ms with its repeats.
+        (avg_latency and latencies in seconds, percentiles), and decode_step_ms with the median of each repeat.
     """
     rows, prefill = [], []
     cells = [(point, batch) for point in points for batch in args.batch_size]
@@ -196,8 +198,9 @@ def measure(llm: LLM, args: argparse.Namespace, points: Sequence[Point]) -> dict
         row = {**point, "batch_size": batch}
         row |= _engine_loop(llm, args, point["tau"], batch) if args.num_iters else {}
         _seconds(llm, args, point["tau"], batch, 8)
-        steps = [_decode_step_ms(llm, args, point["tau"], batch) for _ in range(args.repeats)]
-        rows.append({**row, "decode_step_ms": statistics.median(steps), "decode_steps_ms": steps})
+        steps = [_decode_steps_ms(llm, args, point["tau"], batch) for _ in range(args.repeats)]
+        row["decode_step_ms"] = statistics.median(chain(*steps))
+        rows.append({**row, "decode_steps_ms": [statistics.median(one) for one in steps]})
     for point in points if args.prefill else ():
         times = [1e3 * _seconds(llm, args, point["tau"], 1, 1, args.prefill) for _ in range(args.repeats + 1)][1:]
         prefill.append({**point, "tokens": args.prefill, "prefill_ms": statistics.median(times), "times_ms": times})
@@ -244,10 +247,17 @@ def _engine_loop(llm: LLM, args: argparse.Namespace, tau: float | None, batch: i
     }
 
 
-def _decode_step_ms(llm: LLM, args: argparse.Namespace, tau: float | None, batch: int) -> float:
-    short = max(1, args.output_len // 4)
-    seconds = _seconds(llm, args, tau, batch, args.output_len) - _seconds(llm, args, tau, batch, short)
-    return 1e3 * seconds / (args.output_len - short)
+def _decode_steps_ms(llm: LLM, args: argparse.Namespace, tau: float | None, batch: int) -> list[float]:
+    """Milliseconds between two steps in which every request of a batch of fresh prompts got a token."""
+    engine, params = llm.llm_engine, _greedy(tau, args.output_len)
+    params.output_kind = RequestOutputKind.DELTA  # a step then tells who got a token
+    for index, tokens in enumerate(_fresh_prompts(llm, args, batch, args.input_len)):
+        engine.add_request(str(index), TokensPrompt(prompt_token_ids=tokens), params)
+    times = []
+    while engine.has_unfinished_requests():
+        if len(engine.step()) == batch:
+            times.append(time.perf_counter())
+    return [1e3 * (end - begin) for begin, end in pairwise(times)]
 
 
 _prompts = torch.Generator().manual_seed(0)
@@ -260,29 +270,35 @@ def _token_ids(llm: LLM, path: str) -> torch.Tensor:
     return torch.tensor(llm.get_tokenizer().encode(text, add_special_tokens=False))
 
 
-def _seconds(
-    llm: LLM, args: argparse.Namespace, tau: float | None, batch: int, new_tokens: int, prompt_tokens: int | None = None
-) -> float:
-    """Seconds for a batch of fresh prompts, greedy."""
-    shape = (batch, prompt_tokens or args.input_len)
+def _fresh_prompts(llm: LLM, args: argparse.Namespace, batch: int, length: int) -> list[list[int]]:
+    """Token ids of prompts that no cache holds, of --text or at random."""
     if args.text:
         text = _token_ids(llm, args.text)
-        if len(text) <= shape[1]:
-            raise UsageError(f"--text {args.text}: {len(text)} tokens; expected more than {shape[1]}, one prompt")
-        starts = torch.randint(len(text) - shape[1], (batch, 1), generator=_prompts)
-        tokens = text[starts + torch.arange(shape[1])].tolist()
-    else:
-        vocabulary = min(50000, llm.llm_engine.model_config.get_vocab_size())
-        tokens = torch.randint(10, vocabulary, shape, generator=_prompts).tolist()
-    params = SamplingParams(
+        if len(text) <= length:
+            raise UsageError(f"--text {args.text}: {len(text)} tokens; expected more than {length}, one prompt")
+        starts = torch.randint(len(text) - length, (batch, 1), generator=_prompts)
+        return text[starts + torch.arange(length)].tolist()
+    vocabulary = min(50000, llm.llm_engine.model_config.get_vocab_size())
+    return torch.randint(10, vocabulary, (batch, length), generator=_prompts).tolist()
+
+
+def _greedy(tau: float | None, new_tokens: int) -> SamplingParams:
+    return SamplingParams(
         temperature=0,
         max_tokens=new_tokens,
         ignore_eos=True,
         detokenize=False,
         extra_args=None if tau is None else {"tau": tau},
     )
+
+
+def _seconds(
+    llm: LLM, args: argparse.Namespace, tau: float | None, batch: int, new_tokens: int, prompt_tokens: int | None = None
+) -> float:
+    """Seconds for a batch of fresh prompts, greedy."""
+    tokens = _fresh_prompts(llm, args, batch, prompt_tokens or args.input_len)
     begin = time.perf_counter()
-    llm.generate([{"prompt_token_ids": prompt} for prompt in tokens], params, use_tqdm=False)
+    llm.generate([{"prompt_token_ids": prompt} for prompt in tokens], _greedy(tau, new_tokens), use_tqdm=False)
     return time.perf_counter() - begin
 
 
@@ -368,9 +384,9 @@ def tables(result: dict[str, Any]) -> str:
     batches = list(dict.fromkeys(row["batch_size"] for row in sparse["rows"]))
     known = {row["batch_size"]: row for row in dense["rows"]}
     model = result["model"]
-    if result["expert_dtype"]:
+    if result.get("expert_dtype"):
         model += f", experts in {result['expert_dtype']}"
-    if result["dense_quantization"]:
+    if result.get("dense_quantization"):
         model += f", dense with {result['dense_quantization']}"
     parts = [f"{model}: routed layer within {sparse['layer_error']:.1e} (relative RMS) of float32"]
     for key, title, unit in [("decode_step_ms", "decode step", 1.0), ("avg_latency", "average latency", 1e3)]:

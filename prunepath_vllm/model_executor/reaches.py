@@ -573,6 +573,13 @@ REACHES = (
     ),
     # Benchmarks
     Reach("vllm.benchmarks.latency", "add_cli_args", "flags of `bench latency`", _BENCHMARK, parameters=("parser",)),
+    Reach(
+        "vllm.sampling_params",
+        "RequestOutputKind",
+        "steps of `bench latency` tell who got a token",
+        _BENCHMARK,
+        attributes=("DELTA",),
+    ),
     Reach("vllm.benchmarks.serve", "main", "what `bench serve` runs", _BENCHMARK, parameters=("args",)),
     Reach("vllm.benchmarks.serve", "add_cli_args", "flags of `bench serve`", _BENCHMARK, parameters=("parser",)),
 )
