@@ -153,6 +153,7 @@ def test_a_default_for_a_name_that_is_not_served_stops_the_server():
         "no-queue",
         "bool-queue",
         "no-mode",
+        "no-flag",
         "listed-mode",
     ],
 )

@@ -364,9 +364,9 @@ def tables(result: dict[str, Any]) -> str:
     batches = list(dict.fromkeys(row["batch_size"] for row in sparse["rows"]))
     known = {row["batch_size"]: row for row in dense["rows"]}
     model = result["model"]
-    if result["expert_dtype"]:
+    if result.get("expert_dtype"):
         model += f", experts in {result['expert_dtype']}"
-    if result["dense_quantization"]:
+    if result.get("dense_quantization"):
         model += f", dense with {result['dense_quantization']}"
     parts = [f"{model}: routed layer within {sparse['layer_error']:.1e} (relative RMS) of float32"]
     for key, title, unit in [("decode_step_ms", "decode step", 1.0), ("avg_latency", "average latency", 1e3)]:
