@@ -14,6 +14,7 @@ from prunepath_vllm.benchmarks import kernel, latency, layer, options, report, s
 from prunepath_vllm.benchmarks.report import BenchmarkError
 from prunepath_vllm.benchmarks.tile_search import Bench, paths_for, start_choice
 from prunepath_vllm.checkpoint import validate_checkpoint
+from prunepath_vllm.config import EXPERT_DTYPES
 from prunepath_vllm.entrypoints import cli
 from prunepath_vllm.errors import ConfigError, UsageError
 from prunepath_vllm.kernels import ffn, reference
@@ -60,16 +61,18 @@ def test_published_shapes_are_valid_configurations(name, tmp_path):
     d_ff = sparse.get("n_inner") or sparse["intermediate_size"]
     assert sparse["prunepath_config"]["num_experts"] * 32 == d_ff
     assert layer.spec_of(name).neurons == d_ff
+    assert layer.spec_of(name, expert_dtype="int8").weight_bytes * 2 == layer.spec_of(name).weight_bytes
 
 
+@pytest.mark.parametrize("stored", [None, *EXPERT_DTYPES])
 @pytest.mark.parametrize("family", ["qwen2", "gpt2"])
-def test_written_weights_make_a_checkpoint_whose_logits_have_unit_variance(family, tmp_path, monkeypatch):
+def test_written_weights_make_a_checkpoint_whose_logits_have_unit_variance(family, stored, tmp_path, monkeypatch):
     gpt2 = dict(model_type="gpt2", n_embd=32, n_inner=256, n_layer=2, n_head=2, vocab_size=320, n_positions=128)
     monkeypatch.setitem(shapes.SHAPES, "tiny", TINY if family == "qwen2" else gpt2)
-    folder = shapes.write_config("tiny", tmp_path / "model", sparse=True, expert_size=8)
+    folder = shapes.write_config("tiny", tmp_path / "model", sparse=True, expert_size=8, expert_dtype=stored)
     shapes.write_weights(folder)
     found = validate_checkpoint(folder, check_values=True)
-    assert (found.family.name, found.prunepath.num_experts) == (family, 32)
+    assert (found.family.name, found.prunepath.num_experts, found.prunepath.expert_dtype) == (family, 32, stored)
     from transformers import AutoModelForCausalLM
 
     model = AutoModelForCausalLM.from_pretrained(folder)
@@ -77,6 +80,9 @@ def test_written_weights_make_a_checkpoint_whose_logits_have_unit_variance(famil
     x = torch.randn(500, 32, generator=torch.Generator().manual_seed(0))
     for weight in routers:
         assert (x @ weight.float().T).std().item() == pytest.approx(1, abs=0.15)
+    experts = [module.dequantised() for module in model.modules() if hasattr(module, "dequantised")]
+    assert len(experts) == (0 if stored is None else 6 if family == "qwen2" else 4)
+    assert all(weight.std().item() == pytest.approx(0.02, rel=0.1) for weight in experts)
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -276,8 +282,10 @@ def test_own_tables_come_before_the_shipped_ones(tmp_path: Path, monkeypatch):
     [
         *(LayerSpec(1024, 96, size, torch.bfloat16) for size in (8, 16, 64)),
         LayerSpec(768, 40, 4, torch.bfloat16, Activation.RELU, glu=False),
+        LayerSpec(1024, 96, 32, torch.bfloat16, expert_dtype=torch.int8),
+        LayerSpec(1024, 96, 32, torch.bfloat16, expert_dtype=torch.float8_e4m3fn),
     ],
-    ids=["size8", "size16", "size64", "size4-relu-bias"],
+    ids=["size8", "size16", "size64", "size4-relu-bias", "int8", "float8"],
 )
 def test_every_path_is_right_at_other_expert_sizes(spec):
     """CPU counterpart: test_kernels_interpreted.py."""

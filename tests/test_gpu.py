@@ -12,13 +12,18 @@ from tiny_models import ENGINE_FAMILY_NAMES
 from transformers import AutoModelForCausalLM
 
 import prunepath_vllm
+from prunepath_vllm.activations import Activation
 from prunepath_vllm.benchmarks.float32 import layer_output
+from prunepath_vllm.benchmarks.layer import FLOAT8_TOLERANCE
 from prunepath_vllm.benchmarks.tile_search import make_layer, paths_for, start_choice
+from prunepath_vllm.config import EXPERT_DTYPES
+from prunepath_vllm.conversion.quantize import quantize
 from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.kernels.ffn import Tuning, heuristic_tuning, route_ahead
 from prunepath_vllm.kernels.ffn import routed_ffn as layer_run
 from prunepath_vllm.kernels.layer import Counters, LayerSpec, RoutingRule
+from prunepath_vllm.kernels.quantised import float8_inputs
 
 pytestmark = [
     pytest.mark.gpu,
@@ -198,6 +203,52 @@ def test_at_least_its_tau_is_every_expert_in_a_captured_batch_of_dense_products(
     assert counts.tolist() == [16] * 31 + [0]
     assert read.item() == 16
     assert (y[:-1].float() - want[:-1]).norm() < 7e-3 * want[:-1].norm()
+
+
+@pytest.mark.parametrize("glu", [True, False], ids=["glu", "plain"])
+@pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("num_tokens", [1, 3, 8, 64, 300, 600, 5000])
+def test_quantised_weights_on_every_path(num_tokens, stored, glu):
+    """bfloat16 against the dequantised weights, and where products are in float8 against inputs quantised alike.
+
+    CPU counterpart: test_quantised_kernels.py.
+    """
+    activation = Activation.SILU if glu else Activation.GELU_TANH
+    rule = RoutingRule(gate="sigmoid")
+    spec = LayerSpec(512, 24, 32, torch.bfloat16, activation, glu, rule, expert_dtype=stored)
+    layer = make_layer(spec, num_tokens)
+    generator = torch.Generator("cuda").manual_seed(num_tokens)
+    x = torch.randn(num_tokens, spec.hidden, generator=generator, device="cuda").bfloat16()
+    taus = torch.tensor([0.7, 1.0, 0.5, 1.05], device="cuda").repeat(num_tokens)[:num_tokens].contiguous()
+    gates = reference.expert_weights(reference.router_logits(x, layer.router.weight), taus, **asdict(spec.rule))
+    exact = layer_output(x, gates, layer.weights, spec)
+    paths = {*paths_for(num_tokens), "dense", *(["split"] if num_tokens <= 64 else ["grouped"])}
+    for path in paths:
+        for quantise in (True, False):
+            one = replace(spec, quantise_activations=quantise)
+            used = float8_inputs(one, layer.weights, num_tokens, path)
+            want = layer_output(x, gates, layer.weights, spec, used)
+            torch.empty(1 << 22, device="cuda").fill_(float("nan"))  # what a kernel leaves unwritten shows
+            tuning = Tuning(((1, start_choice(spec, num_tokens, path)),))
+            y = layer_run(x, taus, layer.router, layer.weights, one, tuning=tuning)
+            error = ((y.float() - want).norm() / want.norm()).item()
+            print(f"{path} {num_tokens} {stored} float8 inputs {used}: {error:.1e}")
+            assert error < (FLOAT8_TOLERANCE if used[1] else 5e-3), (path, used)
+            if any(used):
+                assert 1e-2 < (want - exact).norm() / exact.norm() < 8e-2
+    float8 = stored == torch.float8_e4m3fn and torch.cuda.get_device_capability() >= (8, 9)
+    assert float8_inputs(spec, layer.weights, num_tokens, "dense") == (float8, float8 and num_tokens > 512)
+
+
+@pytest.mark.parametrize("stored", EXPERT_DTYPES)
+def test_the_engine_serves_quantised_experts(prunepath_checkpoint, tmp_path, stored):
+    """CPU counterpart: test_quantize.py. In float32, and with inputs kept as they are: a batch changes nothing."""
+    quantize(prunepath_checkpoint("llama", default_tau=0.6), tmp_path / "quantised", stored)
+    policy = {"quantise_activations": False}
+    result = run_engine("decoder", tmp_path / "quantised", "cuda", eager=False, policy=policy)
+    assert [row["tokens"] for row in result["mixed"]] == [row["tokens"] for row in result["lone"]]
+    assert len({tuple(row["tokens"][0]) for row in result["mixed"]}) > 6
+    assert_naive([row for row in result["mixed"] if row["tau"] >= 1], tmp_path / "quantised")
 
 
 def test_kernels_refuse_tensors_of_another_layer():

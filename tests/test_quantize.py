@@ -3,7 +3,6 @@
 import json
 import re
 import shutil
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +21,7 @@ from prunepath_vllm.conversion.costs import output_rows
 from prunepath_vllm.conversion.quantize import quantize
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.entrypoints import cli
-from prunepath_vllm.errors import CheckpointError, ConfigError, UnsupportedFeatureError, UsageError
+from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
 from prunepath_vllm.families import FAMILIES
 from prunepath_vllm.kernels import cpu
 from prunepath_vllm.modeling import inference
@@ -473,22 +472,6 @@ def test_two_ranks_hold_the_halves_of_every_expert(quantised, monkeypatch, famil
             first, second = getattr(inputs, kind).float(), getattr(outputs, kind).float()
             for got, whole in zip((*first.chunk(len(wanted) - 1), second), wanted, strict=True):
                 assert torch.equal(got, whole.unflatten(0, shape)[:, rank].flatten(0, 1))
-
-
-def test_an_engine_elsewhere_refuses_them_by_name(monkeypatch):
-    from prunepath_vllm.model_executor import engine_config
-
-    def model(dtype):
-        block = PrunePathConfig.parse(block_fields(expert_dtype=dtype))
-        return SimpleNamespace(hf_config=SimpleNamespace(prunepath=block))
-
-    engine_config._refuse_quantised_experts(model("int8"))
-    monkeypatch.setattr(engine_config, "current_platform", SimpleNamespace(device_type="cuda"))
-    engine_config._refuse_quantised_experts(model(None))
-    with pytest.raises(
-        UnsupportedFeatureError, match=r"expert_dtype int8\) run on CPUs only so far; this vLLM runs on cuda"
-    ):
-        engine_config._refuse_quantised_experts(model("int8"))
 
 
 @pytest.mark.parametrize(

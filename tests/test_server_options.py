@@ -139,6 +139,7 @@ def test_a_default_for_a_name_that_is_not_served_stops_the_server():
         ("llama", {"full_queue": 0}, "full_queue: expected a whole number of requests, at least 1, got 0"),
         ("llama", {"full_queue": True}, "full_queue: expected a whole number"),
         ("llama", {"mode": "atleast"}, "prunepath.mode: expected one of exact, at_least, got 'atleast'"),
+        ("llama", {"quantise_activations": 1}, "quantise_activations: expected true or false, got 1"),
         ("llama", {"mode": ["exact"]}, "prunepath.mode: expected one of exact, at_least, got ['exact']"),
     ],
     ids=[
@@ -152,6 +153,7 @@ def test_a_default_for_a_name_that_is_not_served_stops_the_server():
         "no-queue",
         "bool-queue",
         "no-mode",
+        "no-flag",
         "listed-mode",
     ],
 )

@@ -63,7 +63,6 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
         operator_policy(vllm_config)
         _check_length(model_config)
         _refuse_unsupported(vllm_config)
-        _refuse_quantised_experts(model_config)
         _refuse_connectors(vllm_config)
         if os.path.isdir(model_config.model) and vllm_config.load_config.load_format != "dummy":
             validate_checkpoint(model_config.model)
@@ -118,15 +117,6 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     for feature, used in refused.items():
         if used:
             raise UnsupportedFeatureError(f"PrunePath models do not support {feature}; expected it to be off")
-
-
-def _refuse_quantised_experts(model_config: Any) -> None:
-    dtype = model_config.hf_config.prunepath.expert_dtype
-    if dtype is not None and current_platform.device_type != "cpu":
-        raise UnsupportedFeatureError(
-            f"PrunePath models with quantised experts (expert_dtype {dtype}) run on CPUs only so far; this vLLM runs "
-            f"on {current_platform.device_type}, expected cpu, or a checkpoint that is not quantised"
-        )
 
 
 def _refuse_connectors(vllm_config: VllmConfig) -> None:
