@@ -33,8 +33,19 @@ def remember_what_the_interpreter_looks_up() -> None:
             if getattr(package, name) is member:  # in a call from a kernel it has been replaced
                 interpreter._patch_attr(package, name, member, builder, scope)
 
+    dtypes: dict[str, Any] = {}
+    look_up = interpreter._get_np_dtype
+
+    def numpy_dtype(dtype: Any) -> Any:
+        scalar = getattr(dtype, "element_ty", dtype)  # of a block; a pointer's too, which is no such dtype
+        if type(scalar) is not interpreter.tl.dtype or isinstance(dtype, interpreter.tl.pointer_type):
+            return look_up(dtype)
+        if scalar.name not in dtypes:
+            dtypes[scalar.name] = look_up(scalar)
+        return dtypes[scalar.name]
+
     interpreter._patch_builtin = patch
-    interpreter._get_np_dtype = functools.cache(interpreter._get_np_dtype)
+    interpreter._get_np_dtype = numpy_dtype
 
 
 if os.environ.get("TRITON_INTERPRET") == "1":

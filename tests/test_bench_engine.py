@@ -77,7 +77,7 @@ def test_latency_prints_no_speed_of_a_wrong_layer(prunepath_checkpoint, tmp_path
         "0.4",
         "--output",
         output,
-        PYTHONPATH=str(tmp_path),
+        PYTHONPATH=os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))),
         run=subprocess.run,
     )
     assert_one_line(process, 1, "the routed layer is off by", "no speed is reported")
