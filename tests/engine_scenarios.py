@@ -1,40 +1,24 @@
 """Runs one checkpoint through vLLM and prints what came out as JSON; tests start it as a process of its own.
 
     python engine_scenarios.py SCENARIO CHECKPOINT RUNNER [JSON options]
-    python engine_scenarios.py fork "" RUNNER    # for every line of stdin such a process, see `wait_for_a_scenario`
 
 RUNNER is "v1", or "v2": vLLM's V2 model runner on the CPU, its Triton kernels under the interpreter; or "cuda": the
-runner that vLLM chooses on a GPU. A process each, because the runner and Triton's interpreter are chosen by environment
-variables read at import.
+runner that vLLM chooses on a GPU. The runner and Triton's interpreter are chosen by variables that are read at import:
+they are those of runners.py, which warm.py also imports first.
 """
 
 import gc
 import json
-import os
 import sys
+
+from prometheus_client import CollectorRegistry, multiprocess
+from vllm import LLM, PoolingParams, SamplingParams
+from vllm.exceptions import VLLMValidationError
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.engine import EngineCoreRequest
 
 SCENARIO, CHECKPOINT, RUNNER = sys.argv[1:4]
 OPTIONS = json.loads(sys.argv[4]) if len(sys.argv) > 4 else {}
-
-os.environ.update(VLLM_ENABLE_V1_MULTIPROCESSING="0", VLLM_LOGGING_LEVEL="ERROR", HF_HUB_OFFLINE="1")
-if RUNNER != "cuda":
-    os.environ.update(
-        VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_CI_ENV="1", VLLM_USE_V2_MODEL_RUNNER=str(int(RUNNER == "v2")),
-        VLLM_CPU_OMP_THREADS_BIND="nobind",  # a NUMA node for every process of an engine is what it wants otherwise
-    )  # fmt: skip
-if RUNNER == "v2":
-    os.environ.update(TRITON_INTERPRET="1", TORCHDYNAMO_DISABLE="1")  # the driver below cannot compile
-    import triton.backends
-
-    # vLLM looks for an active Triton backend; the interpreter needs none.
-    driver = type("Driver", (), {"is_active": staticmethod(lambda: True)})
-    triton.backends.backends["cpu"] = type("Backend", (), {"compiler": None, "driver": driver})()
-
-from prometheus_client import CollectorRegistry, multiprocess  # noqa: E402
-from vllm import LLM, PoolingParams, SamplingParams  # noqa: E402
-from vllm.exceptions import VLLMValidationError  # noqa: E402
-from vllm.v1.core.sched.scheduler import Scheduler  # noqa: E402
-from vllm.v1.engine import EngineCoreRequest  # noqa: E402
 
 TAUS = (1.0, 0.9, 0.5, 0.3, 0.7, 1.05)
 PROMPTS = [f"{i}: " + "the quick brown fox jumps over the lazy dog; " * (1 + i % 3) for i in range(9)]
@@ -48,7 +32,9 @@ def engine(**options):
         max_model_len=256, dtype=OPTIONS.get("dtype", "float32"), max_num_batched_tokens=64, max_num_seqs=6,
         block_size=32, seed=0, additional_config={"prunepath": OPTIONS.get("policy", {})},
     )  # fmt: skip
-    if RUNNER == "cuda":  # a fixed, small share, whatever else runs on the GPU
+    if RUNNER != "cuda":  # the cache is filled with zeros, all of it
+        defaults |= dict(num_gpu_blocks_override=512)
+    else:  # a fixed, small share, whatever else runs on the GPU
         defaults |= dict(gpu_memory_utilization=0.05, kv_cache_memory_bytes=1 << 28)
     return LLM(CHECKPOINT, **{**defaults, **options})
 
@@ -400,31 +386,6 @@ def send_weights(worker, checkpoint):
         finalize_layerwise_reload(model, worker.vllm_config.model_config)
 
 
-def wait_for_a_scenario():
-    """Return in a forked process for every line {"arguments", "output", "environment"}, and never in this one.
-
-    vLLM is imported once for all of them. Says "done" when one has ended; what it printed is in the file `output`.
-    """
-    gc.freeze()  # nothing of the import is looked through, and so copied, by the engine's collections
-    for line in sys.stdin:
-        job = json.loads(line)
-        if child := os.fork():
-            os.waitpid(child, 0)
-            print("done", flush=True)
-            continue
-        output = os.open(job["output"], os.O_WRONLY)
-        for stream in (1, 2):
-            os.dup2(output, stream)
-        os.environ.update(job["environment"])
-        sys.argv[1:] = job["arguments"]  # an engine of several processes starts them with these
-        return
-    sys.exit()
-
-
 if __name__ == "__main__":
-    if SCENARIO == "fork":
-        wait_for_a_scenario()
-        SCENARIO, CHECKPOINT = sys.argv[1:3]
-        OPTIONS = json.loads(sys.argv[4])
     result = globals()[SCENARIO]()
     print("\nRESULT " + json.dumps(result))

@@ -5,7 +5,7 @@ python eval_scenarios.py score CHECKPOINT RUNNER REQUESTS
 
 import json
 
-from engine_scenarios import CHECKPOINT, OPTIONS, SCENARIO  # the environment first: it chooses the runner
+from engine_scenarios import CHECKPOINT, OPTIONS, SCENARIO
 
 from prunepath_vllm.evaluation.backends import VllmBackend, open_checkpoint
 from prunepath_vllm.evaluation.tasks import Request

@@ -9,6 +9,7 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+from runners import remember_what_the_interpreter_looks_up
 from torch import Tensor
 
 from prunepath_vllm.activations import ACTIVATIONS as ACTIVATION_NAMES
@@ -63,6 +64,9 @@ SELECTS = {
     "radix": RouterConfig(block_e=2, split_k=2),
     "pairwise": RouterConfig(block_e=2, split_k=2, select="pairwise", select_block_e=4),
 }
+
+
+remember_what_the_interpreter_looks_up()
 
 
 @pytest.fixture(autouse=True)

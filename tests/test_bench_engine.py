@@ -3,8 +3,10 @@
 import json
 import os
 import subprocess
+from collections.abc import Callable
 
 import pytest
+import warm
 from test_cli import BIN, assert_one_line
 
 from prunepath_vllm.benchmarks import serve, server
@@ -21,11 +23,11 @@ native.RoutedFFN._call = lambda *args: 1.01 * right(*args)
 """
 
 
-def bench_latency(*arguments: object, **env: str) -> subprocess.CompletedProcess:
-    # Engines of one process: each imports vLLM once instead of three times.
+def bench_latency(*arguments: object, run: Callable = warm.run, **env: str) -> subprocess.CompletedProcess:
+    # Engines of one process: started as a user's are, each imports vLLM once instead of three times.
     env = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **env}
     flags = ("--batch-size", "1,3", "--input-len", "16", "--output-len", "6", "--repeats", "2", *ENGINE)
-    return subprocess.run(
+    return run(
         [BIN / "prunepath", "bench", "latency", *map(str, arguments), *flags],
         capture_output=True,
         text=True,
@@ -70,15 +72,25 @@ def test_latency_prints_no_speed_of_a_wrong_layer(prunepath_checkpoint, tmp_path
     (tmp_path / "sitecustomize.py").write_text(WRONG_LAYER)
     output = tmp_path / "out.json"
     process = bench_latency(
-        prunepath_checkpoint("llama", tau_curve=CURVE), "--tau", "0.4", "--output", output, PYTHONPATH=str(tmp_path)
+        prunepath_checkpoint("llama", tau_curve=CURVE),
+        "--tau",
+        "0.4",
+        "--output",
+        output,
+        PYTHONPATH=os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))),
+        run=subprocess.run,
     )
     assert_one_line(process, 1, "the routed layer is off by", "no speed is reported")
     assert process.stdout == ""
     assert not output.exists()
 
 
-def test_serve_measures_servers_whose_answers_are_right(prunepath_checkpoint, dense_checkpoint, tmp_path, capfd):
+def test_serve_measures_servers_whose_answers_are_right(
+    prunepath_checkpoint, dense_checkpoint, tmp_path, capfd, monkeypatch
+):
     checkpoint = prunepath_checkpoint("llama", tau_curve=CURVE)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(server, "subprocess", warm)
     flags = [*ENGINE, "--max-num-seqs", "16"]
     output, plot = tmp_path / "out.json", tmp_path / "plot.png"
     with server.running(checkpoint, flags) as url:

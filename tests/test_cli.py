@@ -4,18 +4,21 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from naive import load_naive, naive_generate
 from tiny_models import build_tokenizer
 
 BIN = Path(sys.executable).parent
 
 
-def prunepath(*arguments: str | Path) -> subprocess.CompletedProcess:
-    return subprocess.run(
+def prunepath(*arguments: str | Path, run: Callable = warm.run) -> subprocess.CompletedProcess:
+    """What the command says; with ``run=subprocess.run`` its process starts as a user's does."""
+    return run(
         [BIN / "prunepath", *map(str, arguments)],
         capture_output=True,
         text=True,
@@ -33,7 +36,7 @@ def assert_one_line(process: subprocess.CompletedProcess, code: int, *named: str
 
 
 def test_check_says_what_works_here():
-    process = prunepath("check", "--try")
+    process = prunepath("check", "--try", run=subprocess.run)
     assert process.returncode == 0, process.stderr
     for fact in ("vLLM 0.32", "plugin registered", "llama, qwen2,", "native (", "serving: works here"):
         assert fact in process.stdout
@@ -43,7 +46,9 @@ def test_generate_completes_at_the_tau(prunepath_checkpoint):
     checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
     prompt = "the quick brown fox"
     tokenizer = build_tokenizer()
-    process = prunepath("generate", checkpoint, "--prompt", prompt, "--tau", "0.4", "--max-tokens", "6")
+    process = prunepath(
+        "generate", checkpoint, "--prompt", prompt, "--tau", "0.4", "--max-tokens", "6", run=subprocess.run
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     with torch.no_grad():
         tokens = naive_generate(load_naive(checkpoint), tokenizer(prompt)["input_ids"], 0.4, 6)
@@ -80,9 +85,9 @@ def test_a_bad_checkpoint_is_one_line(tmp_path, prunepath_checkpoint, command):
 
 
 def test_unknown_flags_and_commands_exit_2():
-    assert prunepath("frobnicate").returncode == 2
+    assert prunepath("frobnicate", run=subprocess.run).returncode == 2
     assert prunepath("generate").returncode == 2
 
 
 def test_debug_shows_the_traceback(tmp_path):
-    assert "Traceback" in prunepath("inspect", tmp_path, "--debug").stderr
+    assert "Traceback" in prunepath("inspect", tmp_path, "--debug", run=subprocess.run).stderr

@@ -5,12 +5,12 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import ClassVar
 
 import pytest
+import runners
 import torch
+import warm
 from naive import load_naive, naive_logits
 from tiny_models import CAUSAL_FAMILY_NAMES, ENGINE_FAMILY_NAMES, save_prunepath
 
@@ -18,42 +18,14 @@ SCRIPT = Path(__file__).with_name("engine_scenarios.py")
 RUNNERS = ("v1", "v2")
 
 
-class Forker:
-    """A process that has imported vLLM and runs every scenario in a fork: the import takes longer than most of them."""
-
-    started: ClassVar[dict[tuple, "Forker"]] = {}
-
-    def __init__(self, runner: str) -> None:
-        self.process = subprocess.Popen(
-            [sys.executable, str(SCRIPT), "fork", "", runner],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-        )
-
-    @classmethod
-    def run(cls, arguments: list[str], runner: str) -> str:
-        """What a scenario printed. Ends with the tests: nothing more to read."""
-        environment = {name: os.environ[name] for name in ("PROMETHEUS_MULTIPROC_DIR",) if name in os.environ}
-        key = (runner, *environment)  # what is imported depends on whether there is one
-        forker = cls.started.pop(key, None) or cls(runner)
-        with tempfile.NamedTemporaryFile("r", errors="replace") as output:
-            job = {"arguments": arguments, "output": output.name, "environment": environment}
-            print(json.dumps(job), file=forker.process.stdin, flush=True)
-            if forker.process.stdout.readline().endswith("done\n"):
-                cls.started[key] = forker  # one that a test's timeout has left in the middle is not used again
-            return output.read()
-
-
 def run_engine(scenario: str, checkpoint: Path, runner: str = "v1", **options) -> dict:
     """One scenario of engine_scenarios.py in its own process."""
-    arguments = [scenario, str(checkpoint), runner, json.dumps(options)]
-    if runner == "cuda":  # does not survive a fork
-        command = [sys.executable, str(SCRIPT), *arguments]
-        said = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True).stdout
-    else:
-        said = Forker.run(arguments, runner)
+    start = subprocess.run if runner == "cuda" else warm.run
+    command = [sys.executable, SCRIPT, scenario, checkpoint, runner, json.dumps(options)]
+    env = {**os.environ, "OMP_NUM_THREADS": "1", **runners.environment(runner)}
+    said = start(
+        [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env
+    ).stdout
     results = [line for line in said.splitlines() if line.startswith("RESULT ")]
     assert results, said[-8000:]
     return json.loads(results[0].removeprefix("RESULT "))

@@ -8,7 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import runners
 import torch
+import warm
 from naive import load_naive, naive_logits
 from tiny_models import build_tokenizer
 
@@ -99,10 +101,11 @@ def test_either_runner_scores_as_transformers_does(runner, prunepath_checkpoint)
     for context, alike in ((words(40), []), (words(20), words(14)), (words(7), [])):
         requests += [Request(context, [*alike, *words(count)]) for count in (1, 5, 9)]
     options = json.dumps(dict(requests=[[one.context, one.continuation] for one in requests], taus=[1.0, 0.4]))
-    process = subprocess.run(
+    process = warm.run(
         [sys.executable, Path(__file__).with_name("eval_scenarios.py"), "score", checkpoint.path, runner, options],
         capture_output=True,
         text=True,
+        env={**os.environ, **runners.environment(runner)},
     )
     assert process.returncode == 0, process.stderr[-3000:]
     scores_ids, answers = json.loads(process.stdout.rpartition("\nRESULT ")[2])

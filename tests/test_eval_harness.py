@@ -2,11 +2,11 @@
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import warm
 from test_server import MODEL, serve  # noqa: F401
 
 from prunepath_vllm.entrypoints.cli import main
@@ -61,7 +61,7 @@ def harness(folder: Path, model: str, arguments: dict, *more: str) -> tuple[dict
     """What `lm_eval` says: the task's results, and its samples in the items' order."""
     output = folder / model
     command = [BIN / "lm_eval", "run", "--model", model, "--model_args", json.dumps(arguments), "--tasks", "arc_local"]
-    process = subprocess.run(
+    process = warm.run(
         [*map(str, command), "--include_path", folder, "--output_path", output, "--log_samples", *more],
         capture_output=True,
         text=True,

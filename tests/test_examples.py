@@ -4,10 +4,12 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import test_server
+import warm
 from test_server import CURVE, MODEL, Server
 
 ROOT = Path(__file__).parents[1]
@@ -26,10 +28,10 @@ def run(name: str, *arguments: str) -> str:
     return run_file(file, *arguments, VLLM_CPU_KVCACHE_SPACE="1")
 
 
-def run_file(file: Path, *arguments: str, **variables: str) -> str:
+def run_file(file: Path, *arguments: str, start: Callable = warm.run, **variables: str) -> str:
     env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
     env["VLLM_CPU_CI_ENV"] = "1"  # compiling by inductor takes a minute
-    done = subprocess.run([sys.executable, str(file), *arguments], capture_output=True, env=env)
+    done = start([sys.executable, str(file), *arguments], capture_output=True, env=env)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     return done.stdout.decode(errors="replace")
 
@@ -85,4 +87,4 @@ def test_the_readmes_offline_program(prunepath_checkpoint, tmp_path):
     assert DEMO in program
     file = tmp_path / "offline.py"
     file.write_text(program.replace(DEMO, str(prunepath_checkpoint("llama", default_tau=0.6, tau_curve=CURVE))))
-    assert run_file(file)
+    assert run_file(file, start=subprocess.run)

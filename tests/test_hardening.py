@@ -14,7 +14,7 @@ import httpx
 import psutil
 import pytest
 import test_server
-from test_server import BIN, CURVE, MODEL, PROMPTS, TAUS, Server, complete
+from test_server import BIN, CURVE, HTTP, MODEL, PROMPTS, TAUS, Server, complete
 from tiny_models import save_prunepath
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -122,13 +122,13 @@ def test_clients_that_abort_and_come_back(server, right):
 
 
 def test_a_checkpoint_replaced_under_the_server_changes_no_answer(server, right, checkpoint):
-    info = httpx.get(f"{server.url}/prunepath/info").json()
+    info = HTTP.get(f"{server.url}/prunepath/info").json()
     os.truncate(checkpoint / "model.safetensors", 0)  # pages that were still mapped would be lost
     assert answers(server) == right
     shutil.rmtree(checkpoint)
     save_prunepath("llama", checkpoint, seed=7, default_tau=0.3, tau_curve=CURVE)
     assert answers(server) == right
-    assert httpx.get(f"{server.url}/prunepath/info").json() == info
+    assert HTTP.get(f"{server.url}/prunepath/info").json() == info
 
 
 def still_running(family: list[psutil.Process]) -> list[psutil.Process]:

@@ -16,10 +16,12 @@ import httpx
 import openai
 import pytest
 import torch
+import warm
 from naive import load_naive, naive_generate, naive_logits, naive_sparsity
 from tiny_models import build_tokenizer
 
 BIN = Path(sys.executable).parent
+VLLM_SERVE = (str(BIN / "vllm"), "serve")
 MODEL = "tiny"
 START_SECONDS = 600  # 15 where the machine has nothing else to do
 PROMPTS = ["hello world", "the quick brown fox " * 6, "1 2 3 4 5 6 7 8", "x", "to be or not to be, " * 3]
@@ -32,6 +34,9 @@ ENVIRONMENT = {
 }
 CURVE = [[0.2, 0.9], [0.5, 0.7], [0.8, 0.3], [1.0, 0.0]]
 
+# A connection for each request, as of a client for each. A TLS context, which none needs, takes longer than an answer.
+HTTP = httpx.Client(verify=False, timeout=120, limits=httpx.Limits(max_keepalive_connections=0))
+
 
 @dataclass(frozen=True)
 class Server:
@@ -43,26 +48,32 @@ class Server:
 
     @property
     def client(self) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0)
+        return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=HTTP)
 
     def post(self, path: str, body: dict | None = None, *, raw: bytes | None = None) -> httpx.Response:
         content = json.dumps(body).encode() if raw is None else raw
-        return httpx.post(self.url + path, content=content, headers={"Content-Type": "application/json"}, timeout=120)
+        return HTTP.post(self.url + path, content=content, headers={"Content-Type": "application/json"})
 
 
 @pytest.fixture(scope="module")
 def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
-    """``serve(checkpoint, *flags)``: a server in multi-process mode; stopped at the end of the module."""
+    """``serve(checkpoint, *flags)``: a server in multi-process mode; stopped at the end of the module.
+
+    With ``popen=subprocess.Popen`` every process of it starts as a user's does.
+    """
     running: list[subprocess.Popen] = []
 
-    def start(checkpoint: Path, *flags: str, command: tuple[str, ...] = (str(BIN / "vllm"), "serve")) -> Server:
+    def start(
+        checkpoint: Path, *flags: str, command: tuple[str, ...] = VLLM_SERVE, popen: type[subprocess.Popen] = warm.Popen
+    ) -> Server:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         log = tmp_path_factory.mktemp("server") / "log.txt"
         common = ["--host", "127.0.0.1", "--port", str(port), "--served-model-name", MODEL, "--dtype", "float32"]
         common += ["--max-model-len", "256", "--max-num-seqs", "16", "--enforce-eager"]
-        process = subprocess.Popen(
+        common += ["--num-gpu-blocks-override", "256"]  # the cache is filled with zeros, all of it
+        process = popen(
             [*command, str(checkpoint), *common, *flags],
             stdout=log.open("w"),
             stderr=subprocess.STDOUT,
@@ -74,11 +85,11 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
         deadline = time.monotonic() + START_SECONDS
         while time.monotonic() < deadline and process.poll() is None:
             try:
-                if httpx.get(f"{url}/health").status_code == 200:
+                if HTTP.get(f"{url}/health").status_code == 200:
                     return Server(url, checkpoint, log)
             except httpx.TransportError:
                 pass
-            time.sleep(0.5)
+            time.sleep(0.1)
         raise AssertionError(log.read_text()[-5000:])
 
     yield start
@@ -95,12 +106,22 @@ def serve(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Se
 @pytest.fixture(scope="module")
 def llama(serve, prunepath_checkpoint) -> Server:
     checkpoint = prunepath_checkpoint("llama", default_tau=0.6, tau_curve=CURVE)
-    return serve(checkpoint, "--additional-config", '{"prunepath": {"default_tau": 0.7}}', "--enable-scale-out")
+    return serve(
+        checkpoint,
+        "--additional-config",
+        '{"prunepath": {"default_tau": 0.7}}',
+        "--enable-scale-out",
+        popen=subprocess.Popen,
+    )
 
 
 @pytest.fixture(scope="module")
 def roberta(serve, prunepath_checkpoint) -> Server:
-    return serve(prunepath_checkpoint("roberta", default_tau=0.6), command=(str(BIN / "prunepath"), "serve"))
+    return serve(
+        prunepath_checkpoint("roberta", default_tau=0.6),
+        command=(str(BIN / "prunepath"), "serve"),
+        popen=subprocess.Popen,
+    )
 
 
 def complete(server: Server, prompt: str = PROMPTS[1], **extra) -> list[int]:
@@ -310,7 +331,7 @@ def test_a_batch_file_takes_the_knob_in_each_line(llama, tmp_path):
     command = [str(BIN / "vllm"), "run-batch", "-i", "in.jsonl", "-o", "out.jsonl", "--model", str(llama.checkpoint)]
     command += ["--served-model-name", MODEL, "coarse", "--dtype", "float32", "--max-model-len", "256"]
     command += ["--enforce-eager", "--additional-config", json.dumps({"prunepath": policy})]
-    run = subprocess.run(command, cwd=tmp_path, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
+    run = warm.run(command, cwd=tmp_path, env={**os.environ, **ENVIRONMENT}, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-3000:]
     answers = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text().splitlines()]
     assert {answer["custom_id"] for answer in answers} == set(BATCH)

@@ -3,11 +3,10 @@
 import concurrent.futures
 import json
 
-import httpx
 import pytest
 import test_server
 from prometheus_client.parser import text_string_to_metric_families
-from test_server import BIN, CURVE, MODEL, PROMPTS, TAUS, Server, complete, expected
+from test_server import BIN, CURVE, HTTP, MODEL, PROMPTS, TAUS, Server, complete, expected
 from test_server_policy import metrics
 
 serve = test_server.serve
@@ -23,7 +22,7 @@ def server(serve, prunepath_checkpoint) -> Server:
 
 def answered(server: Server) -> dict[str, float]:
     """Requests by the engine that answered them."""
-    families = text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text)
+    families = text_string_to_metric_families(HTTP.get(f"{server.url}/metrics").text)
     samples = [sample for family in families for sample in family.samples]
     counts: dict[str, float] = {}
     for sample in samples:

@@ -9,7 +9,6 @@ import time
 from pathlib import Path
 
 import anthropic
-import httpx
 import openai
 import pytest
 import test_server
@@ -17,7 +16,7 @@ import torch
 from naive import NaiveFFN, load_naive, naive_logits, naive_sparsity
 from prometheus_client.parser import text_string_to_metric_families
 from test_engine import run_engine
-from test_server import BIN, ENDPOINTS, MODEL, PROMPTS, Server, complete
+from test_server import BIN, ENDPOINTS, HTTP, MODEL, PROMPTS, Server, complete
 from tiny_models import build_tokenizer
 from torch import Tensor
 
@@ -217,7 +216,7 @@ def test_generated_tokens_at_the_prefill_tau_are_part_of_the_next_prompt(server,
 def metrics(server: Server) -> dict[str, float]:
     """Samples of /metrics by name, summed over labels other than a histogram's bound and a step's kind."""
     values: dict[str, float] = {}
-    for family in text_string_to_metric_families(httpx.get(f"{server.url}/metrics").text):
+    for family in text_string_to_metric_families(HTTP.get(f"{server.url}/metrics").text):
         for sample in family.samples:
             label = sample.labels.get("le") or sample.labels.get("kind")
             name = sample.name + (f":{label}" if label else "")
@@ -321,7 +320,7 @@ def test_refused_requests_are_not_counted(server):
 
 
 def test_the_playground_is_one_file_that_asks_nobody_else(server):
-    answer = httpx.get(f"{server.url}/prunepath")
+    answer = HTTP.get(f"{server.url}/prunepath")
     assert answer.status_code == 200
     assert answer.headers["content-type"].startswith("text/html")
     assert answer.headers["content-security-policy"].startswith("default-src 'none'; connect-src 'self';")
@@ -332,7 +331,7 @@ def test_the_playground_is_one_file_that_asks_nobody_else(server):
 
 
 def test_info_says_what_is_served_and_what_may_be_asked(server):
-    info = httpx.get(f"{server.url}/prunepath/info").json()
+    info = HTTP.get(f"{server.url}/prunepath/info").json()
     block = json.loads((server.checkpoint / "config.json").read_text())
     experts = block["prunepath_config"]
     assert info["model"]["served_names"] == [MODEL, COARSE]
@@ -470,7 +469,7 @@ def test_a_streamed_response_in_the_background_reports_to_who_comes_back(server)
 
 
 def test_messages_report_in_the_body_or_the_last_event(server):
-    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
+    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, http_client=HTTP)
     asked = {"temperature": 0, "sparsity": 0.3}
     told = {**asked, "prunepath_report": True}
     body = dict(model=MODEL, max_tokens=6, messages=[{"role": "user", "content": "hi"}])

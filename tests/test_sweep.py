@@ -5,9 +5,11 @@ import shutil
 from pathlib import Path
 
 import pytest
+import warm
 
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.entrypoints.cli import main
+from prunepath_vllm.evaluation import sweep
 from prunepath_vllm.evaluation.plots import pareto_front
 from prunepath_vllm.evaluation.sweep import losses, recommend
 
@@ -51,6 +53,7 @@ def run(checkpoint: Path, text: Path, output: Path, *more: object) -> int:
 def test_a_sweep_with_speed_and_what_it_writes(prunepath_checkpoint, text, tmp_path, capsys, monkeypatch):
     monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(sweep, "subprocess", warm)
     checkpoint = shutil.copytree(prunepath_checkpoint("llama"), tmp_path / "checkpoint")
     before = {file.name: file.read_bytes() for file in checkpoint.iterdir()}
     output, plot = tmp_path / "out.json", tmp_path / "out.png"
