@@ -167,10 +167,10 @@ ROUTER_ONE = [
     RouterConfig(e, 1, w, 4, select="pairwise", select_block_e=n)
     for e, w, n in [(4, 8, 2), (4, 8, 4), (4, 8, 8), (2, 4, 2)]
 ]
-ROUTER_ONE += [RouterConfig(e, 1, w, sw, 3) for e, w, sw in [(4, 8, 8), (2, 4, 4)]]
+ROUTER_ONE += [RouterConfig(e, 1, w, sw, 3) for e, w, sw in [(4, 8, 8), (2, 4, 4), (4, 8, 16), (4, 8, 32)]]
 ROUTER_SOME = [
     RouterConfig(4, s, 4, sw, b)
-    for s, sw, b in [(4, 8, 3), (2, 8, 3), (7, 8, 3), (14, 8, 3), (7, 4, 3), (7, 4, 2), (7, 16, 3)]
+    for s, sw, b in [(4, 8, 3), (2, 8, 3), (7, 8, 3), (14, 8, 3), (7, 4, 3), (7, 4, 2), (7, 16, 3), (4, 32, 3)]
 ]
 ROUTER_SOME += [RouterConfig(4, s, 4, 4, select="pairwise", select_block_e=n) for s, n in [(7, 4), (4, 4), (7, 16)]]
 ROUTER_SOME += [RouterConfig(4, s, 4, 8, select="pairwise", select_block_e=32) for s in (2, 4)]

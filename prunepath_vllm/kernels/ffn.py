@@ -79,6 +79,10 @@ GROUPED_UP_TO = 64
 """Neurons of an expert up to which the grouped path's tiles, all of an expert's neurons wide, fit a multiprocessor."""
 
 
+PAIRWISE_UP_TO = 1024
+"""Experts up to which comparing every expert with all others is the faster selection for a few tokens."""
+
+
 def heuristic_tuning(spec: LayerSpec) -> Tuning:
     """Choices for a GPU or shape without a table: what was fastest on Qwen2-7B's shape, cut to fit shared memory."""
     element_size = spec.dtype.itemsize
@@ -93,6 +97,8 @@ def heuristic_tuning(spec: LayerSpec) -> Tuning:
     down = DownConfig(128, 32, 9, 4, 9 // wide)
     one = RouterConfig(4, 1, 8, 4, select="pairwise", select_block_e=2)
     few = RouterConfig(4, 7, 4, 4, select="pairwise", select_block_e=4)
+    if spec.num_experts > PAIRWISE_UP_TO:
+        one, few = RouterConfig(4, 1, 8, 16), RouterConfig(4, 7, 4, 16)
     grouped = GroupedConfig(128, 64, 4, 3, 8)
     choices = (
         (1, Choice("fused", 1, one, fused=fused)),
