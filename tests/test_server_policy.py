@@ -469,7 +469,7 @@ def test_a_streamed_response_in_the_background_reports_to_who_comes_back(server)
 
 
 def test_messages_report_in_the_body_or_the_last_event(server):
-    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0, http_client=HTTP)
+    client = anthropic.Anthropic(base_url=server.url, api_key="none", max_retries=0)
     asked = {"temperature": 0, "sparsity": 0.3}
     told = {**asked, "prunepath_report": True}
     body = dict(model=MODEL, max_tokens=6, messages=[{"role": "user", "content": "hi"}])
