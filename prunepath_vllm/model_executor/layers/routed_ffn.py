@@ -300,10 +300,9 @@ def _route_ahead_op(
             counters=Counters(state.active_counts[:tokens], state.experts_read),
             host_dense=_host_dense(state),
         )
-    gates, experts = _route_ahead_fake(router_input, step, router, spec, num_experts)
     if routing is None:
-        return [gates, experts]
-    return [routing.gates, experts if routing.experts is None else routing.experts]
+        return _route_ahead_fake(router_input, step, router, spec, num_experts)
+    return [routing.gates, routing.experts]
 
 
 def _route_ahead_fake(
