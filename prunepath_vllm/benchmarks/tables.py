@@ -48,26 +48,30 @@ def speedup(dense: float, ours: float) -> str:
     return f"{dense / ours:.2f}x"
 
 
-def latency(file: str, *, batch: str = "1", prefill: str = "") -> str:
+def latency(file: str, *, batch: str = "1", prefill: str = "", base: str = "") -> str:
     """Decode steps of ``prunepath bench latency``: a row an active share, a column a batch size, with the ratio.
 
     Args:
         file: its --output.
         batch: batch sizes.
         prefill: "yes" for a last column, a prompt's time.
+        base: the file whose dense model the ratios are to, where it is not this one's.
     """
     result = _read(file)
     sizes = [int(size) for size in batch.split(",")]
-    dense = {row["batch_size"]: row["decode_step_ms"] for row in result["dense"]["rows"]}
+    reference = _read(base or file)["dense"]
+    dense = {row["batch_size"]: row["decode_step_ms"] for row in reference["rows"]}
+    dense_prompt = next((row["prefill_ms"] for row in reference["prefill"]), None)
     prompts = {row["share"]: row["prefill_ms"] for part in ("dense", "sparse") for row in result[part]["prefill"]}
     rows = []
     shares = list(dict.fromkeys(row["share"] for part in ("dense", "sparse") for row in result[part]["rows"]))
     for one in shares:
         part = result["dense" if one is None else "sparse"]["rows"]
         steps = {row["batch_size"]: row["decode_step_ms"] for row in part if row["share"] == one}
-        cells = [_milliseconds(steps[size], None if one is None else dense[size]) for size in sizes]
+        plain = one is None and not base
+        cells = [_milliseconds(steps[size], None if plain else dense[size]) for size in sizes]
         if prefill:
-            cells.append(_milliseconds(prompts[one], None if one is None else prompts[None]))
+            cells.append(_milliseconds(prompts[one], None if plain else dense_prompt))
         rows.append([share(one), *cells])
     header = ["active", *(f"batch {size}" for size in sizes)]
     return markdown([*header, f"prefill of {result['dense']['prefill'][0]['tokens']:,}"] if prefill else header, rows)
