@@ -118,6 +118,14 @@ def test_either_runner_scores_as_transformers_does(runner, prunepath_checkpoint)
         assert spared == [0, 32 * scores_ids, 32 * scores_ids, *[0] * 6]
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_cpu_scores_in_the_checkpoints_dtype_where_it_multiplies_it_fast(prunepath_checkpoint, monkeypatch, fast):
+    monkeypatch.setattr("prunepath_vllm.conversion.calibrate.has_fast_product", lambda dtype: fast)
+    checkpoint = open_checkpoint(prunepath_checkpoint("llama", dtype=torch.bfloat16))
+    model = TransformersBackend(checkpoint, None, "cpu").model
+    assert model.dtype == (torch.bfloat16 if fast else torch.float32)
+
+
 def test_tasks_share_a_model(prunepath_checkpoint, arc, tmp_path, monkeypatch, capsys):
     (tmp_path / ".cache/data").mkdir(parents=True)
     (tmp_path / ".cache/data/arc").symlink_to(arc)

@@ -103,7 +103,7 @@ def calibrate(
     )
     check_writable(summary.path)
 
-    model = _in_a_fast_dtype(load_model(summary, device))
+    model = in_a_fast_dtype(load_model(summary, device))
     factor = _output_factor(model, summary)
     held_out = max(1, len(sequences) // HELD_OUT_SHARE)
     skip = positions_to_skip(summary.family, dense_positions)
@@ -190,7 +190,7 @@ def load_model(summary: CheckpointSummary, device: str) -> PreTrainedModel:
     return model.requires_grad_(False).eval().to(device)
 
 
-def _in_a_fast_dtype(model: PreTrainedModel) -> PreTrainedModel:
+def in_a_fast_dtype(model: PreTrainedModel) -> PreTrainedModel:
     """The model in float32 on a CPU that is slow in its dtype, if that takes at most half of the memory."""
     if model.device.type == "cpu" and not has_fast_product(model.dtype):
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -12,7 +12,7 @@ from transformers import GenerationConfig
 
 from prunepath_vllm.checkpoint import CheckpointSummary, read_config, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
-from prunepath_vllm.conversion.calibrate import load_model, sequence_length
+from prunepath_vllm.conversion.calibrate import in_a_fast_dtype, load_model, sequence_length
 from prunepath_vllm.devices import check_device
 from prunepath_vllm.evaluation.tasks import Request
 from prunepath_vllm.families import Family, family_of
@@ -111,7 +111,7 @@ class Backend(Protocol):
 
 
 class TransformersBackend:
-    """The transformers model, in the checkpoint's dtype; counts experts exactly."""
+    """The transformers model, in the checkpoint's dtype or one that a CPU multiplies faster; counts experts exactly."""
 
     name = "transformers"
 
@@ -124,9 +124,10 @@ class TransformersBackend:
 
             auto_class = getattr(transformers, checkpoint.family.auto_class)
             options = checkpoint.family.dense_options
-            self.model: Any = auto_class.from_pretrained(checkpoint.path, dtype="auto", **options).eval().to(device)
+            model = auto_class.from_pretrained(checkpoint.path, dtype="auto", **options).eval().to(device)
         else:
-            self.model = load_model(checkpoint.summary, device)
+            model = load_model(checkpoint.summary, device)
+        self.model: Any = in_a_fast_dtype(model)
 
     @torch.inference_mode()
     def loglikelihood(self, requests: Sequence[Request], tau: float | None) -> list[Answer]:
