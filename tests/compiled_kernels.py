@@ -34,6 +34,9 @@ SPECS = (
 SIZES = (1, 2, 3, 5, 12, 20, 28, 48, 64)
 """Expert sizes besides those of SPECS, compiled for a narrow layer: tiles, not widths, depend on them."""
 
+AHEAD_SIZE = 12
+"""The one of them whose kernels are also compiled for a list of experts made before: it changes no tile."""
+
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
 
@@ -146,21 +149,25 @@ def compile_sparse_paths(spec: LayerSpec) -> None:
         x, tau = empty(num_tokens, spec.hidden, dtype=spec.dtype), torch.empty(num_tokens, device="meta")
         tuning = Tuning(((1, choice),))
         routed_ffn(x, tau, router, weights, spec, tuning=tuning)
-        if num_tokens <= 8:
+        if num_tokens <= 8 and spec.expert_size == AHEAD_SIZE:
             ahead = route_ahead(x, tau, router, spec, tuning=tuning)
             routed_ffn(x, tau, router, weights, spec, tuning=tuning, router_input=x, routing=ahead)
     gated_activation(empty(8, spec.input_rows), spec, torch.empty(8, spec.num_experts, device="meta"))
 
 
 def compile_quantised(stored: torch.dtype) -> None:
-    """The heuristic choices on quantised weights, their dense products of every size, and what W8A8 needs."""
-    for spec in SPECS:
+    """The heuristic choices on quantised weights, their dense products of every size, and what W8A8 needs.
+
+    int8 takes the tiles of float8 and is widened in fewer registers: two layers, and the ends and middle of the sizes.
+    """
+    float8 = stored == torch.float8_e4m3fn
+    for spec in SPECS if float8 else (SPECS[0], SPECS[2]):
         spec = replace(spec, expert_dtype=stored)
         compile_layer(spec, heuristic_tuning(spec))
     compile_sparse_paths(LayerSpec(1024, 128, 32, torch.float16, expert_dtype=stored))
     for spec in (replace(spec, expert_dtype=stored) for spec in (SPECS[0], SPECS[2])):
         _, weights = layer_of(spec)
-        for num_tokens in (1, 17, 33, 65, 129, 257, 513):
+        for num_tokens in (1, 17, 33, 65, 129, 257, 513) if float8 and spec.glu else (1, 65, 513):
             exact = replace(spec, quantise_activations=False)
             neurons = gated_activation(empty(num_tokens, spec.input_rows), spec, scale_out=weights.scale_out)
             quantised.first_linear(empty(num_tokens, spec.hidden), weights, exact)

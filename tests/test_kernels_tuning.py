@@ -100,12 +100,13 @@ def test_small_layers_without_a_table_are_dense(hidden, experts, glu):
 
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
 def test_quantised_layers_have_tables_of_their_own(stored):
-    """The shipped ones are for weights that are not; a layer's size is what is stored."""
+    """One is shipped in float8; a layer's size is what is stored."""
     qwen, llama = spec(3584, 592), spec(4096, 448)
     small, large = (replace(one, expert_dtype=stored) for one in (llama, spec(5120, 864)))
-    assert load_tuning("NVIDIA H200", replace(qwen, expert_dtype=stored)) == heuristic_tuning(
-        replace(qwen, expert_dtype=stored)
-    )
+    quantised = replace(qwen, expert_dtype=stored)
+    found = load_tuning("NVIDIA H200", quantised)
+    assert found != load_tuning("NVIDIA H200", qwen)
+    assert (found == heuristic_tuning(quantised)) == (stored == torch.int8)
     assert small.weight_bytes * 2 == llama.weight_bytes < 400_000_000
     assert {load_tuning("Some other GPU", small).choice(tokens).path for tokens in (1, 4, 9000)} == {"dense"}
     assert load_tuning("Some other GPU", llama).choice(1).path == "fused"
