@@ -185,6 +185,17 @@ def test_block_scales_have_ragged_edges():
     assert HIDDEN % BLOCK[1]
 
 
+def test_blocks_larger_than_the_weights_take_no_memory(source, tmp_path):
+    path = shutil.copytree(source("llama", "fp8"), tmp_path / "copy")
+    edit(path, quantization_config=dict(quant_method="fp8", weight_block_size=[10**15, 10**15]))
+    tensors = load_file(path / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("weight_scale")]:
+        tensors[f"{name}_inv"] = tensors.pop(name).reshape(1, 1)
+    save_file(tensors, path / "model.safetensors")
+    convert(path, tmp_path / "out")
+    torch.testing.assert_close(logits(tmp_path / "out", tau=1.0), logits(path / "dense"), atol=1e-5, rtol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=["bf16", "fp16"])
 def test_weights_get_the_dtype_that_the_configuration_says(source, tmp_path, dtype):
     path = source("llama", "channel", dtype=dtype)

@@ -273,7 +273,7 @@ class DenseWeights:
         wide = tensor.to(torch.float32)
         if self.format.block is None:
             return wide.mul_(scale).to(dtype)
-        rows, columns = self.format.block
+        rows, columns = self.format.block[0], min(self.format.block[1], wide.shape[1])
         for start, row in zip(range(0, len(wide), rows), scale, strict=True):
             wide[start : start + rows] *= row.repeat_interleave(columns)[: wide.shape[1]]
         return wide.to(dtype)
