@@ -26,7 +26,8 @@ from interpreted_kernels import (
 
 from prunepath_vllm.benchmarks import float32
 from prunepath_vllm.config import EXPERT_DTYPES
-from prunepath_vllm.conversion.quantize import LARGEST, quantised_weights
+from prunepath_vllm.conversion.quantize import quantised_weights
+from prunepath_vllm.conversion.rounding import LARGEST
 from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.kernels import common, quantised
 from prunepath_vllm.kernels.common import widen

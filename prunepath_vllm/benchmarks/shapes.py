@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from prunepath_vllm.config import expected_sparsity
-from prunepath_vllm.conversion.quantize import quantise_weight
+from prunepath_vllm.conversion.rounding import quantise_weight
 from prunepath_vllm.families import FAMILIES, Family, family_of
 from prunepath_vllm.kernels.layer import dtype_name
 

@@ -21,7 +21,8 @@ import torch.nn.functional as F
 import triton
 from torch import Tensor
 
-from prunepath_vllm.conversion.quantize import quantise_weight, quantised_weights
+from prunepath_vllm.conversion.quantize import quantised_weights
+from prunepath_vllm.conversion.rounding import quantise_weight
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
 from prunepath_vllm.kernels.dense import gated_activation

@@ -20,6 +20,7 @@ from prunepath_vllm.checkpoint import (
     check_finite,
     check_tensors,
     ffn_tensor_shapes,
+    quantised_tensors,
     read_config,
     read_tensor_index,
     routed_layers,
@@ -29,7 +30,8 @@ from prunepath_vllm.checkpoint import (
 )
 from prunepath_vllm.config import FORMAT_VERSION, PrunePathConfig, check_dense_shape
 from prunepath_vllm.conversion import openpangu
-from prunepath_vllm.conversion.model_card import QUALITY_FILE, write_model_card
+from prunepath_vllm.conversion.float8_source import DenseWeights, parse_format
+from prunepath_vllm.conversion.model_card import QUALITY_FILE, SOURCE_WEIGHTS, write_model_card
 from prunepath_vllm.conversion.splits import METHODS, neuron_orders
 from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
@@ -67,12 +69,13 @@ def convert(
     calibration_text: str | Path | None = None,
     seed: int = 0,
     device: str = "cpu",
+    expert_dtype: str | None = None,
 ) -> Path:
     """Convert a dense checkpoint. At tau >= 1 the result computes the dense model's function.
 
     Weights are streamed: besides one layer's clustering, memory holds the output shard being written
     (:data:`MAX_SHARD_BYTES`). `dst` appears complete or not at all. The co-activation split and calibrated routers also
-    load the model.
+    load the model. Of a source whose linears are float8 (:mod:`float8_source`), the dense model is the dequantised one.
 
     Args:
         src: directory of a dense model, or its Hugging Face name.
@@ -87,13 +90,15 @@ def convert(
         calibration_text: UTF-8 text file.
         seed: of the split and the calibration.
         device: "cpu" or "cuda", for clustering and calibration.
+        expert_dtype: "float8_e4m3fn" leaves the feed-forward linears of a float8 source in float8: as they are stored,
+            or requantised where a scale per neuron does not say what the source's scales do. None dequantises them.
 
     Returns:
         `dst`.
 
     Raises:
         UsageError: arguments that make no sense together, `dst` not empty or not to be made, a text that is not one.
-        ConfigError: `src` is not of a supported family, function or size, or is quantised.
+        ConfigError: `src` is not of a supported family, function or size, or is quantised in a way that is not read.
         CheckpointError: `src` cannot be had or read, or its weights are not what its configuration promises.
     """
     dst = Path(dst)
@@ -107,6 +112,10 @@ def convert(
     for name, value, known in named:
         if value not in known:
             raise UsageError(f"{name}: {value!r}; expected one of {', '.join(known)}")
+    if expert_dtype not in (None, "float8_e4m3fn"):
+        raise UsageError(
+            f"expert dtype: {expert_dtype!r}; expected float8_e4m3fn, or none and `prunepath quantize` after"
+        )
     _check_arguments(dst, expert_size=expert_size, split=split, router=router, text=text, device=device)
     source, base_model = _resolve_source(src)
     config = read_config(source)
@@ -117,6 +126,7 @@ def convert(
             raise UsageError("split coactivation runs the dense model, whose own code is not run; expected another")
     family = _dense_family(source, config)
     try:
+        quantised = parse_format(config, family)
         num_experts = check_dense_shape(family.intermediate_size(config), expert_size)
     except ConfigError as error:
         raise ConfigError(f"{source}: {error}") from None
@@ -124,7 +134,17 @@ def convert(
     if router_rank is not None and not 1 <= router_rank <= hidden:
         raise UsageError(f"router rank: {router_rank}; expected 1 to {hidden}, the hidden size of {source}")
 
-    tensors = read_tensor_index(source)
+    if quantised is None and expert_dtype is not None:
+        raise UsageError(
+            f"{source}: expert dtype {expert_dtype} keeps a source's float8 weights, and these are plain; expected "
+            "none, and `prunepath quantize` after the conversion"
+        )
+    if quantised is not None and split == "coactivation":
+        raise UsageError(f"split coactivation runs the dense model, which is {quantised}; expected another split")
+
+    stored = read_tensor_index(source)
+    dense = DenseWeights(source, config, stored, family, quantised)
+    tensors = dense.tensors
     layers = routed_layers(source, family, config, tensors)
     new_names = _new_names(family, tensors, layers)
     old_names = {new: old for old, names in new_names.items() for new in names}
@@ -133,6 +153,14 @@ def convert(
         expected.update(ffn_tensor_shapes(family, config, layer))
     expected |= family.head(config)
     check_tensors(source, {new: _part(tensors[old], len(new_names[old])) for new, old in old_names.items()}, expected)
+    if expert_dtype is not None:
+        for layer in layers:
+            for weight in quantised_tensors(family, layer):
+                if old_names[weight] not in dense.scales:
+                    raise UsageError(
+                        f"{source}: tensor {old_names[weight]} is plain; expected float8 with expert dtype "
+                        f"{expert_dtype}, or none and `prunepath quantize` after the conversion"
+                    )
     if router == "calibrated" and not pangu:  # no tokenizer before its files are mended
         from prunepath_vllm.conversion.calibrate import calibration_sequences
 
@@ -142,7 +170,7 @@ def convert(
 
     def read(name: str) -> Tensor:
         old = old_names[name]
-        ((_, tensor),) = stream_tensors(source, tensors, [old])
+        ((_, tensor),) = dense.stream([old])
         return tensor.chunk(len(new_names[old]))[new_names[old].index(name)]
 
     orders = neuron_orders(split, source, family, config, num_experts, read=read, text=text, seed=seed, device=device)
@@ -158,19 +186,29 @@ def convert(
         )
     )
 
+    new_config = _new_config(config, family, prunepath)
+    if quantised is not None:
+        new_config[SOURCE_WEIGHTS] = _said_of(dense, expert_dtype)
     with new_directory(dst) as staging:
-        copy_files(source, staging)
+        # Where experts stay float8, routers are calibrated on the dequantised model first.
+        plain = staging if expert_dtype is None else staging / "plain"
+        plain.mkdir(exist_ok=True)
+        copy_files(source, plain)
         if pangu:
-            openpangu.mend_tokenizer_config(staging)
-        (staging / "config.json").write_text(json.dumps(_new_config(config, family, prunepath), indent=2) + "\n")
-        _write_weights(source, staging, family, config, tensors, new_names, orders, prunepath)
-        validate_checkpoint(staging)
-        write_model_card(staging)
+            openpangu.mend_tokenizer_config(plain)
+        _write_config(plain, new_config)
+        _write_weights(dense, plain, family, config, new_names, orders, prunepath)
+        validate_checkpoint(plain)
+        write_model_card(plain)
         if router == "calibrated":
             from prunepath_vllm.conversion.calibrate import calibrate
 
             assert text is not None
-            calibrate(staging, text, device=device, seed=seed)
+            calibrate(plain, text, device=device, seed=seed)
+        if expert_dtype is not None:
+            doubled = gate == "sigmoid" and router == "zero"
+            _with_float8_experts(plain, staging, dense, expert_dtype, new_names, orders, doubled=doubled)
+            shutil.rmtree(plain)
     return dst
 
 
@@ -211,13 +249,10 @@ def _dense_family(source: Path, config: Mapping[str, Any]) -> Family:
     """The family of a dense config.json that can be converted.
 
     Raises:
-        ConfigError: already converted, another family or function, quantised.
+        ConfigError: already converted, another family or function.
     """
     if "prunepath_config" in config:
         raise ConfigError(f"{source}: already a PrunePath checkpoint; expected a dense one")
-    if config.get("quantization_config"):
-        method = config["quantization_config"].get("quant_method")
-        raise ConfigError(f"{source}: quantization_config: the weights are quantised ({method!r}); expected plain ones")
     try:
         family = family_of(config, converted=False)
         check_fields(family, config)
@@ -259,13 +294,29 @@ def _split_source(split: str, text: Path | None) -> str | None:
 def _new_config(config: Mapping[str, Any], family: Family, prunepath: PrunePathConfig) -> dict[str, Any]:
     # _name_or_path is where the dense model once lay, often a path on somebody's machine; base_model replaces it.
     kept = {
-        key: value for key, value in config.items() if key not in ("auto_map", "quantization_config", "_name_or_path")
+        key: value
+        for key, value in config.items()
+        if key not in ("auto_map", "quantization_config", "_name_or_path", SOURCE_WEIGHTS)
     }
     return kept | {
         "architectures": [family.architecture],
         "model_type": family.model_type,
         "prunepath_config": prunepath.to_json(),
     }
+
+
+def _said_of(dense: DenseWeights, expert_dtype: str | None) -> str:
+    """What became of a float8 source's weights, for config.json, from which model cards are written."""
+    dtype = str(dense.dtype).removeprefix("torch.")
+    if expert_dtype is None:
+        return f"{dense.format}, dequantised to {dtype}"
+    anew = [which for which, output in (("first", False), ("second", True)) if not dense.lossless(output=output)]
+    how = f"with the {' and '.join(anew)} linears quantised anew" if anew else "as they were"
+    return f"{dense.format}; feed-forward layers {how}, the others dequantised to {dtype}"
+
+
+def _write_config(directory: Path, config: Mapping[str, Any]) -> None:
+    (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def copy_files(source: Path, staging: Path) -> None:
@@ -281,16 +332,15 @@ def copy_files(source: Path, staging: Path) -> None:
 
 
 def _write_weights(
-    source: Path,
+    dense: DenseWeights,
     staging: Path,
     family: Family,
     config: Mapping[str, Any],
-    tensors: Mapping[str, TensorInfo],
     new_names: Mapping[str, list[str]],
     orders: list[Tensor],
     prunepath: PrunePathConfig,
 ) -> None:
-    """Stream every tensor from `source` to `staging`, permuted where it belongs to neurons; add zero routers.
+    """Stream every tensor of `dense` to `staging`, permuted where it belongs to neurons; add zero routers.
 
     Raises:
         CheckpointError: a tensor is not finite.
@@ -303,8 +353,7 @@ def _write_weights(
 
     generator = torch.Generator().manual_seed(prunepath.split.seed)
     writer = ShardWriter(staging)
-    stream = stream_tensors(source, tensors, new_names)
-    for old, tensor in tqdm(stream, total=len(new_names), desc="writing", unit="tensor"):
+    for old, tensor in tqdm(dense.stream(new_names), total=len(new_names), desc="writing", unit="tensor"):
         check_finite(old, tensor)
         for name, part in zip(new_names[old], tensor.chunk(len(new_names[old])), strict=True):
             if name in permuted:
@@ -322,6 +371,55 @@ def _write_weights(
                     writer.add(router, value.to(part.dtype))
             writer.add(name, part)
     writer.finish()
+
+
+def _with_float8_experts(
+    plain: Path,
+    staging: Path,
+    dense: DenseWeights,
+    expert_dtype: str,
+    new_names: Mapping[str, list[str]],
+    orders: list[Tensor],
+    *,
+    doubled: bool,
+) -> None:
+    """Write the checkpoint `plain` to `staging` with its feed-forward weights in the source's float8.
+
+    Args:
+        plain: complete, of dequantised weights.
+        staging: directory that `plain` is in.
+        dense: the source, every feed-forward weight of which is float8.
+        expert_dtype: "float8_e4m3fn".
+        new_names: by :func:`_new_names`.
+        orders: int64 [d_ff] a layer.
+        doubled: whether the second linears make up for gates of 1/2.
+
+    Raises:
+        CheckpointError: a tensor is not finite.
+    """
+    summary = validate_checkpoint(plain)
+    block = summary.prunepath.to_json() | dict(format_version=FORMAT_VERSION, expert_dtype=expert_dtype)
+    copy_files(plain, staging)
+    _write_config(staging, summary.config | {"prunepath_config": PrunePathConfig.parse(block).to_json()})
+    layers = [quantised_tensors(summary.family, layer) for layer in range(summary.num_layers)]
+    ours = {weight for scales in layers for weight in scales}
+    olds = {new: (old, part, len(names)) for old, names in new_names.items() for part, new in enumerate(names)}
+    writer = ShardWriter(staging)
+    for name, tensor in stream_tensors(plain, summary.tensors, [name for name in summary.tensors if name not in ours]):
+        writer.add(name, tensor)
+    for layer, scales in enumerate(tqdm(layers, desc="float8 experts", unit="layer")):
+        for weight, scale_name in scales.items():
+            output = weight == f"{summary.family.output(layer)}.weight"
+            old, part, parts = olds[weight]
+            narrow, scale = dense.neuron_scaled(old, output=output, part=part, parts=parts)
+            check_finite(old, narrow)
+            # Bytes, as PyTorch selects no float8.
+            rows = narrow.view(torch.uint8).index_select(int(output), orders[layer])
+            writer.add(weight, rows.view(narrow.dtype))
+            writer.add(scale_name, scale[orders[layer]] * (2.0 if doubled and output else 1.0))
+    writer.finish()
+    validate_checkpoint(staging)
+    write_model_card(staging)
 
 
 class ShardWriter:

@@ -14,6 +14,9 @@ QUALITY_FILE = "quality.json"
 """What a training or a sweep measured: {data, points: [{tau, ffn_sparsity, loss, perplexity, accuracy}]}; a sweep also
 says {max_loss, recommended: {tau, ffn_sparsity, loss}}, where a loss is relative."""
 
+SOURCE_WEIGHTS = "prunepath_source_weights"
+"""Field of config.json: how the weights that were converted were quantised, and what became of that."""
+
 
 def write_model_card(path: str | Path) -> Path:
     """Write (or rewrite) the model card of a PrunePath checkpoint directory and return its path.
@@ -36,7 +39,7 @@ def write_model_card(path: str | Path) -> Path:
             _facts(prunepath, family.num_layers(config), family.model_type),
             "## Quality and sparsity\n\n" + (_quality(path, prunepath) or _curve(prunepath)),
             "## Use\n\n" + _usage(prunepath, causal),
-            "## Limits\n\n" + _limits(prunepath),
+            "## Limits\n\n" + _limits(prunepath, config.get(SOURCE_WEIGHTS)),
         ]
     )
     (path / CARD_FILE).write_text(card + "\n", encoding="utf-8")
@@ -146,13 +149,15 @@ def _usage(prunepath: PrunePathConfig, causal: bool) -> str:
     return f"```bash\npip install prunepath-vllm\n{example}\n```\n\n{knob}"
 
 
-def _limits(prunepath: PrunePathConfig) -> str:
+def _limits(prunepath: PrunePathConfig, source_weights: object) -> str:
     lines = [
         "- Loads only where prunepath-vllm is installed: its `model_type` is its own, so that no engine serves it as a "
         "dense model by mistake.",
         "- Below tau 1 it makes errors that the dense model does not, besides those that it does.",
         "- A converted model that was not fine-tuned loses quality at much lower sparsity than the published ones.",
     ]
+    if isinstance(source_weights, str):
+        lines.append(f"- Converted from quantised weights: {' '.join(source_weights.split())}.")
     if prunepath.expert_dtype is not None:
         lines.append(f"- Its experts are quantised to {prunepath.expert_dtype}: for CPUs only so far, and not trained.")
     if not prunepath.tau_curve:

@@ -22,14 +22,13 @@ from prunepath_vllm.checkpoint import (
 from prunepath_vllm.config import EXPERT_DTYPES, PrunePathConfig
 from prunepath_vllm.conversion.convert import ShardWriter, copy_files
 from prunepath_vllm.conversion.model_card import write_model_card
+from prunepath_vllm.conversion.rounding import quantise_weight
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.files import check_absent_or_empty, check_writable, new_directory
 from prunepath_vllm.kernels import cpu
 from prunepath_vllm.kernels.layer import LayerSpec, RouterWeights, Weights
 from prunepath_vllm.tau import DENSE_TAU
 
-LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
-"""The value that a neuron's largest weight becomes."""
 TOKENS = 64
 """Random ones that a layer's function is measured on."""
 
@@ -95,27 +94,8 @@ def quantize(
     return errors
 
 
-def quantise_weight(weight: Tensor, axis: int, expert_dtype: str) -> tuple[Tensor, Tensor]:
-    """A linear's weight in `expert_dtype`, symmetric, and its scales.
-
-    Args:
-        weight: two dimensions, any float dtype.
-        axis: the one of neurons.
-        expert_dtype: a key of LARGEST.
-
-    Returns:
-        The weight, shaped as it was, and float32 [F]: their product is the weight again. A neuron of zeros has scale 1.
-    """
-    largest, wide = LARGEST[expert_dtype], weight.float()
-    amax = wide.abs().amax(1 - axis)
-    # Of subnormal weights, the quotient may be zero.
-    scale = torch.where(amax == 0, 1.0, (amax / largest).clamp(min=torch.finfo(torch.float32).tiny))
-    narrow = (wide / scale.unsqueeze(1 - axis)).clamp(-largest, largest)
-    return (narrow.round() if expert_dtype == "int8" else narrow).to(getattr(torch, expert_dtype)), scale
-
-
 def quantised_weights(weights: Weights, expert_dtype: str) -> Weights:
-    """A layer with both linears in `expert_dtype`, a key of LARGEST, and their scales; biases as they were."""
+    """A layer with both linears in `expert_dtype`, one of EXPERT_DTYPES, and their scales; biases as they were."""
     (w_in, scale_in), (w_out_t, scale_out) = (
         quantise_weight(rows, 0, expert_dtype) for rows in (weights.w_in, weights.w_out_t)
     )

@@ -48,6 +48,12 @@ def add_parser(subparsers, parents: list[argparse.ArgumentParser]) -> argparse.A
         metavar="R",
         help="make each router the product of two thin matrices of this rank (default: one full matrix)",
     )
+    parser.add_argument(
+        "--expert-dtype",
+        choices=("float8_e4m3fn",),
+        help="leave the feed-forward layers of a float8 source in float8 (default: dequantise them); others: see "
+        "`prunepath quantize`",
+    )
     parser.add_argument("--calibration-text", metavar="FILE", help="UTF-8 text file")
     parser.add_argument("--seed", type=seed, default=0, help="of the split and the calibration (default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
@@ -56,7 +62,9 @@ def add_parser(subparsers, parents: list[argparse.ArgumentParser]) -> argparse.A
 
 def run(args: argparse.Namespace) -> int:
     """Convert and say what came out."""
+    from prunepath_vllm.checkpoint import read_config
     from prunepath_vllm.conversion.convert import convert
+    from prunepath_vllm.conversion.model_card import SOURCE_WEIGHTS
 
     path = convert(
         args.src,
@@ -70,6 +78,9 @@ def run(args: argparse.Namespace) -> int:
         calibration_text=args.calibration_text,
         seed=args.seed,
         device=args.device,
+        expert_dtype=args.expert_dtype,
     )
+    if (said := read_config(path).get(SOURCE_WEIGHTS)) is not None:
+        print(f"Source: {said}.")
     print(f"Wrote {path}. Next: prunepath inspect {path}")
     return 0
