@@ -159,7 +159,7 @@ def _limits(prunepath: PrunePathConfig, source_weights: object) -> str:
     if isinstance(source_weights, str):
         lines.append(f"- Converted from quantised weights: {' '.join(source_weights.split())}.")
     if prunepath.expert_dtype is not None:
-        lines.append(f"- Its experts are quantised to {prunepath.expert_dtype}: for CPUs only so far, and not trained.")
+        lines.append(f"- Its experts are quantised to {prunepath.expert_dtype} and were not trained so.")
     if not prunepath.tau_curve:
         lines.append(
             "- Routers that were never calibrated or trained rank experts arbitrarily: use tau 1 until they are."

@@ -12,7 +12,7 @@ def add_parser(subparsers, parents: list[argparse.ArgumentParser]) -> argparse.A
         parents=parents,
         help="store a checkpoint's experts in int8 or float8",
         description="Write a checkpoint whose feed-forward weights are int8 or float8 with a scale per neuron; routers "
-        "and all other tensors stay as they are. Served on CPUs only so far.",
+        "and all other tensors stay as they are.",
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="PrunePath checkpoint directory, not quantised")
     parser.add_argument("dst", metavar="DST", help="directory to create")
