@@ -251,8 +251,9 @@ def _decode_steps_ms(llm: LLM, args: argparse.Namespace, tau: float | None, batc
     """Milliseconds between two steps in which every request of a batch of fresh prompts got a token."""
     engine, params = llm.llm_engine, _greedy(tau, args.output_len)
     params.output_kind = RequestOutputKind.DELTA  # a step then tells who got a token
-    for index, tokens in enumerate(_fresh_prompts(llm, args, batch, args.input_len)):
-        engine.add_request(str(index), TokensPrompt(prompt_token_ids=tokens), params)
+    prompts = [TokensPrompt(prompt_token_ids=tokens) for tokens in _fresh_prompts(llm, args, batch, args.input_len)]
+    for index, prompt in enumerate(llm.renderer.render_cmpl(prompts)):
+        engine.add_request(str(index), prompt, params)
     times = []
     while engine.has_unfinished_requests():
         if len(engine.step()) == batch:
