@@ -28,6 +28,8 @@ QUANTISED_DTYPES = {"int8": "I8", "float8_e4m3fn": "F8_E4M3"}
 """Those of quantised experts, by ``expert_dtype``."""
 SCALE = "weight_scale"
 """What a tensor of scales is called below its linear."""
+BLOCK_SCALE = "weight_scale_inv"
+"""What "fp8" sources call the scales of blocks, by which weights are multiplied all the same."""
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ def check_finite(name: str, tensor: Tensor) -> None:
     if bad.any():
         found = f"{int(bad.sum())} of {tensor.numel()} values are NaN or infinite"
         raise CheckpointError(f"tensor {name}: {found}; expected finite")
-    if name.endswith(f".{SCALE}") and (bad := tensor <= 0).any():
+    if name.endswith((f".{SCALE}", f".{BLOCK_SCALE}")) and (bad := tensor <= 0).any():
         found = f"{int(bad.sum())} of {tensor.numel()} scales are zero or negative"
         raise CheckpointError(f"tensor {name}: {found}; expected positive")
 

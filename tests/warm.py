@@ -96,10 +96,7 @@ class Popen(subprocess.Popen):
     def _execute_child(self, *args: Any) -> None:
         def fork(command, executables, close, keep, directory, variables, *rest) -> int:  # of _posixsubprocess
             subprocess._fork_exec = original
-            if variables is None:
-                environment = dict(os.environ)
-            else:
-                environment = dict(os.fsdecode(one).split("=", 1) for one in variables)
+            environment = dict(os.environ) if variables is None else as_dict(variables)
             request = {
                 "command": [os.fsdecode(word) for word in command],
                 "environment": environment,
@@ -126,6 +123,11 @@ def run(command: list, **options: Any) -> CompletedProcess:
     if check:
         done.check_returncode()
     return done
+
+
+def as_dict(variables: Iterable[bytes]) -> dict[str, str]:
+    """An environment, of what fork_exec is given."""
+    return dict(os.fsdecode(one).split("=", 1) for one in variables)
 
 
 def standard_streams(given: tuple) -> list[int]:
@@ -271,9 +273,7 @@ def fork_exec(command, executables, close, keep, directory, variables, *rest) ->
     tracker = any("resource_tracker import" in word for word in words)  # it is small
     if not python or tracker:
         return EXEC(command, executables, close, keep, directory, variables, *rest)
-    environment = None
-    if variables is not None:
-        environment = dict(os.fsdecode(one).split("=", 1) for one in variables)
+    environment = None if variables is None else as_dict(variables)
     if child := os.fork():
         return child
     gc.freeze()

@@ -55,7 +55,7 @@ def run(argv: Sequence[str]) -> int:
         rows, checks = measure(model, args, bandwidth)
         result["models"][model] = {"rows": rows, "checks": checks}
         worst = max(c["error"] for c in checks)
-        print(f"{shown(model, args)}: {len(checks)} checks passed, worst relative RMS {worst:.1e}")
+        print(f"{report.named(model, args.expert_dtype)}: {len(checks)} checks passed, worst relative RMS {worst:.1e}")
         print(table(rows), "\n")
     if args.output:
         Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
@@ -69,11 +69,6 @@ def run(argv: Sequence[str]) -> int:
         }
         report.plot_speedups(args.plot, "feed-forward layer", lines)
     return 0
-
-
-def shown(model: str, args: argparse.Namespace) -> str:
-    """A model with the dtype that its experts are given here."""
-    return f"{model}, experts in {args.expert_dtype}" if args.expert_dtype else model
 
 
 def measure(

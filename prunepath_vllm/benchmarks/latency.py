@@ -384,9 +384,7 @@ def tables(result: dict[str, Any]) -> str:
     sparse, dense = result["sparse"], result.get("dense", {"rows": [], "prefill": []})
     batches = list(dict.fromkeys(row["batch_size"] for row in sparse["rows"]))
     known = {row["batch_size"]: row for row in dense["rows"]}
-    model = result["model"]
-    if result.get("expert_dtype"):
-        model += f", experts in {result['expert_dtype']}"
+    model = report.named(result["model"], result.get("expert_dtype"))
     if result.get("dense_quantization"):
         model += f", dense with {result['dense_quantization']}"
     parts = [f"{model}: routed layer within {sparse['layer_error']:.1e} (relative RMS) of float32"]

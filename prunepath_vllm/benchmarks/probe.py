@@ -13,7 +13,7 @@ from vllm.distributed import tensor_model_parallel_all_reduce
 from prunepath_vllm.benchmarks.float32 import layer_output
 from prunepath_vllm.benchmarks.shapes import randomise
 from prunepath_vllm.kernels import reference
-from prunepath_vllm.kernels.layer import LayerSpec, Weights
+from prunepath_vllm.kernels.layer import LayerSpec, Weights, dtype_name
 from prunepath_vllm.model_executor.layers.routed_ffn import first_layer, triton_kernels
 
 CHECKED_TOKENS = (1, 4, 16, 64, 256)
@@ -64,12 +64,13 @@ def check_first_layer(model: nn.Module) -> list[float | str] | None:
         expected = layer_output(x, gates, weights, ffn.spec, _float8_inputs(ffn.spec, weights, tokens))
         if ffn.world > 1:
             expected = tensor_model_parallel_all_reduce(expected)
-        for ahead in (None, ffn.route_ahead(x, router)):
+        for is_ahead in {False, router.routes_by_attention}:
+            ahead = ffn.route_ahead(x, router) if is_ahead else None
             y = ffn(x, router, inputs, outputs, ahead).float()
             error = ((y - expected).norm() / expected.norm().clamp(min=1e-30)).item()
             worst = max(worst, error if error == error else float("inf"))
     ffn.tau.copy_(saved)
-    return [worst, str(ffn.spec.dtype).removeprefix("torch.")]
+    return [worst, dtype_name(ffn.spec.dtype)]
 
 
 def _float8_inputs(spec: LayerSpec, weights: Weights, num_tokens: int) -> tuple[bool, bool]:

@@ -53,6 +53,11 @@ def judge_layer(results: Sequence[Sequence[Any] | None]) -> float | None:
     return max((error for error, _ in found), default=None)
 
 
+def named(model: str, expert_dtype: str | None) -> str:
+    """A model with the dtype that a benchmark gives its experts, if any."""
+    return f"{model}, experts in {expert_dtype}" if expert_dtype else model
+
+
 def versions() -> dict[str, str | None]:
     """What figures depend on: the device (gpu or cpu), driver, torch, triton, vllm and prunepath_vllm."""
     from importlib.metadata import PackageNotFoundError, version

@@ -92,13 +92,11 @@ def write_config(
             model_type=family.model_type,
             prunepath_config=dict(
                 format_version=2, num_experts=family.intermediate_size(config) // expert_size, expert_size=expert_size,
-                router=dict(input=router_input, rank=None),
+                router=dict(input=router_input, rank=None), expert_dtype=expert_dtype,
                 selection="cumulative_mass", threshold=None, gate="none", dense_positions=0, default_tau=1.0,
                 tau_curve=None, split=dict(method="random", seed=0, source=None), base_model=shape,
             ),
         )  # fmt: skip
-        if expert_dtype is not None:
-            config["prunepath_config"] |= dict(format_version=2, expert_dtype=expert_dtype)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     return folder

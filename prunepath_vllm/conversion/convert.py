@@ -38,6 +38,7 @@ from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
 from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.fields import check_fields
 from prunepath_vllm.files import check_absent_or_empty, check_writable, new_directory
+from prunepath_vllm.kernels.layer import dtype_name
 
 ROUTERS = ("zero", "calibrated")
 ROUTER_INPUTS = ("ffn", "attention")
@@ -307,7 +308,8 @@ def _new_config(config: Mapping[str, Any], family: Family, prunepath: PrunePathC
 
 def _said_of(dense: DenseWeights, expert_dtype: str | None) -> str:
     """What became of a float8 source's weights, for config.json, from which model cards are written."""
-    dtype = str(dense.dtype).removeprefix("torch.")
+    assert dense.dtype is not None
+    dtype = dtype_name(dense.dtype)
     if expert_dtype is None:
         return f"{dense.format}, dequantised to {dtype}"
     anew = [which for which, output in (("first", False), ("second", True)) if not dense.lossless(output=output)]

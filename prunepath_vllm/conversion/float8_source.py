@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from prunepath_vllm.checkpoint import FLOAT_DTYPES, SCALE, TensorInfo, check_finite, stream_tensors
+from prunepath_vllm.checkpoint import BLOCK_SCALE, FLOAT_DTYPES, SCALE, TensorInfo, check_finite, stream_tensors
 from prunepath_vllm.config import check_quantization_config
 from prunepath_vllm.conversion.rounding import quantise_weight
 from prunepath_vllm.errors import CheckpointError, ConfigError
@@ -20,8 +20,6 @@ from prunepath_vllm.families import Family
 from prunepath_vllm.tau import shown
 
 STORED = "F8_E4M3"
-BLOCK_SCALE = "weight_scale_inv"
-"""What "fp8" calls the scales of blocks, by which weights are multiplied all the same."""
 _PLAIN = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 _QUANTISERS = ("scale", "zero_point", "g_idx", "packed", "weight_shape")
 """In the last part of a tensor's name: it is there for some quantisation."""
@@ -221,7 +219,7 @@ class DenseWeights:
             self.tensors[name] = replace(stored[name], dtype=_PLAIN[dtype])
         weights = {scale: name for name, scale in scales.items()}
         for scale, tensor in stream_tensors(path, stored, weights):
-            check_scale(scale, tensor)
+            check_finite(scale, tensor)
             self.scales[weights[scale]] = tensor.float()
 
     def _match(self, format: Float8Format) -> dict[str, str]:
@@ -302,18 +300,6 @@ class DenseWeights:
             return quantise_weight(wide, axis, "float8_e4m3fn")
         scale = self.scales[name].flatten().expand(stored.shape[axis])
         return stored.chunk(parts)[part], scale.chunk(parts)[part]
-
-
-def check_scale(name: str, scale: Tensor) -> None:
-    """Refuse scales that are not finite or not positive, whatever they are called.
-
-    Raises:
-        CheckpointError: names the tensor and counts the values.
-    """
-    check_finite(name, scale)
-    if (bad := scale <= 0).any():
-        found = f"{int(bad.sum())} of {scale.numel()} scales are zero or negative"
-        raise CheckpointError(f"tensor {name}: {found}; expected positive")
 
 
 def _plain_dtype(path: Path, config: Mapping[str, Any], stored: Mapping[str, TensorInfo], family: Family) -> str:

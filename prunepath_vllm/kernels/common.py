@@ -62,6 +62,15 @@ def wait_for_previous(PDL: tl.constexpr):
 
 
 @triton.jit
+def flagged(flags, E: tl.constexpr, BLOCK_E: tl.constexpr):
+    """Of int32 [E] flags, in [BLOCK_E]: experts, 1 where they are flagged, their places among those; and how many."""
+    index = tl.arange(0, BLOCK_E)
+    flag = (tl.load(flags + index, mask=index < E, other=0) != 0).to(tl.int32)
+    position = tl.cumsum(flag, axis=0) - 1
+    return index, flag, position, tl.sum(flag, axis=0)
+
+
+@triton.jit
 def take_share(
     flags, experts, experts_read, pid, num_programs, E: tl.constexpr, BLOCK_E: tl.constexpr, UNITS: tl.constexpr
 ):
@@ -81,15 +90,11 @@ def take_share(
     """
     if flags is None:
         count = tl.load(experts + E)
-        begin = pid * count * UNITS // num_programs
-        end = (pid + 1) * count * UNITS // num_programs
     else:
-        index = tl.arange(0, BLOCK_E)
-        flag = (tl.load(flags + index, mask=index < E, other=0) != 0).to(tl.int32)
-        position = tl.cumsum(flag, axis=0) - 1
-        count = tl.sum(flag, axis=0)
-        begin = pid * count * UNITS // num_programs
-        end = (pid + 1) * count * UNITS // num_programs
+        index, flag, position, count = flagged(flags, E, BLOCK_E)
+    begin = pid * count * UNITS // num_programs
+    end = (pid + 1) * count * UNITS // num_programs
+    if flags is not None:
         mine = (flag != 0) & (position >= begin // UNITS) & (position * UNITS < end)
         tl.store(experts + position, index, mask=mine)
         tl.store(experts + E, count, mask=pid == 0)

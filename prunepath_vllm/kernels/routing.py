@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunepath_vllm.kernels.common import default_pdl, launch_options, wait_for_previous
+from prunepath_vllm.kernels.common import default_pdl, flagged, launch_options, wait_for_previous
 from prunepath_vllm.kernels.layer import RouterWeights, RoutingRule
 from prunepath_vllm.tau import DENSE_TAU
 
@@ -225,10 +225,8 @@ def select_pairwise_kernel(
 @triton.jit
 def list_experts_kernel(flags, experts, experts_read, E: tl.constexpr, BLOCK_E: tl.constexpr):
     """One program: experts [E + 1] = the flagged ones in ascending order, their number in the last element."""
-    index = tl.arange(0, BLOCK_E)
-    flag = (tl.load(flags + index, mask=index < E, other=0) != 0).to(tl.int32)
-    count = tl.sum(flag, axis=0)
-    tl.store(experts + tl.cumsum(flag, axis=0) - 1, index, mask=flag != 0)
+    index, flag, position, count = flagged(flags, E, BLOCK_E)
+    tl.store(experts + position, index, mask=flag != 0)
     tl.store(experts + E, count)
     if experts_read is not None:
         tl.atomic_add(experts_read, count, sem="relaxed")

@@ -74,11 +74,7 @@ def operator_policy(vllm_config: VllmConfig) -> OperatorPolicy:
     if not isinstance(named, dict):
         raise ConfigError(f"{where}.default_tau_by_model: expected an object of served names and taus, got {named!r}")
     named = {name: parse_tau(value, f"{where}.default_tau_by_model.{name}") for name, value in named.items()}
-    taus = {
-        name: parse_tau(value, f"{where}.{name}")
-        for name, value in given.items()
-        if name not in ("full_queue", "default_tau_by_model", "mode", "quantise_activations")
-    }
+    taus = {name: parse_tau(value, f"{where}.{name}") for name, value in given.items() if name.endswith("_tau")}
     defaults = {"default_tau": vllm_config.model_config.hf_config.prunepath.unset_tau}
     policy = OperatorPolicy(
         full_queue=full_queue,

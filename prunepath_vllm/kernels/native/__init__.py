@@ -22,6 +22,7 @@ from prunepath_vllm.kernels.layer import (
     LayerSpec,
     RouterWeights,
     Weights,
+    dtype_name,
 )
 from prunepath_vllm.kernels.native.build import LIBRARY, SOURCES, X86_FLAGS
 
@@ -103,8 +104,8 @@ def _function(isa: str | None) -> "ctypes._NamedFuncPointer":
 
 def _check(name: str, tensor: Tensor, shape: tuple[int, ...], dtypes: tuple[torch.dtype, ...]) -> None:
     if tensor.shape != shape or tensor.dtype not in dtypes or not tensor.is_contiguous() or tensor.device.type != "cpu":
-        expected = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
-        dtype = str(tensor.dtype).removeprefix("torch.")
+        expected = " or ".join(map(dtype_name, dtypes))
+        dtype = dtype_name(tensor.dtype)
         layout = "" if tensor.is_contiguous() else ", not contiguous"
         raise ConfigError(
             f"{name} is {list(tensor.shape)} {dtype} on {tensor.device}{layout}; "

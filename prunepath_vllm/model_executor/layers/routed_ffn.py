@@ -67,11 +67,16 @@ def _expert_weight(rows: int, hidden_size: int, prunepath: PrunePathConfig) -> t
 
 
 class ExpertRouter(nn.Module):
-    """Router weights, replicated on every rank. A checkpoint without router biases leaves the bias zero."""
+    """Router weights, replicated on every rank. A checkpoint without router biases leaves the bias zero.
+
+    Attributes:
+        routes_by_attention: whether its input is that of the block's self-attention, not the feed-forward layer's.
+    """
 
     def __init__(self, hidden_size: int, prunepath: PrunePathConfig) -> None:
         super().__init__()
         rank = prunepath.router.rank
+        self.routes_by_attention = prunepath.router.input == "attention"
         self.weight = nn.Parameter(torch.empty(prunepath.num_experts, rank or hidden_size), requires_grad=False)
         self.down = None if rank is None else nn.Linear(hidden_size, rank, bias=False).requires_grad_(False)
         self.bias = nn.Parameter(torch.zeros(prunepath.num_experts), requires_grad=False)
@@ -221,7 +226,7 @@ class RoutedFFN(nn.Module):
         routing: list[Tensor] = []
         if self.tau.is_cuda and triton_kernels() is not None:
             arguments = router_input, self._step(), router.tensors(), self.encoded_spec
-            routing = torch.ops.prunepath.route_ahead(*arguments, self.spec.num_experts)
+            routing = torch.ops.prunepath.route_ahead(*arguments)
         return RoutedAhead(router_input, routing)
 
     def _step(self) -> list[Any]:
@@ -284,7 +289,6 @@ def _route_ahead_op(
     step: list[torch.Tensor],
     router: list[torch.Tensor | None],
     spec: str,
-    num_experts: int,
 ) -> list[torch.Tensor]:
     """Gates, float32 [T, E], and the list of experts, int32 [E + 1]; unwritten where the layer does not read them."""
     kernels, layer, state = cast(Any, triton_kernels()), LayerSpec.decode(spec), StepState(*step)
@@ -301,13 +305,12 @@ def _route_ahead_op(
             host_dense=_host_dense(state),
         )
     if routing is None:
-        return _route_ahead_fake(router_input, step, router, spec, num_experts)
+        return _route_ahead_fake(router_input, step, router, spec)
     return [routing.gates, routing.experts]
 
 
-def _route_ahead_fake(
-    router_input: torch.Tensor, step: Any, router: Any, spec: str, num_experts: int
-) -> list[torch.Tensor]:
+def _route_ahead_fake(router_input: torch.Tensor, step: Any, router: Any, spec: str) -> list[torch.Tensor]:
+    num_experts = LayerSpec.decode(spec).num_experts
     gates = router_input.new_empty((router_input.shape[0], num_experts), dtype=torch.float32)
     return [gates, router_input.new_empty((num_experts + 1,), dtype=torch.int32)]
 
@@ -382,7 +385,8 @@ def compile_kernels(model: nn.Module, max_tokens: int) -> None:
         for dense_step in (True, False):
             ffn.dense_step.fill_(dense_step)
             ffn(x, router, *weights)
-            ffn(x, router, *weights, ffn.route_ahead(x, router))
+            if router.routes_by_attention:
+                ffn(x, router, *weights, ffn.route_ahead(x, router))
 
 
 def _routed_ffn_fake(x: torch.Tensor, *args: Any, **settings: Any) -> torch.Tensor:

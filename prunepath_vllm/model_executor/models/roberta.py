@@ -31,12 +31,11 @@ class RoutedRobertaLayer(nn.Module):
         del dense_layer.intermediate, self.output.dense
         self.intermediate = RoutedIntermediate(vllm_config, layer)
         self.output.dense = ExpertOutputs(config.hidden_size, config.prunepath, bias=True)
-        self.routes_by_attention = config.prunepath.router.input == "attention"
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [T, H]; returns the same shape."""
         first = self.intermediate
-        ahead = first.ffn.route_ahead(hidden_states, first.router) if self.routes_by_attention else None
+        ahead = first.ffn.route_ahead(hidden_states, first.router) if first.router.routes_by_attention else None
         attention = self.attention(hidden_states)
         ffn = first.ffn(attention, first.router, first.dense, self.output.dense, ahead)
         return self.output.LayerNorm(ffn + attention)
