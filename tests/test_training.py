@@ -203,6 +203,26 @@ def test_low_rank_adapter_makes_the_trained_checkpoint(recipe, tmp_path, dense_c
     assert logs(plan.output)[-1] < logs(plan.output)[0] - 0.3
 
 
+def test_full_fine_tuning_leaves_its_change_in_few_bits(recipe, tmp_path, dense_checkpoint):
+    plan = recipe(model=dict(embeddings="frozen", adapter_bits=4))
+    result = train(plan)
+    adapter = Path(plan.output) / "adapter.safetensors"
+    merged = merge_adapter(dense_checkpoint("llama"), adapter, tmp_path / "merged")
+    start, end, near = tensors(Path(plan.output) / "start"), tensors(result), tensors(merged)
+    assert validate_checkpoint(merged).prunepath == validate_checkpoint(result).prunepath
+    for name in start:
+        if "embed" in name or "lm_head" in name:
+            assert torch.equal(start[name], end[name]), "frozen"
+            assert torch.equal(start[name], near[name])
+            continue
+        change, error = (end[name] - start[name]).float(), (near[name] - end[name]).float()
+        assert change.any(), name
+        exact = ".router." in name or change.dim() == 1
+        # 4 bits leave 1.2% of a normal variable's squared size; routers and vectors are kept in bfloat16.
+        limit = 2e-5 * end[name].float().square().sum() if exact else 0.02 * change.square().sum()
+        assert error.square().sum() <= limit, name
+
+
 def test_an_adapter_needs_its_own_dense_model(recipe, dense_checkpoint):
     plan = recipe(model=dict(rank=4, dense=str(dense_checkpoint("qwen2"))))
     with pytest.raises(UsageError, match="neurons that"):

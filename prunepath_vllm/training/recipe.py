@@ -60,6 +60,12 @@ class Model(Section):
     dense: str | None = Field(
         default=None, description="dense model the checkpoint was converted from; needed with `rank`"
     )
+    embeddings: Literal["trained", "frozen"] = Field(
+        default="trained", description="frozen: token embeddings and output head stay as they are"
+    )
+    adapter_bits: Literal[1, 2, 4] | None = Field(
+        default=None, description="also write adapter.safetensors: the change of each weight, rounded to so many bits"
+    )
     labels: int | None = Field(
         default=None, gt=1, description="classes of a new classification head; null keeps the head"
     )
@@ -250,6 +256,8 @@ class Recipe(Section):
             raise ValueError("distillation goes with a causal model; expected null for classification")
         if self.model.rank is not None and self.data.task == "classification":
             raise ValueError("model.rank goes with a causal model; expected null for classification")
+        if self.model.adapter_bits is not None and self.model.rank is not None:
+            raise ValueError("model.adapter_bits goes with full fine-tuning; expected null with model.rank")
         return self
 
 

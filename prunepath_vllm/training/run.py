@@ -27,7 +27,7 @@ from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.files import new_directory
 from prunepath_vllm.modeling.modeling_utils import checkpoint_directory
 from prunepath_vllm.tau import level_curve
-from prunepath_vllm.training.adapter import neuron_order, save_adapter
+from prunepath_vllm.training.adapter import neuron_order, save_adapter, save_delta
 from prunepath_vllm.training.data import (
     TEXT_SUFFIXES,
     Sequences,
@@ -129,6 +129,10 @@ def _train(recipe: Recipe, output: Path, *, resume: bool) -> Path:
     costs = _layer_costs(recipe, model, data)
     if recipe.model.rank is not None:
         add_low_rank(model, recipe.model.rank)
+    if recipe.model.embeddings == "frozen":
+        for part in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if part is not None:
+                part.requires_grad_(False)
     if recipe.runtime.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     training = TrainingModel(
@@ -263,8 +267,11 @@ def load_model(recipe: Recipe, start: Path, tokenizer: PreTrainedTokenizerBase) 
     options: dict[str, Any] = {}
     if recipe.model.labels is not None and not _is_made(recipe):
         options = dict(num_labels=recipe.model.labels, ignore_mismatched_sizes=True)
-    if recipe.model.rank is not None and recipe.model.dense is None and recipe.model.convert is None:
-        raise UsageError("model.dense: null; expected the dense model that model.path was converted from, with rank")
+    small = recipe.model.rank is not None or recipe.model.adapter_bits is not None
+    if small and recipe.model.dense is None and recipe.model.convert is None:
+        raise UsageError(
+            "model.dense: null; expected the dense model that model.path was converted from, with rank or adapter_bits"
+        )
     model = getattr(transformers, task_class).from_pretrained(start, dtype=torch.float32, **options)
     if model.config.pad_token_id is None:
         model.config.pad_token_id = tokenizer.pad_token_id
@@ -343,6 +350,11 @@ def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: Pre
         block = PrunePathConfig.parse(trainer.block.to_json() | routing | {"tau_curve": None})
         model.config.prunepath_config = block.to_json()
     write_adapter: Callable[[], Any] | None = None
+    adapter = result.parent / ADAPTER
+    if recipe.model.adapter_bits is not None:
+        dense = _directory(recipe.model.dense or _source(recipe))
+        orders, bits = neuron_order(dense, start), recipe.model.adapter_bits
+        write_adapter = functools.partial(save_delta, dense, result, orders, bits=bits, destination=adapter)
     if recipe.model.rank is not None:
         dense = _directory(recipe.model.dense or _source(recipe))
         for parameter in model.parameters():
@@ -350,7 +362,6 @@ def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: Pre
                 parameter.data = parameter.data.bfloat16().float()
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
         orders = neuron_order(dense, start)
-        adapter = result.parent / ADAPTER
         write_adapter = functools.partial(save_adapter, dense, result, orders, trained, destination=adapter)
         merge_low_rank(model.base_model)
     for parameter in model.parameters():
