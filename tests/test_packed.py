@@ -15,7 +15,8 @@ def test_levels_are_lloyd_max():
 @pytest.mark.parametrize("columns", [5, 7, 64])
 @pytest.mark.parametrize("bits", BITS)
 def test_every_entry_gets_the_nearest_level_of_its_row(bits, columns):
-    matrix = torch.randn(9, columns, generator=torch.Generator().manual_seed(columns)) * torch.logspace(-6, 2, 9)[:, None]
+    matrix = torch.randn(9, columns, generator=torch.Generator().manual_seed(columns))
+    matrix *= torch.logspace(-6, 2, 9)[:, None]
     codes, scale = pack(matrix, bits)
     assert codes.dtype == torch.uint8
     assert codes.shape == (9, -(-columns * bits // 8))

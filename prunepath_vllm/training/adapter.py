@@ -1,6 +1,6 @@
 """What a training changed as one small file beside a dense model: the neurons' order, the updates, the routers.
 
-merge_adapter(dense, adapter) makes the PrunePath checkpoint from it: no clustering, calibration or training. The updates
+merge_adapter(dense, adapter) makes the PrunePath checkpoint from it: no clustering, calibration or training. Updates
 of a low-rank training are exact; those of full fine-tuning are rounded to a few bits a weight.
 """
 
@@ -135,9 +135,7 @@ def save_delta(
     index = read_tensor_index(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensors: dict[str, Tensor] = {}
-    axes = {
-        name: (axis, layer) for layer in range(len(orders)) for name, axis in family.neuron_axes(layer).items()
-    }
+    axes = {name: (axis, layer) for layer in range(len(orders)) for name, axis in family.neuron_axes(layer).items()}
     for name, tensor in tqdm(stream_tensors(checkpoint, index), total=len(index), desc="packing", unit="tensor"):
         if ".router." in name:
             tensors[name] = tensor.bfloat16()
