@@ -100,7 +100,8 @@ def metrics() -> str:
     for name, text, labels in COUNTERS.values():
         rows.append((f"`{name}_total`", "counter", ", ".join(f"`{label}`" for label in labels), text))
     return (
-        "# Metrics\n\nOn `/metrics`, beside the engine's; [Serving](../serving.md#metrics) says how to use them.\n\n"
+        "# Metrics\n\nOn `/metrics`, beside the engine's; "
+        "[Operating](../operating.md#metrics) says how to use them.\n\n"
         f"{table(('metric', 'type', 'labels', 'meaning'), *rows)}\n"
     )
 
