@@ -467,3 +467,71 @@ def test_the_engine_equals_the_naive_model(cold, family, options, runner):
         )
         assert counted["possible"] == len(ids) * EXPERTS
     assert any(sum(c["active"]) for c in result["reports"])
+
+
+def test_the_front_end_refuses_by_name(monkeypatch):
+    from types import SimpleNamespace
+
+    from prunepath_vllm.entrypoints.server import knob
+    from prunepath_vllm.model_executor.operator_policy import operator_policy
+    from prunepath_vllm.model_executor.tau_resolution import TauResolver
+
+    fields = block_fields(kept_experts=[[0]] * 3, max_tau=0.6, default_tau=0.6, tau_curve=[[0.2, 0.9], [0.6, 0.5]])
+    prunepath = PrunePathConfig.parse(fields)
+    model = SimpleNamespace(hf_config=SimpleNamespace(prunepath=prunepath), runner_type="generate")
+
+    def policy(**given):
+        scheduler = SimpleNamespace(max_num_seqs=4)
+        config = SimpleNamespace(
+            additional_config={"prunepath": given}, scheduler_config=scheduler, model_config=model
+        )  # fmt: skip
+        return operator_policy(config)
+
+    for name in ("max_tau", "prefill_tau"):
+        with pytest.raises(ConfigError, match=rf"prunepath.{name}: 0.7 is above the checkpoint's max_tau 0.6"):
+            policy(**{name: 0.7})
+    with pytest.raises(ConfigError, match=r"prunepath.default_tau: 0.7 is outside \[0.0, 0.6\]"):
+        policy(default_tau=0.7)
+    resolver = TauResolver(prunepath, policy())
+    assert resolver.policy.max_tau == 0.6
+    assert [resolver.tau_of(asked) for asked in ({}, {"tau": 0.6}, {"sparsity": 0.5})] == [0.6] * 3
+    assert resolver.tau_of({"tau": "auto"}) == 0.6
+    monkeypatch.setattr(knob, "waiting_requests", lambda _: 0)
+    for asked, message in (
+        ({"tau": 0.7}, r"^tau must be a number in \(0, 0.6\], .*, got 0.7$"),
+        ({"vllm_xargs": {"tau": 1}}, r"^tau must be a number in \(0, 0.6\], .*, got 1$"),
+        ({"sparsity": 0.4}, r"^sparsity must be at least 0.5, what .* leaves out at its max_tau 0.6, got 0.4$"),
+    ):
+        with pytest.raises(TauError, match=message) as caught:
+            knob.settled_knob(asked, resolver, None)
+        assert knob.refusal(caught.value).status_code == 400
+
+
+class Loaded(torch.Tensor):
+    """A tensor that vLLM's weight mapper has marked as a part of a merged linear."""
+
+    shard_id: int
+
+
+def test_two_ranks_hold_the_halves_of_every_kept_expert(cold, monkeypatch):
+    from prunepath_vllm.model_executor.layers import routed_ffn
+
+    path = cold("llama", dense_positions=1)[1]
+    prunepath, tensors = validate_checkpoint(path).prunepath, load_file(path / "model.safetensors")
+    monkeypatch.setattr(routed_ffn, "get_tensor_model_parallel_world_size", lambda: 2)
+    for rank in (0, 1):
+        monkeypatch.setattr(routed_ffn, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
+        for layer in range(LAYERS):
+            kept = len(block(path)["kept_experts"][layer])
+            inputs = routed_ffn.ExpertInputs(64, prunepath, layer, glu=True, bias=False)
+            outputs = routed_ffn.ExpertOutputs(64, prunepath, layer, bias=False)
+            parts = [tensors[f"model.layers.{layer}.mlp.{name}_proj.weight"] for name in ("gate", "up", "down")]
+            for shard, part in enumerate(parts[:2]):
+                marked = part.as_subclass(Loaded)
+                marked.shard_id = shard
+                inputs.weight.weight_loader(inputs.weight, marked)
+            outputs.weight.weight_loader(outputs.weight, parts[2])
+            half = SIZE // 2
+            mine = [e * SIZE + rank * half + d for e in range(kept) for d in range(half)]
+            assert torch.equal(inputs.weight, torch.cat([parts[0][mine], parts[1][mine]]))
+            assert torch.equal(outputs.weight, parts[2].t()[mine])
