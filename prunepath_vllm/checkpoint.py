@@ -110,7 +110,7 @@ def load_prunepath_config(path: str | Path) -> tuple[Family, PrunePathConfig, di
         prunepath = PrunePathConfig.parse(config.get("prunepath_config"))
         prunepath.check_intermediate_size(family.intermediate_size(config))
         prunepath.check_router(family.hidden_size(config))
-        family.num_layers(config)
+        prunepath.check_layers(family.num_layers(config))
         check_fields(family, config)
     except ConfigError as error:
         raise ConfigError(f"{Path(path) / 'config.json'}: {error}") from None
@@ -198,9 +198,15 @@ def routed_layers(where: object, family: Family, config: Mapping[str, Any], tens
     return range(count)
 
 
-def ffn_tensor_shapes(family: Family, config: Mapping[str, Any], layer: int) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of one layer's feed-forward tensors, routers excluded; the same dense and converted."""
-    hidden, intermediate = family.hidden_size(config), family.intermediate_size(config)
+def ffn_tensor_shapes(
+    family: Family, config: Mapping[str, Any], layer: int, prunepath: PrunePathConfig | None = None
+) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of one layer's feed-forward tensors, routers and scales excluded.
+
+    The same dense and converted, but where `prunepath`, a checkpoint's block, does not keep all experts.
+    """
+    hidden = family.hidden_size(config)
+    intermediate = family.intermediate_size(config) if prunepath is None else prunepath.neurons(layer)
     bias = family.gate is None or bool(config.get("mlp_bias"))
     shapes: dict[str, tuple[int, ...]] = {}
     for name, axis in family.neuron_axes(layer).items():
@@ -255,18 +261,24 @@ def check_tensors(
             raise CheckpointError(f"{where}: tensor {name} has dtype {info.dtype}; expected {wanted}")
 
 
-def refuse_quantised(where: object, prunepath: PrunePathConfig | None, before: str) -> None:
-    """Refuse a checkpoint of quantised experts where something would have to change their weights.
+def refuse_changed(where: object, prunepath: PrunePathConfig | None, before: str, *, quantised: bool = False) -> None:
+    """Refuse a checkpoint of quantised or of missing experts where something would need all of them, as they were.
 
     Args:
         where: the checkpoint.
         prunepath: its block; None for a dense one.
-        before: what has to come before quantisation, "calibrating", say.
+        before: what has to come before, "calibrating", say.
+        quantised: whether quantised experts will do.
 
     Raises:
-        UsageError: names its dtype.
+        UsageError: names its dtype, or the share that is there.
     """
-    if prunepath is not None and prunepath.expert_dtype is not None:
+    if prunepath is not None and prunepath.kept_experts is not None:
+        raise UsageError(
+            f"{where}: kept_experts: {prunepath.kept_share:.1%} of its experts are there; expected all of them: prune "
+            f"cold experts after {before}"
+        )
+    if prunepath is not None and prunepath.expert_dtype is not None and not quantised:
         raise UsageError(
             f"{where}: expert_dtype {prunepath.expert_dtype!r}: its experts are quantised; expected ones that are not: "
             f"quantise after {before}"
@@ -306,10 +318,10 @@ def validate_checkpoint(path: str | Path, *, check_values: bool = False) -> Chec
     expected: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
     for layer in layers:
-        expected.update(ffn_tensor_shapes(family, config, layer))
+        expected.update(ffn_tensor_shapes(family, config, layer, prunepath))
         if prunepath.expert_dtype is not None:
             scales = quantised_tensors(family, layer)
-            expected.update(dict.fromkeys(scales.values(), (prunepath.intermediate_size,)))
+            expected.update(dict.fromkeys(scales.values(), (prunepath.neurons(layer),)))
             dtypes |= dict.fromkeys(scales, QUANTISED_DTYPES[prunepath.expert_dtype])
             dtypes |= dict.fromkeys(scales.values(), "F32")
         expected.update(router_tensor_shapes(family, config, prunepath, layer, bias=bool(with_bias)))

@@ -2,7 +2,7 @@
 
 import itertools
 from collections.abc import Mapping
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
@@ -12,7 +12,7 @@ from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, MIN_FLOAT32, float32, parse_t
 
 FORMAT_VERSION = 2
 """The newest format. 1, which lacks FORMAT_2_FIELDS, is read for ever and still written where it says everything."""
-FORMAT_2_FIELDS = ("router", "expert_dtype")
+FORMAT_2_FIELDS = ("router", "expert_dtype", "expert_usage", "kept_experts", "max_tau")
 EXPERT_DTYPES = ("float8_e4m3fn", "int8")
 """What weights of quantised experts are stored in, as PyTorch names it."""
 SPARSE_TAU = 0.5
@@ -41,6 +41,21 @@ class RouterOptions(BaseModel):
     """What enters the feed-forward module (the paper's), or the same block's self-attention module."""
     rank: int | None = Field(default=None, gt=0)
     """r: logits = (x down^T) weight^T + bias, down [r, hidden] and weight [E, r]; null: x weight^T + bias."""
+
+
+class ExpertUsage(BaseModel):
+    """How often each expert was used on a text."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, use_attribute_docstrings=True)
+
+    text: str
+    """The text's file name."""
+    tokens: int = Field(gt=0)
+    """Tokens of it that were counted; those at positions below dense_positions are not."""
+    tau: float = Field(ge=MIN_FLOAT32, lt=DENSE_TAU)
+    """The tau that they ran at."""
+    shares: list[list[Annotated[float, Field(ge=0, le=1)]]]
+    """[layers][num_experts]: the share of those tokens that used the expert."""
 
 
 class PrunePathConfig(BaseModel):
@@ -74,6 +89,13 @@ class PrunePathConfig(BaseModel):
     expert_dtype: Literal["float8_e4m3fn", "int8"] | None = None
     """Of the feed-forward linears' weights, each with a float32 scale per neuron; null: as the other tensors. Format 2
     alone has the field."""
+    expert_usage: ExpertUsage | None = None
+    """How often each expert was used, and on what. Format 2 alone has the field."""
+    kept_experts: list[list[int]] | None = None
+    """Per layer the experts whose weights are there, 0 to K - 1 and at least one: kept ones come first; null: all. The
+    others have a router row alone. Format 2 alone has the field."""
+    max_tau: float | None = Field(default=None, ge=MIN_FLOAT32, lt=DENSE_TAU)
+    """With kept_experts: requests above it are refused. Format 2 alone has the field."""
 
     @field_validator("default_tau")
     @classmethod
@@ -118,10 +140,45 @@ class PrunePathConfig(BaseModel):
             raise ValueError(f"threshold is {self.threshold}; expected null with selection 'cumulative_mass'")
         return self
 
+    @model_validator(mode="after")
+    def _kept_experts_go_with_max_tau(self) -> "PrunePathConfig":
+        if self.expert_usage is not None and any(len(row) != self.num_experts for row in self.expert_usage.shares):
+            raise ValueError(f"expert_usage.shares: expected {self.num_experts} shares (num_experts) in every layer")
+        if (self.kept_experts is None) != (self.max_tau is None):
+            raise ValueError(f"max_tau is {self.max_tau}; expected a number with kept_experts, and null without")
+        for layer, kept in enumerate(self.kept_experts or ()):
+            if not 1 <= len(kept) <= self.num_experts or kept != list(range(len(kept))):
+                raise ValueError(
+                    f"kept_experts[{layer}]: {shown(kept)}; expected 0, 1, 2 and so on, 1 to {self.num_experts} "
+                    "(num_experts) of them"
+                )
+        if self.max_tau is not None:
+            highest = max([self.default_tau, *(tau for tau, _ in self.tau_curve or ())])
+            if highest > self.max_tau:
+                raise ValueError(
+                    f"max_tau is {self.max_tau}; expected at least {highest}, of default_tau and tau_curve"
+                )
+        return self
+
     @property
     def intermediate_size(self) -> int:
-        """d_ff, neurons per feed-forward layer."""
+        """d_ff, neurons per feed-forward layer, whether their weights are there or not."""
         return self.num_experts * self.expert_size
+
+    def kept(self, layer: int) -> int:
+        """K, the experts of a layer whose weights are there: the first K."""
+        return self.num_experts if self.kept_experts is None else len(self.kept_experts[layer])
+
+    def neurons(self, layer: int) -> int:
+        """Neurons of a layer whose weights are there."""
+        return self.kept(layer) * self.expert_size
+
+    @property
+    def kept_share(self) -> float:
+        """The share of all experts whose weights are there."""
+        if self.kept_experts is None:
+            return 1.0
+        return sum(map(len, self.kept_experts)) / (len(self.kept_experts) * self.num_experts)
 
     @property
     def unset_tau(self) -> float:
@@ -147,6 +204,19 @@ class PrunePathConfig(BaseModel):
                 f"prunepath_config: num_experts {self.num_experts} * expert_size {self.expert_size} = "
                 f"{self.intermediate_size}; expected the model's feed-forward size {intermediate_size}"
             )
+
+    def check_layers(self, num_layers: int) -> None:
+        """Refuse a block that speaks of more or fewer layers than the model has.
+
+        Raises:
+            ConfigError: names the field and both numbers.
+        """
+        shares = None if self.expert_usage is None else self.expert_usage.shares
+        for field, layers in (("expert_usage.shares", shares), ("kept_experts", self.kept_experts)):
+            if layers is not None and len(layers) != num_layers:
+                raise ConfigError(
+                    f"prunepath_config.{field}: {len(layers)} layers; expected {num_layers}, those of the model"
+                )
 
     def check_router(self, hidden_size: int) -> None:
         """Refuse a router whose rank is above the model's width, where a full one is smaller.
@@ -197,8 +267,9 @@ class PrunePathConfig(BaseModel):
         block = self.model_dump(mode="json")
         if self.router == RouterOptions():
             del block["router"]
-        if self.expert_dtype is None:
-            del block["expert_dtype"]
+        for field in FORMAT_2_FIELDS:
+            if field in block and block[field] is None:
+                del block[field]
         return block | {"format_version": 2 if any(field in block for field in FORMAT_2_FIELDS) else 1}
 
 

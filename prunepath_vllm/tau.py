@@ -30,22 +30,28 @@ PARAMETERS = ("tau", "sparsity")
 """The names a request may use, as ``extra_args`` / ``extra_kwargs`` keys and as top-level HTTP body fields."""
 
 
-def parse_tau(value: Any, parameter: str = "tau") -> float:
+def parse_tau(value: Any, parameter: str = "tau", *, max_tau: float | None = None) -> float:
     """Return `value` as a float in (0, 1.05]; 1.0 where it is so close to 1 that workers, in float32, see 1.
 
     Args:
         value: a number of Python, numpy or torch (of the latter two a scalar or 0-d array or tensor).
         parameter: what the error calls it.
+        max_tau: of a checkpoint that keeps no weights of experts used above it alone; None for one that keeps all.
 
     Raises:
-        TauError: `value` is not a number in range (bool, string, NaN and infinity are not), or so small that float32
-            has no normal number for it.
+        TauError: `value` is not a number in range (bool, string, NaN and infinity are not), so small that float32 has
+            no normal number for it, or above `max_tau`.
     """
     number = _parse_number(value)
     if number is None or not 0 < number <= MAX_TAU:
         raise _out_of_range(parameter, value, f"a number in (0, {MAX_TAU}]")
     if number < MIN_FLOAT32:
         raise _out_of_range(parameter, value, f"at least {MIN_FLOAT32}, the smallest normal float32")
+    if max_tau is not None and float32(number) > float32(max_tau):
+        limit = (
+            f"a number in (0, {max_tau}], up to this checkpoint's max_tau: its weights are those of experts used there"
+        )
+        raise _out_of_range(parameter, value, limit)
     return _dense_as_workers_see_it(number)
 
 
@@ -148,6 +154,7 @@ def resolve_tau(
     *,
     default_tau: float,
     tau_curve: Sequence[tuple[float, float]] | None,
+    max_tau: float | None = None,
 ) -> float:
     """Turn a request's extra arguments into the tau it runs at.
 
@@ -155,13 +162,14 @@ def resolve_tau(
         requested: the request's extra arguments; keys other than ``tau`` and ``sparsity`` are not looked at.
         default_tau: used where neither is present (or is ``None``).
         tau_curve: the checkpoint's measured curve, needed for ``sparsity``.
+        max_tau: the checkpoint's, where it does not keep all experts.
 
     Raises:
-        TauError: an invalid value, both at once, or ``sparsity`` without a curve.
+        TauError: an invalid value, both at once, ``sparsity`` without a curve, or what needs a tau above `max_tau`.
     """
     tau, sparsity = ((requested or {}).get(name) for name in PARAMETERS)
     if sparsity is None:
-        return default_tau if tau is None else parse_tau(tau)
+        return default_tau if tau is None else parse_tau(tau, max_tau=max_tau)
     if tau is not None:
         raise TauError(
             f"tau ({tau!r}) and sparsity ({sparsity!r}) were both given; expected one of them",
@@ -176,6 +184,9 @@ def resolve_tau(
             parameter="sparsity",
             value=sparsity,
         )
+    if max_tau is not None and target < (least := tau_curve[-1][1]):
+        limit = f"at least {least}, what this checkpoint leaves out at its max_tau {max_tau}"
+        raise _out_of_range("sparsity", sparsity, limit)
     return tau_for_sparsity(tau_curve, target)
 
 

@@ -81,6 +81,33 @@ def decoder():
     }
 
 
+def cold():
+    """Of a checkpoint with a max_tau: the options' taus and the default in one batch, and alone; and one above."""
+    llm = engine(enforce_eager=OPTIONS["eager"])
+    taus = [[*OPTIONS["taus"], None][i % (len(OPTIONS["taus"]) + 1)] for i in range(len(PROMPTS))]
+    many = [params(tau) for tau in taus]
+    for i, one in enumerate(many):
+        one.extra_args["prunepath_report"] = f"request {i}"
+    mixed = llm.generate(PROMPTS, many, use_tqdm=False)
+    reports = []
+    for i in range(len(PROMPTS)):
+        (parts,) = llm.collective_rpc("prunepath_report", args=(f"request {i}",))
+        active = [sum(layer) for layer in zip(*(counted for counted, _ in parts), strict=True)]
+        reports.append({"active": active, "possible": sum(possible for _, possible in parts)})
+    lone = [llm.generate([prompt], params(tau), use_tqdm=False)[0] for prompt, tau in zip(PROMPTS, taus, strict=True)]
+    try:
+        llm.generate([PROMPTS[0]], params(0.7), use_tqdm=False)
+        refused = ""
+    except ValueError as error:
+        refused = str(error)
+    return {
+        "mixed": [row(output, tau) for output, tau in zip(mixed, taus, strict=True)],
+        "lone": [row(output, tau) for output, tau in zip(lone, taus, strict=True)],
+        "reports": reports,
+        "refused": refused,
+    }
+
+
 def graphs():
     """Mixed taus twice in one batch, and alone, under the graph mode of the options."""
     llm = engine(

@@ -457,3 +457,36 @@ def test_select_mask_of_training(num_experts):
     logits[0, 1] = logits[0, 1].round()
     taus = torch.tensor([[0.3, 0.6, 0.9, 1.0, 1.05], [1e-4, 0.5, 0.2, 0.99, 0.7]])
     assert torch.equal(select_mask(logits, taus), reference.select_cumulative_mass(logits, taus))
+
+
+@pytest.mark.parametrize("select", SELECTS)
+@pytest.mark.parametrize("gate", ["none", "sigmoid"])
+@pytest.mark.parametrize("glu", [True, False], ids=["glu", "plain"])
+@pytest.mark.parametrize(("path", "num_tokens"), [*EVERY_PATH, ("dense", 70)])
+def test_dropped_experts_are_selected_and_add_nothing(path, num_tokens, glu, gate, select):
+    """The whole layer with gates of the first 14 of 37 experts alone, by kernels that have their rows alone."""
+    x, router, weights, spec = make_case(num_tokens, 37, 8, 48, glu=glu)
+    kept, halves = 14, 2 if glu else 1
+    part = replace(
+        weights,
+        w_in=weights.w_in.unflatten(0, (halves, -1))[:, : 8 * kept].flatten(0, 1).contiguous(),
+        b_in=weights.b_in.unflatten(0, (halves, -1))[:, : 8 * kept].flatten().contiguous(),
+        w_out_t=weights.w_out_t[: 8 * kept].contiguous(),
+    )
+    spec = replace(spec, rule=RoutingRule(gate=gate), kept=kept)
+    tau = mixed_taus(num_tokens) if num_tokens > 1 else torch.tensor([0.97])
+    gates = expected_gates(x, tau, router, spec.rule)
+    assert gates[:, kept:].any()
+    gates[:, kept:] = 0
+    tuning = Tuning(((1 << 30, replace(NO_TUNING[path].choices[0][1], router=SELECTS[select])),))
+    results = []
+    for is_ahead in (False, True):
+        counters = Counters(torch.zeros(num_tokens, dtype=torch.int32), torch.zeros(1, dtype=torch.int64))
+        options = dict(tuning=tuning, counters=counters)
+        ahead = route_ahead(x, tau, router, spec, **options) if is_ahead else None
+        y = routed_ffn(x, tau, router, part, spec, routing=ahead, **options)
+        assert error(y, reference_ffn(x, gates, weights, "silu", glu)) < TOLERANCE[torch.float32]
+        assert torch.equal(counters.active, (gates != 0).sum(1).int())
+        assert counters.read.item() == (kept if path == "dense" else (gates != 0).any(0).sum())
+        results.append(y)
+    assert torch.equal(*results)

@@ -448,8 +448,8 @@ def test_two_ranks_hold_the_halves_of_every_expert(quantised, monkeypatch, famil
     held = []
     for rank in (0, 1):
         monkeypatch.setattr(routed_ffn, "get_tensor_model_parallel_rank", lambda rank=rank: rank)
-        inputs = routed_ffn.ExpertInputs(HIDDEN, prunepath, glu=row.gate is not None, bias=False)
-        outputs = routed_ffn.ExpertOutputs(HIDDEN, prunepath, bias=False)
+        inputs = routed_ffn.ExpertInputs(HIDDEN, prunepath, 1, glu=row.gate is not None, bias=False)
+        outputs = routed_ffn.ExpertOutputs(HIDDEN, prunepath, 1, bias=False)
         for shard, name in enumerate(row.inputs(1)):
             for kind in ("weight", "weight_scale"):
                 tensor = tensors[f"{name}.{kind}"]

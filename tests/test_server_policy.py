@@ -333,7 +333,7 @@ def test_the_playground_is_one_file_that_asks_nobody_else(server):
 def test_info_says_what_is_served_and_what_may_be_asked(server):
     info = HTTP.get(f"{server.url}/prunepath/info").json()
     block = json.loads((server.checkpoint / "config.json").read_text())
-    experts = block["prunepath_config"]
+    experts = {**block["prunepath_config"], "kept_share": 1.0}
     assert info["model"]["served_names"] == [MODEL, COARSE]
     assert info["model"]["num_layers"] == block["num_hidden_layers"]
     assert info["model"]["max_model_len"] == 256

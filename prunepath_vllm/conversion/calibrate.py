@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedModel
 
-from prunepath_vllm.checkpoint import CheckpointSummary, check_finite, refuse_quantised, validate_checkpoint
+from prunepath_vllm.checkpoint import CheckpointSummary, check_finite, refuse_changed, validate_checkpoint
 from prunepath_vllm.conversion.costs import (
     Observation,
     experts_of,
@@ -88,7 +88,7 @@ def calibrate(
     """
     summary = validate_checkpoint(checkpoint)
     prunepath = summary.prunepath
-    refuse_quantised(checkpoint, prunepath, "calibrating")
+    refuse_changed(checkpoint, prunepath, "calibrating")
     if prunepath.selection != "cumulative_mass":
         raise UsageError(f"{checkpoint}: selection {prunepath.selection!r} has no tau to calibrate for")
     if dense_positions is not None and dense_positions < 0:

@@ -34,7 +34,7 @@ def write_model_card(path: str | Path) -> Path:
             _front_matter(prunepath, causal),
             f"# PrunePath: {base}",
             f"{base}, its feed-forward layers cut into experts that are routed per token. A request chooses how many "
-            "run with `tau`: all of them at 1, fewer below. The method is "
+            f"run with `tau`: {_range(prunepath)}. The method is "
             "[PrunePath](https://arxiv.org/abs/2605.28283).",
             _facts(prunepath, family.num_layers(config), family.model_type),
             "## Quality and sparsity\n\n" + (_quality(path, prunepath) or _curve(prunepath)),
@@ -44,6 +44,10 @@ def write_model_card(path: str | Path) -> Path:
     )
     (path / CARD_FILE).write_text(card + "\n", encoding="utf-8")
     return path / CARD_FILE
+
+
+def _range(prunepath: PrunePathConfig) -> str:
+    return "all of them at 1, fewer below" if prunepath.max_tau is None else f"up to {prunepath.max_tau:g}"
 
 
 def _front_matter(prunepath: PrunePathConfig, causal: bool) -> str:
@@ -63,11 +67,18 @@ def _facts(prunepath: PrunePathConfig, layers: int, model_type: str) -> str:
         ("split", f"{split.method}{source}, seed {split.seed}"),
         ("selection", prunepath.selection.replace("_", " ") + _threshold(prunepath)),
         ("gate", prunepath.gate),
+        *([("experts kept", _kept(prunepath))] if prunepath.kept_experts is not None else []),
         *([("expert weights", f"{prunepath.expert_dtype}, a scale per neuron")] if prunepath.expert_dtype else []),
         ("dense positions", str(prunepath.dense_positions)),
         ("default tau", f"{prunepath.default_tau:g}"),
     ]
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows)])
+
+
+def _kept(prunepath: PrunePathConfig) -> str:
+    usage = prunepath.expert_usage
+    on = "" if usage is None else f"; counted on {usage.tokens} tokens of {usage.text}"
+    return f"{prunepath.kept_share:.1%}, for tau up to {prunepath.max_tau:g}{on}"
 
 
 def _threshold(prunepath: PrunePathConfig) -> str:
@@ -133,20 +144,29 @@ def _usage(prunepath: PrunePathConfig, causal: bool) -> str:
         example = (
             "prunepath serve CHECKPOINT      # this directory\n"
             "curl http://127.0.0.1:8000/v1/completions -H 'Content-Type: application/json' \\\n"
-            '  -d \'{"model": "CHECKPOINT", "prompt": "Once upon a time", "max_tokens": 32, "tau": 0.8}\''
+            '  -d \'{"model": "CHECKPOINT", "prompt": "Once upon a time", "max_tokens": 32, "tau": TAU}\''
         )
     else:
         example = (
             "prunepath serve CHECKPOINT      # this directory\n"
             "curl http://127.0.0.1:8000/classify -H 'Content-Type: application/json' \\\n"
-            '  -d \'{"model": "CHECKPOINT", "input": "A fine film.", "tau": 0.8}\''
+            '  -d \'{"model": "CHECKPOINT", "input": "A fine film.", "tau": TAU}\''
         )
+    example = example.replace("TAU", f"{min(0.8, prunepath.max_tau or MAX_TAU):.4g}")
     knob = f"`tau` is a number in (0, {MAX_TAU}]; at 1 and above every expert runs."
+    if prunepath.max_tau is not None:
+        knob = f"`tau` is a number in (0, {prunepath.max_tau}]; requests above it are refused."
     if prunepath.tau_curve:
         knob += (
-            " `sparsity`, in [0, 1), asks for a share of experts to leave out instead; the curve above gives its tau."
+            f" `sparsity`, in [{_least_sparsity(prunepath)}, 1), asks for a share of experts to leave out instead; the "
+            "curve above gives its tau."
         )
     return f"```bash\npip install prunepath-vllm\n{example}\n```\n\n{knob}"
+
+
+def _least_sparsity(prunepath: PrunePathConfig) -> float:
+    curve = prunepath.tau_curve
+    return curve[-1][1] if curve and prunepath.max_tau is not None else 0
 
 
 def _limits(prunepath: PrunePathConfig, source_weights: object) -> str:
@@ -158,6 +178,11 @@ def _limits(prunepath: PrunePathConfig, source_weights: object) -> str:
     ]
     if isinstance(source_weights, str):
         lines.append(f"- Converted from quantised weights: {' '.join(source_weights.split())}.")
+    if prunepath.max_tau is not None:
+        lines.append(
+            f"- Made for tau up to {prunepath.max_tau:g}: experts that its text did not use there have no weights. A "
+            "token that chooses one all the same gets nothing from it."
+        )
     if prunepath.expert_dtype is not None:
         lines.append(f"- Its experts are quantised to {prunepath.expert_dtype} and were not trained so.")
     if not prunepath.tau_curve:

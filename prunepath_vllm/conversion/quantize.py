@@ -104,7 +104,9 @@ def quantised_weights(weights: Weights, expert_dtype: str) -> Weights:
 
 def _write_weights(summary: CheckpointSummary, staging: Path, expert_dtype: str, inputs: Tensor) -> list[LayerError]:
     path, family, tensors = summary.path, summary.family, summary.tensors
-    layers = [list(ffn_tensor_shapes(family, summary.config, layer)) for layer in range(summary.num_layers)]
+    layers = [
+        list(ffn_tensor_shapes(family, summary.config, layer, summary.prunepath)) for layer in range(summary.num_layers)
+    ]
     ours = {name for names in layers for name in names}
     writer, errors = ShardWriter(staging), []
     with tqdm(total=len(tensors), desc="quantising", unit="tensor") as progress:
@@ -167,11 +169,11 @@ def _function(summary: CheckpointSummary, layer: int, tensors: dict[str, Tensor]
     )
     spec = LayerSpec(
         summary.hidden_size,
-        prunepath.num_experts,
+        prunepath.kept(layer),
         prunepath.expert_size,
         torch.float32,
         ACTIVATIONS[family.activation(summary.config)],
         glu=len(first) > 1,
     )
-    router = RouterWeights(torch.zeros(prunepath.num_experts, summary.hidden_size))
+    router = RouterWeights(torch.zeros(prunepath.kept(layer), summary.hidden_size))
     return cpu.routed_ffn(inputs, torch.full((len(inputs),), DENSE_TAU), router, weights, spec)

@@ -4,10 +4,10 @@ import argparse
 import re
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from prunepath_vllm.benchmarks.report import markdown
-from prunepath_vllm.config import PrunePathConfig, RouterOptions, Split
+from prunepath_vllm.config import ExpertUsage, PrunePathConfig, RouterOptions, Split
 from prunepath_vllm.entrypoints.cli import build_parser
 from prunepath_vllm.entrypoints.server.metrics import REQUEST_TAU
 from prunepath_vllm.model_executor.counts import COUNTERS
@@ -116,7 +116,9 @@ def checkpoint() -> str:
         '`model_type: "prunepath_<family>"` and the block `prunepath_config`:\n\n'
         f"{table(('field', 'default', 'meaning'), *rows)}\n\n"
         "Tensors keep the dense model's names and shapes, their neurons sorted so that expert e is rows (GPT-2: "
-        "columns) e * expert_size to (e + 1) * expert_size. Beside them each feed-forward layer, `<ffn>`, has\n\n"
+        "Tensors keep the dense model's names and shapes, their neurons sorted so that expert e is rows (GPT-2: "
+        "columns) e * expert_size to (e + 1) * expert_size, in each layer those of the experts that are kept. Beside "
+        "them each feed-forward layer, `<ffn>`, has\n\n"
         + table(
             ("tensor", "shape", "where"),
             ("`<ffn>.router.weight`", "[num_experts, hidden], or [num_experts, rank]", "always"),
@@ -129,10 +131,17 @@ def checkpoint() -> str:
     )
 
 
+def _nested(annotation: Any) -> Any | None:
+    """The block that a field holds, or may hold; None where it holds none."""
+    return next(
+        (one for one in (RouterOptions, Split, ExpertUsage) if one in (annotation, *get_args(annotation))), None
+    )
+
+
 def _fields(model: Any, prefix: str = "") -> Iterator[tuple[str, str, str]]:
     for name, field in model.model_fields.items():
-        if field.annotation in (RouterOptions, Split):
-            yield from _fields(field.annotation, f"{prefix}{name}.")
+        if (nested := _nested(field.annotation)) is not None:
+            yield from _fields(nested, f"{prefix}{name}.")
             continue
         default = "required" if field.is_required() else f"`{'null' if field.default is None else field.default}`"
         yield f"`{prefix}{name}`", default, " ".join((field.description or "").split()).replace("``", "`")

@@ -92,6 +92,8 @@ def reconstruction(
     if opened.summary is None or opened.prunepath is None:
         raise UsageError(f"{checkpoint}: expected a PrunePath checkpoint, got a dense one")
     prunepath, family = opened.prunepath, opened.family
+    if prunepath.kept_experts is not None:
+        raise UsageError(f"{checkpoint}: kept_experts: {prunepath.kept_share:.1%} are there; expected all experts")
     for count in counts:
         if not 1 <= count <= prunepath.num_experts:
             raise UsageError(f"--top-k {count}: expected 1 to {prunepath.num_experts}, the experts of {checkpoint}")

@@ -62,6 +62,7 @@ def routed_ffn(
     if gather and x.shape[0] <= native_tokens(spec.dtype, quantised=weights.quantised):
         return native.ready(router, weights, spec)(x, tau, router_input=router_input, counters=counters)
     spec.check(x, tau, router, weights, router_input)
+    spec, kept = spec.routed, spec.num_kept
     scale: Tensor | None = None
     if takes_every_expert(x.shape[0], spec, quantised=weights.quantised) or (spec.at_least and not gather):
         present = tau > 0  # not padding
@@ -69,10 +70,10 @@ def routed_ffn(
             counters.active.add_(present, alpha=spec.num_experts)
         if spec.rule.gate != "none":
             logits = router_logits(x if router_input is None else router_input, router.weight, router.bias, router.down)
-            scale = gate_weights(logits, present.unsqueeze(1), gate=spec.rule.gate)
+            scale = gate_weights(logits[:, :kept], present.unsqueeze(1), gate=spec.rule.gate)
     elif spec.rule.gate != "none" or not gather or not bool((tau >= DENSE_TAU).all()):
         logits = router_logits(x if router_input is None else router_input, router.weight, router.bias, router.down)
-        scale = expert_weights(logits, tau, **asdict(spec.rule))
+        scale = expert_weights(logits, tau, **asdict(spec.rule))[:, :kept]
         active = scale != 0
         if counters.active is not None:
             counters.active.add_(active.sum(dim=1, dtype=torch.int32))

@@ -144,6 +144,7 @@ def load_tuning(gpu: str, spec: LayerSpec) -> Tuning:
         gpu: ``torch.cuda.get_device_name()``.
         spec: the layer.
     """
+    spec = replace(spec, kept=None)  # all layers of a model alike, however many experts each keeps
     if spec.dtype == torch.float32:
         return heuristic_tuning(spec)
     keys = [shape_key(spec), shape_key(replace(spec, dtype=torch.bfloat16))]
@@ -224,6 +225,7 @@ def routed_ffn(
         ConfigError: a tensor that is not this layer's.
     """
     spec.check(x, tau, router, weights, router_input)
+    spec, kept = spec.routed, spec.kept
     read = counters.read
     choice = tuning.choice(x.shape[0])
     every = spec.at_least and choice.path == "dense"
@@ -238,7 +240,7 @@ def routed_ffn(
     pdl = min(choice.pdl, 2 * default_pdl(x.device))
     routed = x if router_input is None else router_input
     find_routing = functools.partial(
-        route, routed, tau, router, spec.rule, config=choice.router, active_counts=counters.active
+        route, routed, tau, router, spec.rule, config=choice.router, active_counts=counters.active, kept=kept
     )
     if choice.path == "dense" or host_dense:
         gates = functools.partial(find_routing, want_flags=False, every=every, pdl=0)
@@ -282,8 +284,9 @@ def route_ahead(
         return None
     with beside_main_stream(router_input.device):
         routing = route(
-            router_input, tau, router, spec.rule, config=choice.router, active_counts=counters.active, pdl=0
-        )
+            router_input, tau, router, spec.rule, config=choice.router, active_counts=counters.active, kept=spec.kept,
+            pdl=0,
+        )  # fmt: skip
         return list_experts(routing, counters.read)
 
 

@@ -1,13 +1,14 @@
 """What a routed layer is: the description that every path takes and checks, and the named groups of its tensors.
 
-Shapes: T tokens, H hidden size, E experts, D neurons per expert, F = E * D. Under tensor parallelism D is what one rank
+Shapes: T tokens, H hidden size, E experts, D neurons per expert, F = E * D, or K * D where the weights of K experts
+alone are there. Under tensor parallelism D is what one rank
 holds of every expert.
 """
 
 import functools
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -81,6 +82,8 @@ class LayerSpec:
         quantise_activations: whether the dense products of float8 weights may take their inputs in float8 too, with a
             scale per token, on GPUs that multiply it: faster, and as coarse as the weights are. Otherwise every path
             widens the weights, and keeps the inputs as they are.
+        kept: K, the experts whose weights are there, the first K; None for all E. The others are routed like any, and
+            then add nothing and count for nothing.
     """
 
     hidden: int
@@ -93,6 +96,7 @@ class LayerSpec:
     at_least: bool = False
     expert_dtype: torch.dtype | None = None
     quantise_activations: bool = True
+    kept: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden", "num_experts", "expert_size"):
@@ -103,11 +107,23 @@ class LayerSpec:
         if self.expert_dtype not in (None, *QUANTISED_DTYPES):
             expected = ", ".join(map(str, QUANTISED_DTYPES))
             raise ConfigError(f"expert_dtype {self.expert_dtype}; expected None or one of {expected}")
+        if self.kept is not None and not 1 <= self.kept <= self.num_experts:
+            raise ConfigError(f"kept {self.kept}; expected None or 1 to {self.num_experts}, num_experts")
+
+    @property
+    def num_kept(self) -> int:
+        """K, or E where all are kept."""
+        return self.num_experts if self.kept is None else self.kept
+
+    @property
+    def routed(self) -> "LayerSpec":
+        """What is left to compute behind the routing: a layer of the K experts that are kept."""
+        return self if self.kept is None else replace(self, num_experts=self.kept, kept=None)
 
     @property
     def neurons(self) -> int:
         """F."""
-        return self.num_experts * self.expert_size
+        return self.num_kept * self.expert_size
 
     @property
     def input_rows(self) -> int:

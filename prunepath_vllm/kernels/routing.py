@@ -41,6 +41,8 @@ class RouterConfig:
 class Routing:
     """What the feed-forward kernels need to know about a batch.
 
+    E are those whose weights are there.
+
     Attributes:
         gates: float32 [T, E]; what each expert's output is multiplied by, 0 where it is not active (eq. 10).
         flags: int32 [E]; 1 where some token uses the expert. None where it was not asked for.
@@ -156,24 +158,24 @@ def summed_logits(logits, bias, token, num_tokens, e, E: tl.constexpr, SPLIT_K: 
 
 
 @triton.jit
-def store_gates(gates, flags, token, g, e, active, E: tl.constexpr, GATE: tl.constexpr, FLAGS: tl.constexpr):
-    """One token's gates of the experts e with logits g, and the flags of those it uses."""
+def store_gates(gates, flags, token, g, e, active, KEPT: tl.constexpr, GATE: tl.constexpr, FLAGS: tl.constexpr):
+    """One token's gates of the experts e with logits g, and the flags of those it uses; none from KEPT on."""
     if GATE:
         gate = tl.where(active, tl.sigmoid(g), 0.0)
     else:
         gate = tl.where(active, 1.0, 0.0)
-    tl.store(gates + token * E + e, gate, mask=e < E)
+    tl.store(gates + token * KEPT + e, gate, mask=e < KEPT)
     if FLAGS:
         tl.atomic_or(flags + e, 1, mask=active, sem="relaxed")
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def select_radix_kernel(
-    logits, bias, tau, gates, flags, active_counts, num_tokens, threshold, E: tl.constexpr, DENSE_TAU: tl.constexpr,
-    SPLIT_K: tl.constexpr, BIAS: tl.constexpr, COUNT: tl.constexpr, THRESHOLD: tl.constexpr, GATE: tl.constexpr,
-    FLAGS: tl.constexpr, BLOCK_ALL: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
+    logits, bias, tau, gates, flags, active_counts, num_tokens, threshold, E: tl.constexpr, KEPT: tl.constexpr,
+    DENSE_TAU: tl.constexpr, SPLIT_K: tl.constexpr, BIAS: tl.constexpr, COUNT: tl.constexpr, THRESHOLD: tl.constexpr,
+    GATE: tl.constexpr, FLAGS: tl.constexpr, BLOCK_ALL: tl.constexpr, BITS: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """One token: gates [T, E] float32, flags [E] int32."""
+    """One token: gates [T, KEPT] float32, flags [E] int32."""
     token = tl.program_id(0).to(tl.int64)
     e = tl.arange(0, BLOCK_ALL)
     wait_for_previous(PDL)
@@ -186,18 +188,19 @@ def select_radix_kernel(
         else:
             p = tl.exp(g - tl.max(g, axis=0))
             active &= ranked_prefix(p / tl.sum(p, axis=0), t, BITS)
-    store_gates(gates, flags, token, g, e, active, E, GATE, FLAGS)
+    active &= e < KEPT  # after the selection, which sees all
+    store_gates(gates, flags, token, g, e, active, KEPT, GATE, FLAGS)
     if COUNT:
         tl.store(active_counts + token, tl.load(active_counts + token) + tl.sum(active.to(tl.int32), axis=0))
 
 
 @triton.jit(do_not_specialize=["num_tokens"])
 def select_pairwise_kernel(
-    logits, bias, tau, gates, flags, active_counts, num_tokens, threshold, E: tl.constexpr, DENSE_TAU: tl.constexpr,
-    SPLIT_K: tl.constexpr, BIAS: tl.constexpr, COUNT: tl.constexpr, THRESHOLD: tl.constexpr, GATE: tl.constexpr,
-    FLAGS: tl.constexpr, BLOCK_ALL: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
+    logits, bias, tau, gates, flags, active_counts, num_tokens, threshold, E: tl.constexpr, KEPT: tl.constexpr,
+    DENSE_TAU: tl.constexpr, SPLIT_K: tl.constexpr, BIAS: tl.constexpr, COUNT: tl.constexpr, THRESHOLD: tl.constexpr,
+    GATE: tl.constexpr, FLAGS: tl.constexpr, BLOCK_ALL: tl.constexpr, BLOCK_E: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
-    """BLOCK_E experts of one token: gates [T, E] float32, flags [E] int32."""
+    """BLOCK_E experts of one token: gates [T, KEPT] float32, flags [E] int32."""
     token = tl.program_id(0).to(tl.int64)
     e = tl.program_id(1) * BLOCK_E + tl.arange(0, BLOCK_E)
     wait_for_previous(PDL)
@@ -217,7 +220,8 @@ def select_pairwise_kernel(
             ahead = tl.sum(tl.where(before, mass[None, :], 0.0), axis=1)
             # Only before the top expert, whose own mass is 1, there is none.
             active &= (ahead + tl.exp(g - largest) < t * tl.sum(mass, axis=0)) | (ahead == 0.0)
-    store_gates(gates, flags, token, g, e, active, E, GATE, FLAGS)
+    active &= e < KEPT  # after the selection, which sees all
+    store_gates(gates, flags, token, g, e, active, KEPT, GATE, FLAGS)
     if COUNT:
         tl.atomic_add(active_counts + token, tl.sum(active.to(tl.int32), axis=0), sem="relaxed")
 
@@ -242,6 +246,7 @@ def route(
     active_counts: Tensor | None = None,
     want_flags: bool = True,
     every: bool = False,
+    kept: int | None = None,
     pdl: int | None = None,
 ) -> Routing:
     """Router logits and selection: two kernels, no host synchronisation.
@@ -257,6 +262,7 @@ def route(
         active_counts: int32 [T] or None; the number of active experts of each token is added to it.
         want_flags: whether to fill ``Routing.flags``; up to LIBRARY_TOKENS tokens.
         every: whether tokens get every expert whatever their tau, so that there is nothing to select.
+        kept: K, the first experts, which alone get gates and flags; None for all.
         pdl: mode of programmatic dependent launch (``common.wait_for_previous``); None for the device's default.
     """
     pdl = default_pdl(x.device) if pdl is None else pdl
@@ -288,10 +294,11 @@ def route(
     else:
         assert flags is None
         logits, split_k = library_logits(x, router.weight), 1
-    gates = torch.empty(num_tokens, num_experts, dtype=torch.float32, device=x.device)
+    kept = num_experts if kept is None else kept
+    gates = torch.empty(num_tokens, kept, dtype=torch.float32, device=x.device)
     arguments = (logits, router.bias, tau, gates, flags, active_counts, num_tokens, rule.threshold or 0.0)
     options: dict[str, Any] = dict(
-        E=num_experts, DENSE_TAU=0.0 if every else DENSE_TAU, SPLIT_K=split_k, BIAS=router.bias is not None,
+        E=num_experts, KEPT=kept, DENSE_TAU=0.0 if every else DENSE_TAU, SPLIT_K=split_k, BIAS=router.bias is not None,
         COUNT=active_counts is not None, THRESHOLD=rule.selection == "threshold", GATE=needed, FLAGS=want_flags,
         BLOCK_ALL=triton.next_power_of_2(num_experts), PDL=pdl, num_warps=config.select_warps, **launch_options(pdl),
     )  # fmt: skip
@@ -301,7 +308,7 @@ def route(
     else:
         assert config.select == "radix", f"unknown selection {config.select!r}; expected pairwise or radix"
         select_radix_kernel[(num_tokens,)](*arguments, **options, BITS=config.select_bits)
-    return Routing(gates, flags)
+    return Routing(gates, None if flags is None else flags[:kept])
 
 
 def list_experts(routing: Routing, experts_read: Tensor | None = None) -> Routing:
@@ -333,8 +340,8 @@ def select_mask(logits: Tensor, tau: Tensor) -> Tensor:
     num_tokens = logits.numel() // num_experts
     gates = torch.empty_like(logits)
     select_radix_kernel[(num_tokens,)](
-        logits, None, tau.contiguous(), gates, None, None, num_tokens, 0.0, E=num_experts, DENSE_TAU=DENSE_TAU,
-        SPLIT_K=1, BIAS=False, COUNT=False, THRESHOLD=False, GATE=False, FLAGS=False,
+        logits, None, tau.contiguous(), gates, None, None, num_tokens, 0.0, E=num_experts, KEPT=num_experts,
+        DENSE_TAU=DENSE_TAU, SPLIT_K=1, BIAS=False, COUNT=False, THRESHOLD=False, GATE=False, FLAGS=False,
         BLOCK_ALL=triton.next_power_of_2(num_experts), BITS=1, PDL=0, num_warps=1,
     )  # fmt: skip
     return gates != 0

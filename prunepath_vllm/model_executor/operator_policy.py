@@ -17,7 +17,7 @@ class OperatorPolicy:
 
     Attributes:
         default_tau: the tau of requests that name none; the checkpoint's unless given.
-        min_tau, max_tau: what a request may ask for, both ends included.
+        min_tau, max_tau: what a request may ask for, both ends included; max_tau is at most the checkpoint's.
         prefill_tau: prompts are computed at this tau whatever their request's, so that they share prefix-cache blocks;
             None computes them at the request's.
         default_tau_by_model: default_tau of requests by the served name that they ask for; others get default_tau.
@@ -75,7 +75,15 @@ def operator_policy(vllm_config: VllmConfig) -> OperatorPolicy:
         raise ConfigError(f"{where}.default_tau_by_model: expected an object of served names and taus, got {named!r}")
     named = {name: parse_tau(value, f"{where}.default_tau_by_model.{name}") for name, value in named.items()}
     taus = {name: parse_tau(value, f"{where}.{name}") for name, value in given.items() if name.endswith("_tau")}
-    defaults = {"default_tau": vllm_config.model_config.hf_config.prunepath.unset_tau}
+    prunepath = vllm_config.model_config.hf_config.prunepath
+    highest = MAX_TAU if prunepath.max_tau is None else prunepath.max_tau
+    for key in ("max_tau", "prefill_tau"):
+        if taus.get(key, 0.0) > highest:
+            raise ConfigError(
+                f"{where}.{key}: {taus[key]} is above the checkpoint's max_tau {highest}, which keeps no weights of "
+                "experts used above it alone; expected at most that"
+            )
+    defaults = {"default_tau": prunepath.unset_tau, "max_tau": highest}
     policy = OperatorPolicy(
         full_queue=full_queue,
         default_tau_by_model=named,

@@ -35,7 +35,7 @@ class TokenTaus:
         values: float32 [max_num_batched_tokens] on the model's device.
         dense_step: bool scalar on the host: every token of this step uses every expert.
         counts: what the layers count.
-        spec: the routed layers, all alike.
+        spec: the routed layers, all alike but for the experts that each keeps, which it does not tell.
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:

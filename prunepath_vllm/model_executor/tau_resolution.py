@@ -59,7 +59,12 @@ class TauResolver:
         low, high = self.policy.min_tau, self.policy.max_tau
         if is_adaptive(requested.get("tau")) and requested.get("sparsity") is None:
             return self._adaptive_tau(requested["tau"], waiting)
-        tau = resolve_tau(requested, default_tau=self.policy.default_tau, tau_curve=self.prunepath.tau_curve)
+        tau = resolve_tau(
+            requested,
+            default_tau=self.policy.default_tau,
+            tau_curve=self.prunepath.tau_curve,
+            max_tau=self.prunepath.max_tau,
+        )
         if low - _ROUNDING <= tau <= high + _ROUNDING:
             return tau
         bounds = self._bounds

@@ -36,6 +36,7 @@ class PrunePathConfigMixin:
             block = PrunePathConfig.parse(self.prunepath_config)
             family = next(family for family in FAMILIES if family.model_type == self.model_type)
             block.check_intermediate_size(family.intermediate_size(vars(self)))
+            block.check_layers(family.num_layers(vars(self)))
             block.check_router(family.hidden_size(vars(self)))
             self.prunepath_config = block.to_json()
             for field in ("add_cross_attention", "is_decoder"):

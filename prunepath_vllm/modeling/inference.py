@@ -119,11 +119,12 @@ def routed_ffn(
     spec = LayerSpec(
         hidden=x.shape[-1],
         num_experts=len(router.weight),
-        expert_size=len(first) // len(router.weight),
+        expert_size=router.expert_size,
         dtype=x.dtype,
         activation=ACTIVATIONS[activation],
         glu=bool(up),
         rule=RoutingRule(router.selection, router.threshold, router.gate),
+        kept=None if router.kept == len(router.weight) else router.kept,
     )
     down = None if router.down is None else router.down.weight
     layer = native.ready(RouterWeights(router.weight, router.bias, down), weights, spec)

@@ -30,16 +30,16 @@ def __getattr__(name: str) -> Any:
 class RoutedGLU(RoutedFeedForward):
     """The gated feed-forward layer, cut into experts, under the dense layer's parameter names plus ``router``."""
 
-    def __init__(self, config: Any, activation: str, *, router_bias: bool) -> None:
+    def __init__(self, config: Any, layer: int, activation: str, *, router_bias: bool) -> None:
         super().__init__()
-        hidden, neurons = config.hidden_size, config.intermediate_size
         bias = bool(getattr(config, "mlp_bias", False))  # a family without the field refuses it: fields.py
         block = config.prunepath
+        hidden, neurons = config.hidden_size, block.neurons(layer)
         self.gate_proj = expert_linear(block, hidden, neurons, bias=bias)
         self.up_proj = expert_linear(block, hidden, neurons, bias=bias)
         self.down_proj = expert_linear(block, neurons, hidden, bias=bias, is_output=True)
         self.activation, self.act_fn = activation, ACT2FN[activation]
-        self.router = Router(hidden, block, bias=router_bias)
+        self.router = Router(hidden, block, layer, bias=router_bias)
 
     def linears(self) -> tuple[list[Any], Any]:
         """See the base class."""
@@ -63,7 +63,7 @@ class RoutedDecoderLayer(GradientCheckpointingLayer):
     def __init__(self, config: Any, layer_idx: int, *, router_bias: bool) -> None:
         super().__init__(config, layer_idx)
         activation = self.family.activation(vars(config))
-        self.mlp = RoutedGLU(config, activation, router_bias=router_bias)
+        self.mlp = RoutedGLU(config, layer_idx, activation, router_bias=router_bias)
         self.routes_by_attention = config.prunepath.router.input == "attention"
 
     def forward(self, hidden_states: Tensor, *, tau: Tensor, native: bool = False, **kwargs: Any) -> Tensor:

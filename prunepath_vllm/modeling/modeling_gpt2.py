@@ -20,13 +20,14 @@ class PrunePathGPT2MLP(RoutedFeedForward, GPT2MLP):
     c_proj: nn.Module
     dropout: nn.Module
 
-    def __init__(self, config: PrunePathGPT2Config, *, router_bias: bool) -> None:
+    def __init__(self, config: PrunePathGPT2Config, layer: int, *, router_bias: bool) -> None:
         block, hidden = config.prunepath, config.hidden_size
-        super().__init__(block.intermediate_size, config)
+        neurons = block.neurons(layer)
+        super().__init__(neurons, config)
         if block.expert_dtype is not None:
-            self.c_fc = expert_linear(block, hidden, block.intermediate_size, conv1d=True)
-            self.c_proj = expert_linear(block, block.intermediate_size, hidden, is_output=True, conv1d=True)
-        self.router = Router(hidden, block, bias=router_bias)
+            self.c_fc = expert_linear(block, hidden, neurons, conv1d=True)
+            self.c_proj = expert_linear(block, neurons, hidden, is_output=True, conv1d=True)
+        self.router = Router(hidden, block, layer, bias=router_bias)
         self.activation = config.activation_function
 
     def linears(self) -> tuple[list[Any], Any]:
@@ -47,7 +48,7 @@ class PrunePathGPT2Block(GPT2Block):
 
     def __init__(self, config: PrunePathGPT2Config, layer_idx: int, *, router_bias: bool) -> None:
         super().__init__(config, layer_idx=layer_idx)
-        self.mlp = PrunePathGPT2MLP(config, router_bias=router_bias)
+        self.mlp = PrunePathGPT2MLP(config, layer_idx, router_bias=router_bias)
         self.routes_by_attention = config.prunepath.router.input == "attention"
 
     def forward(

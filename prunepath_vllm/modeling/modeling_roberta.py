@@ -26,11 +26,11 @@ from prunepath_vllm.modeling.routing import Router, Tau
 class PrunePathRobertaIntermediate(RobertaIntermediate):
     """RobertaIntermediate cut into experts; the second linear is RobertaOutput's."""
 
-    def __init__(self, config: PrunePathRobertaConfig, *, router_bias: bool) -> None:
+    def __init__(self, config: PrunePathRobertaConfig, layer: int, *, router_bias: bool) -> None:
         super().__init__(config)
-        if config.prunepath.expert_dtype is not None:
-            self.dense = expert_linear(config.prunepath, config.hidden_size, config.intermediate_size)
-        self.router = Router(config.hidden_size, config.prunepath, bias=router_bias)
+        block = config.prunepath
+        self.dense = expert_linear(block, config.hidden_size, block.neurons(layer))
+        self.router = Router(config.hidden_size, block, layer, bias=router_bias)
 
     def forward(self, hidden_states: Tensor, tau: Tensor, router_input: Tensor | None = None) -> Tensor:
         """Hidden states [B, S, H] and tau float32 [B, S] to neurons [B, S, F]; the router reads `router_input`, or else
@@ -44,9 +44,9 @@ class PrunePathRobertaLayer(RobertaLayer):
 
     def __init__(self, config: PrunePathRobertaConfig, layer_idx: int, *, router_bias: bool) -> None:
         super().__init__(config, layer_idx=layer_idx)
-        self.intermediate = PrunePathRobertaIntermediate(config, router_bias=router_bias)
-        if (block := config.prunepath).expert_dtype is not None:
-            self.output.dense = expert_linear(block, config.intermediate_size, config.hidden_size, is_output=True)
+        self.intermediate = PrunePathRobertaIntermediate(config, layer_idx, router_bias=router_bias)
+        block = config.prunepath
+        self.output.dense = expert_linear(block, block.neurons(layer_idx), config.hidden_size, is_output=True)
         self.routes_by_attention = config.prunepath.router.input == "attention"
 
     def forward(

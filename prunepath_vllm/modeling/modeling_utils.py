@@ -100,7 +100,7 @@ class RoutedBackbone(PreTrainedModel):
         self._check_positions(positions)
         block = self.prunepath
         tau = block.unset_tau if tau is None else tau
-        taus = token_taus(tau, positions, batch_size, dense_positions=block.dense_positions)
+        taus = token_taus(tau, positions, batch_size, dense_positions=block.dense_positions, max_tau=block.max_tau)
         outputs = super().forward(tau=taus, **kwargs)
         if kwargs.get("output_router_logits") and self.training and torch.is_grad_enabled():
             self._check_router_gradient(outputs.router_logits)
@@ -291,7 +291,9 @@ class RoutedCausalLM(RoutedModel):
             TauError: `tau` is out of range, or has not one value per prompt.
         """
         if tau is not None:
-            kwargs["tau"] = parse_taus(tau)  # a tensor, where there are several, is expanded along with the prompts
+            kwargs["tau"] = parse_taus(
+                tau, max_tau=self.config.prunepath.max_tau
+            )  # a tensor, where there are several, is expanded along with the prompts
         return super().generate(*args, **kwargs)
 
     def _get_candidate_generator(self, **kwargs: Any) -> Any:

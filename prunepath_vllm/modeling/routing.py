@@ -21,11 +21,13 @@ Tau = float | Sequence[float] | np.ndarray | Tensor
 class Router(nn.Module):
     """Eq. 7-10 of one feed-forward layer: which experts a token uses, and their gates.
 
-    ``bias`` is None unless the checkpoint has one, ``down`` unless its routers have a low rank.
+    ``bias`` is None unless the checkpoint has one, ``down`` unless its routers have a low rank. The first ``kept``
+    experts, K, have weights; the others are routed, and then not active.
     """
 
-    def __init__(self, hidden_size: int, prunepath: PrunePathConfig, *, bias: bool = False) -> None:
+    def __init__(self, hidden_size: int, prunepath: PrunePathConfig, layer: int = 0, *, bias: bool = False) -> None:
         super().__init__()
+        self.kept, self.expert_size = prunepath.kept(layer), prunepath.expert_size
         self.selection, self.threshold, self.gate = prunepath.selection, prunepath.threshold, prunepath.gate
         rank = prunepath.router.rank
         self.weight = nn.Parameter(torch.zeros(prunepath.num_experts, rank or hidden_size))
@@ -40,7 +42,7 @@ class Router(nn.Module):
 
         Args:
             x: what the router reads, [B, S, H].
-            neurons: activations after the non-linearity, [B, S, F].
+            neurons: activations after the non-linearity, [B, S, F], F = K * expert_size.
             tau: float32 [B, S].
 
         Returns:
@@ -49,7 +51,7 @@ class Router(nn.Module):
         weights, logits, active = self(x, tau)
         if self.observer is not None:
             self.observer(logits, active, neurons, lambda: self.logits(x.detach()))
-        return reference.scale_neurons(neurons, weights)
+        return reference.scale_neurons(neurons, weights[..., : self.kept])
 
     def logits(self, x: Tensor) -> Tensor:
         """Eq. 7: x [B, S, H] to float32 [B, S, E]."""
@@ -72,6 +74,8 @@ class Router(nn.Module):
             active = select_by_mass(logits.detach(), tau)
         else:
             active = reference.select_experts(logits, tau, selection=self.selection, threshold=self.threshold)
+        if self.kept < logits.shape[-1]:
+            active = active & (torch.arange(logits.shape[-1], device=logits.device) < self.kept)
         weights = reference.gate_weights(logits, active, gate=self.gate)
         return weights, logits, active
 
@@ -102,20 +106,22 @@ def _(logits: Tensor, tau: Tensor) -> Tensor:
     return torch.empty_like(logits, dtype=torch.bool)
 
 
-def parse_taus(tau: Tau) -> float | Tensor:
+def parse_taus(tau: Tau, *, max_tau: float | None = None) -> float | Tensor:
     """Validate `tau`: a number stays one, a list, or a 1-D array or tensor, becomes a float32 tensor [B] on its device.
 
     Raises:
-        TauError: a value out of range; for a list, the message says which.
+        TauError: a value out of range, or above the checkpoint's `max_tau`; for a list, the message says which.
     """
     values = tau.tolist() if isinstance(tau, Tensor | np.ndarray) else tau
     if not isinstance(values, list | tuple):
-        return parse_tau(values)
-    parsed = [parse_tau(value, f"tau[{index}]") for index, value in enumerate(values)]
+        return parse_tau(values, max_tau=max_tau)
+    parsed = [parse_tau(value, f"tau[{index}]", max_tau=max_tau) for index, value in enumerate(values)]
     return torch.tensor(parsed, dtype=torch.float32, device=tau.device if isinstance(tau, Tensor) else None)
 
 
-def token_taus(tau: Tau, positions: Tensor, batch_size: int, *, dense_positions: int) -> Tensor:
+def token_taus(
+    tau: Tau, positions: Tensor, batch_size: int, *, dense_positions: int, max_tau: float | None = None
+) -> Tensor:
     """The tau of every token.
 
     Args:
@@ -123,6 +129,7 @@ def token_taus(tau: Tau, positions: Tensor, batch_size: int, *, dense_positions:
         positions: position of each token in its sequence, int [B or 1, S].
         batch_size: B.
         dense_positions: tokens at positions below it use every expert.
+        max_tau: the checkpoint's, where it does not keep all experts.
 
     Returns:
         float32 [B, S].
@@ -130,7 +137,7 @@ def token_taus(tau: Tau, positions: Tensor, batch_size: int, *, dense_positions:
     Raises:
         TauError: a value out of range, or as many values as there are not sequences.
     """
-    parsed = parse_taus(tau)
+    parsed = parse_taus(tau, max_tau=max_tau)
     if isinstance(parsed, Tensor):
         if parsed.shape != (batch_size,):
             raise TauError(

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
 from prunepath_vllm.arguments import check_output_folder, require_package
-from prunepath_vllm.checkpoint import read_config, refuse_quantised, validate_checkpoint
+from prunepath_vllm.checkpoint import read_config, refuse_changed, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.conversion.calibrate import CURVE_TAUS, calibrate
 from prunepath_vllm.conversion.convert import convert
@@ -260,7 +260,7 @@ def load_model(recipe: Recipe, start: Path, tokenizer: PreTrainedTokenizerBase) 
     register_auto_classes()
     family = _family(start)
     if (block := read_config(start).get("prunepath_config")) is not None:
-        refuse_quantised(start, PrunePathConfig.parse(block), "training")
+        refuse_changed(start, PrunePathConfig.parse(block), "training")
     task_class = _task_class(recipe)
     if family.auto_class != task_class:
         raise UsageError(f"data.task: {recipe.data.task!r}, but {start} is a {family.architecture}")

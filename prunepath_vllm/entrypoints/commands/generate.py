@@ -35,7 +35,12 @@ def run(args: argparse.Namespace) -> int:
 
     prunepath = validate_checkpoint(args.checkpoint).prunepath
     extra_args = {name: getattr(args, name) for name in ("tau", "sparsity") if getattr(args, name) is not None}
-    resolve_tau(extra_args, default_tau=prunepath.unset_tau, tau_curve=prunepath.tau_curve)
+    resolve_tau(
+        extra_args,
+        default_tau=prunepath.unset_tau,
+        tau_curve=prunepath.tau_curve,
+        max_tau=prunepath.max_tau,
+    )
 
     os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
     from vllm import LLM, SamplingParams

@@ -55,7 +55,16 @@ def describe(summary: "CheckpointSummary") -> dict[str, Any]:
         **summary.prunepath.to_json(),
         "router": summary.prunepath.router.model_dump(),
         "expert_dtype": summary.prunepath.expert_dtype,
+        "kept_share": summary.prunepath.kept_share,
+        "max_tau": summary.prunepath.max_tau,
     }
+
+
+def _kept(facts: dict[str, Any]) -> str:
+    if facts["max_tau"] is None:
+        return "all"
+    layers = [len(kept) for kept in facts["kept_experts"]]
+    return f"{facts['kept_share']:.1%}, {min(layers)} to {max(layers)} per layer, for tau up to {facts['max_tau']:g}"
 
 
 def _table(facts: dict[str, Any]) -> str:
@@ -75,6 +84,7 @@ def _table(facts: dict[str, Any]) -> str:
         ("parameters", f"{facts['parameters'] / 1e6:,.1f} M, {', '.join(facts['dtypes'])}"),
         ("layers", f"{facts['num_layers']}, hidden {facts['hidden_size']}, FFN {facts['intermediate_size']}"),
         ("experts", f"{facts['num_experts']} per layer, {facts['expert_size']} neurons each, {facts['activation']}"),
+        ("kept experts", _kept(facts)),
         ("routers", f"{state}, {'with' if routers['bias'] else 'no'} bias{shape}"),
         ("split", f"{split['method']} ({split['source'] or 'no source'}), seed {split['seed']}"),
         ("selection", selection),

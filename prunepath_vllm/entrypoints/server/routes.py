@@ -64,6 +64,7 @@ def info(resolver: TauResolver, vllm_config: VllmConfig, served_names: list[str]
             "threshold": prunepath.threshold,
             "gate": prunepath.gate,
             "dense_positions": prunepath.dense_positions,
+            "kept_share": prunepath.kept_share,
         },
         "tau_curve": prunepath.tau_curve,
         "mode": options.mode,
@@ -75,7 +76,7 @@ def info(resolver: TauResolver, vllm_config: VllmConfig, served_names: list[str]
         "limits": {
             "min_tau": options.min_tau,
             "max_tau": options.max_tau,
-            "accepted_tau": f"(0, {MAX_TAU}]",
+            "accepted_tau": f"(0, {prunepath.max_tau or MAX_TAU}]",
             "accepted_sparsity": "[0, 1)" if prunepath.tau_curve else None,
             "dense_from_tau": DENSE_TAU,
             "auto_tau": options.auto_range,

@@ -41,7 +41,7 @@ class _Arguments(ctypes.Structure):
 
     _fields_ = (
         *((name, ctypes.c_void_p) for name in (*_POINTERS.split(), "active_counts", "experts_read", "full_reads")),
-        *((name, ctypes.c_int64) for name in ("tokens", "hidden", "experts", "expert_size", "rank")),
+        *((name, ctypes.c_int64) for name in ("tokens", "hidden", "experts", "kept", "expert_size", "rank")),
         *(
             (f"{name}_type", ctypes.c_int32)
             for name in ("x", "router_input", "router_weight", "router_down", "router_bias", "weight", "b_in", "b_out")
@@ -176,6 +176,7 @@ class RoutedFFN:
             x_type=_TYPES[spec.dtype],
             hidden=hidden,
             experts=experts,
+            kept=spec.num_kept,
             expert_size=spec.expert_size,
             rank=rank,
             activation=_ACTIVATIONS[spec.activation],

@@ -6,7 +6,7 @@
 enum Type : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, INT8 = 3, FLOAT8_E4M3FN = 4 };  // the last two: weights
 enum Activation : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 
-// T tokens, H hidden size, E experts, D neurons per expert, F = E * D. All tensors are contiguous; a pointer may be
+// T tokens, H hidden size, E experts of which the first K have weights, D neurons per expert, F = K * D. All tensors are contiguous; a pointer may be
 // null where "or null" says so.
 struct Arguments {
     const void* x;             // [T, H] of x_type
@@ -26,8 +26,8 @@ struct Arguments {
     const float* scale_out;    // [F] or null: the same for w_out
     int32_t* active_counts;    // [T] or null, added to
     void* experts_read;        // [1] or null, added to
-    int64_t* full_reads;       // [1] or null, 1 added if every expert was read
-    int64_t tokens, hidden, experts, expert_size, rank;
+    int64_t* full_reads;       // [1] or null, 1 added if all K experts were read
+    int64_t tokens, hidden, experts, kept, expert_size, rank;  // kept: K
     int32_t x_type, router_input_type, router_weight_type, router_down_type, router_bias_type;
     int32_t weight_type, b_in_type, b_out_type;
     int32_t experts_read_bytes; // 4 or 8

@@ -125,16 +125,16 @@ void select(const Tile& s, int t) {
         }
     if (a.active_counts) {
         int32_t count = 0;
-        for (int64_t e = 0; e < a.experts; e++) count += active[e];
+        for (int64_t e = 0; e < a.kept; e++) count += active[e];
         a.active_counts[s.first + t] += count;
     }
 }
 
-// The union of the tokens' experts, and what computing them costs.
+// The union of the tokens' experts that have weights, and what computing them costs.
 void list_experts(Tile& s) {
     const Arguments& a = *s.args;
     int64_t listed = 0, cost = 0, neurons = 0;
-    for (int64_t e = 0; e < a.experts; e++) {
+    for (int64_t e = 0; e < a.kept; e++) {
         uint32_t mask = 0;
         for (int t = 0; t < s.tokens; t++) mask |= (uint32_t)s.active[t * a.experts + e] << t;
         if (!mask) continue;
@@ -184,7 +184,7 @@ void activate(int32_t activation, float* v, int count) {
 
 void compute(const Tile& s, const Group& g, const Group& next) {
     const Arguments& a = *s.args;
-    const int64_t all_neurons = a.experts * a.expert_size;
+    const int64_t all_neurons = a.kept * a.expert_size;
     const void* inputs[TILE];
     int tokens = 0;
     for (int t = 0; t < s.tokens; t++)
@@ -404,7 +404,7 @@ int routed_ffn(const Arguments& a) {
     const Product& reader = a.router_down ? s.down : s.router;
     const bool same_input = a.router_input == a.x && reader.dot == s.weights.dot;
     const int64_t most = a.tokens < TILE ? a.tokens : TILE;
-    const int64_t all_neurons = a.experts * a.expert_size;
+    const int64_t all_neurons = a.kept * a.expert_size;
     const int64_t width = padded(a.hidden), wide = padded(a.hidden > a.experts ? a.hidden : a.experts);
 
     Arena arena;
@@ -448,7 +448,7 @@ int routed_ffn(const Arguments& a) {
         if (!s.routed) {
             for (int t = 0; t < s.tokens; t++) {
                 std::memset(s.active + t * a.experts, 1, a.experts);
-                if (a.active_counts) a.active_counts[s.first + t] += a.experts;
+                if (a.active_counts) a.active_counts[s.first + t] += a.kept;
             }
             list_experts(s);
         }
@@ -462,8 +462,8 @@ int routed_ffn(const Arguments& a) {
         GOMP_parallel(run, &s, available > wanted ? available : wanted, 0);
     }
     int64_t count = 0;
-    for (int64_t e = 0; e < a.experts; e++) count += s.read[e];
-    if (a.full_reads && count == a.experts) ++*a.full_reads;
+    for (int64_t e = 0; e < a.kept; e++) count += s.read[e];
+    if (a.full_reads && count == a.kept) ++*a.full_reads;
     if (a.experts_read) {
         if (a.experts_read_bytes == 8)
             *(int64_t*)a.experts_read += count;

@@ -1,6 +1,6 @@
 """The routed feed-forward layer as vLLM sees it: expert-aware parameters, and one opaque custom op for all families.
 
-Shapes: T tokens, H hidden size, E experts, D neurons per expert on this rank, F = E * D.
+Shapes: T tokens, H hidden size, E experts of which K have weights, D neurons per expert on this rank, F = K * D.
 """
 
 import functools
@@ -37,10 +37,10 @@ logger = init_logger("vllm.prunepath")
 class _ExpertShard:
     """Which neurons this tensor-parallel rank holds: the same slice of every expert, so ranks stay balanced."""
 
-    def __init__(self, prunepath: PrunePathConfig) -> None:
+    def __init__(self, prunepath: PrunePathConfig, layer: int) -> None:
         self.rank = get_tensor_model_parallel_rank()
         self.world = get_tensor_model_parallel_world_size()
-        self.num_experts = prunepath.num_experts
+        self.num_experts = prunepath.kept(layer)  # those that have weights
         if prunepath.expert_size % self.world:
             raise UnsupportedFeatureError(
                 f"tensor_parallel_size {self.world} does not divide expert_size {prunepath.expert_size}; "
@@ -89,9 +89,9 @@ class ExpertRouter(nn.Module):
 class ExpertInputs(nn.Module):
     """The first linears: rows are neurons. GLU families stack gate rows above up rows, as vLLM's merged linear does."""
 
-    def __init__(self, hidden_size: int, prunepath: PrunePathConfig, *, glu: bool, bias: bool) -> None:
+    def __init__(self, hidden_size: int, prunepath: PrunePathConfig, layer: int, *, glu: bool, bias: bool) -> None:
         super().__init__()
-        self._shard = _ExpertShard(prunepath)
+        self._shard = _ExpertShard(prunepath, layer)
         self._glu = glu
         rows = self._shard.neurons * (2 if glu else 1)
         self.weight, self.weight_scale = _expert_weight(rows, hidden_size, prunepath)
@@ -114,9 +114,9 @@ class ExpertInputs(nn.Module):
 class ExpertOutputs(nn.Module):
     """The second linear, kept transposed: row i is what neuron i adds to the output, so experts are contiguous."""
 
-    def __init__(self, hidden_size: int, prunepath: PrunePathConfig, *, bias: bool) -> None:
+    def __init__(self, hidden_size: int, prunepath: PrunePathConfig, layer: int, *, bias: bool) -> None:
         super().__init__()
-        self._shard = _ExpertShard(prunepath)
+        self._shard = _ExpertShard(prunepath, layer)
         self.weight, self.weight_scale = _expert_weight(self._shard.neurons, hidden_size, prunepath)
         set_weight_attrs(self.weight, {"weight_loader": self._load_weight})
         if self.weight_scale is not None:
@@ -167,13 +167,13 @@ class RoutedAhead(NamedTuple):
 
 
 def layer_spec(vllm_config: VllmConfig) -> LayerSpec:
-    """The routed layers of a model, as this tensor-parallel rank holds them."""
+    """The routed layers of a model, as this tensor-parallel rank holds them, each with all of its experts."""
     config = vllm_config.model_config.hf_config
     family, prunepath = family_of(config.to_dict(), converted=True), config.prunepath
     return LayerSpec(
         hidden=config.hidden_size,
         num_experts=prunepath.num_experts,
-        expert_size=_ExpertShard(prunepath).expert_size,
+        expert_size=_ExpertShard(prunepath, 0).expert_size,
         dtype=vllm_config.model_config.dtype,
         activation=ACTIVATIONS[family.activation(config.to_dict())],
         glu=family.gate is not None,
@@ -290,7 +290,7 @@ def _route_ahead_op(
     router: list[torch.Tensor | None],
     spec: str,
 ) -> list[torch.Tensor]:
-    """Gates, float32 [T, E], and the list of experts, int32 [E + 1]; unwritten where the layer does not read them."""
+    """Gates, float32 [T, K], and the list of experts, int32 [K + 1]; unwritten where the layer does not read them."""
     kernels, layer, state = cast(Any, triton_kernels()), LayerSpec.decode(spec), StepState(*step)
     routing = None
     if _pieces_are_joined():
@@ -310,9 +310,9 @@ def _route_ahead_op(
 
 
 def _route_ahead_fake(router_input: torch.Tensor, step: Any, router: Any, spec: str) -> list[torch.Tensor]:
-    num_experts = LayerSpec.decode(spec).num_experts
-    gates = router_input.new_empty((router_input.shape[0], num_experts), dtype=torch.float32)
-    return [gates, router_input.new_empty((num_experts + 1,), dtype=torch.int32)]
+    kept = LayerSpec.decode(spec).num_kept
+    gates = router_input.new_empty((router_input.shape[0], kept), dtype=torch.float32)
+    return [gates, router_input.new_empty((kept + 1,), dtype=torch.int32)]
 
 
 _native_layers: dict[tuple, Callable[[Tensor, Tensor], Tensor]] = {}

@@ -37,8 +37,8 @@ class RoutedGLU(RoutedModule):
         super().__init__()
         config = vllm_config.model_config.hf_config
         bias = getattr(config, "mlp_bias", False)  # a family without the field refuses it: fields.py
-        self.gate_up_proj = ExpertInputs(config.hidden_size, config.prunepath, glu=True, bias=bias)
-        self.down_proj = ExpertOutputs(config.hidden_size, config.prunepath, bias=bias)
+        self.gate_up_proj = ExpertInputs(config.hidden_size, config.prunepath, layer, glu=True, bias=bias)
+        self.down_proj = ExpertOutputs(config.hidden_size, config.prunepath, layer, bias=bias)
         self.ffn, self.router = build_routed_ffn(vllm_config, layer)
 
     def forward(self, x: Tensor) -> Tensor:

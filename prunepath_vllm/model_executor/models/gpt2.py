@@ -20,8 +20,8 @@ class RoutedGPT2MLP(RoutedModule):
     def __init__(self, vllm_config: VllmConfig, layer: int) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        self.c_fc = ExpertInputs(config.hidden_size, config.prunepath, glu=False, bias=True)
-        self.c_proj = ExpertOutputs(config.hidden_size, config.prunepath, bias=True)
+        self.c_fc = ExpertInputs(config.hidden_size, config.prunepath, layer, glu=False, bias=True)
+        self.c_proj = ExpertOutputs(config.hidden_size, config.prunepath, layer, bias=True)
         self.ffn, self.router = build_routed_ffn(vllm_config, layer)
 
     def forward(self, x: Tensor) -> Tensor:

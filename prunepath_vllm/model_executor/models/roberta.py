@@ -16,7 +16,7 @@ class RoutedIntermediate(nn.Module):
     def __init__(self, vllm_config: VllmConfig, layer: int) -> None:
         super().__init__()
         config = vllm_config.model_config.hf_config
-        self.dense = ExpertInputs(config.hidden_size, config.prunepath, glu=False, bias=True)
+        self.dense = ExpertInputs(config.hidden_size, config.prunepath, layer, glu=False, bias=True)
         self.ffn, self.router = build_routed_ffn(vllm_config, layer)
 
 
@@ -30,7 +30,7 @@ class RoutedRobertaLayer(nn.Module):
         self.output: Any = dense_layer.output
         del dense_layer.intermediate, self.output.dense
         self.intermediate = RoutedIntermediate(vllm_config, layer)
-        self.output.dense = ExpertOutputs(config.hidden_size, config.prunepath, bias=True)
+        self.output.dense = ExpertOutputs(config.hidden_size, config.prunepath, layer, bias=True)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [T, H]; returns the same shape."""

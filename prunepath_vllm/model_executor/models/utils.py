@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +29,8 @@ _BUILT_IN = (
     "dense_positions",
     "router",
     "expert_dtype",
+    "kept_experts",
+    "max_tau",
 )
 """Fields of ``prunepath_config`` that a model is built from: other weights do not change them."""
 
@@ -122,7 +125,8 @@ def build_routed_ffn(vllm_config: VllmConfig, layer: int) -> tuple[RoutedFFN, Ex
     taus = TokenTaus.being_built(vllm_config)
     active_counts, experts_read = taus.counts.buffers(layer)
     step = StepState(taus.values, taus.dense_step, active_counts, experts_read, taus.counts.dense_runs)
-    return RoutedFFN(taus.spec, step), ExpertRouter(config.hidden_size, prunepath)
+    kept = None if prunepath.kept_experts is None else prunepath.kept(layer)
+    return RoutedFFN(replace(taus.spec, kept=kept), step), ExpertRouter(config.hidden_size, prunepath)
 
 
 class RoutedModule(nn.Module):

@@ -11,7 +11,7 @@ from torch import Tensor
 from prunepath_vllm.checkpoint import (
     WEIGHTS_FILE,
     CheckpointSummary,
-    refuse_quantised,
+    refuse_changed,
     stream_tensors,
     validate_checkpoint,
 )
@@ -62,7 +62,7 @@ def prune_experts(
     check_arguments(dst, sparsity, device)
     summary = validate_checkpoint(src)
     prunepath = summary.prunepath
-    refuse_quantised(src, prunepath, "pruning")
+    refuse_changed(src, prunepath, "pruning")
     if prunepath.gate != "none":
         raise UsageError(f"{src}: gate {prunepath.gate!r}; expected 'none': without its router an expert has no gate")
     kept = round(prunepath.num_experts * (1 - sparsity))
