@@ -253,6 +253,29 @@ def test_evaluation_sets_keep_their_fields(index, tmp_path):
 # --- models ----------------------------------------------------------------------------------------------------------
 
 
+def test_multiple_choice_questions_are_solved_texts_of_six(index, tmp_path):
+    def lines(task):
+        doc = dict(query=f"Question: Which {task}?\n A. this\n B. that\nAnswer:", choices=["A", "B"], gold=1)
+        other = dict(query="Goal: Be seen\n A. hide\n B. wave\n C. run\nAnswer:", choices=["A", "B", "C"], gold=2)
+        asked = [doc, doc, other]  # a request per choice: one question twice
+        if task == "csqa":
+            asked = [dict(doc, query=f"Question: Number {i}?\n A. x\n B. y\nAnswer:") for i in range(7)]
+        return gzip.compress("\n".join(json.dumps(dict(doc=one)) for one in asked).encode())
+
+    files = {corpora.REQUESTS_FILE.format(task): lines(task) for task in corpora.MULTIPLE_CHOICE}
+    make_wheel(index, "questions", files)
+    with zipfile.ZipFile(next(index.glob("*.whl"))) as wheel:
+        counts = corpora.build_multiple_choice(wheel, tmp_path)
+    texts = [row["text"] for row in rows(tmp_path / "train.jsonl")]
+    assert counts == {task: 7 if task == "csqa" else 2 for task in corpora.MULTIPLE_CHOICE} | {"train": len(texts)}
+    assert [text.count("Answer:") for text in texts[:2]] == [6, 1]
+    assert set("\n\n".join(texts[2:4]).split("\n\n")) == {
+        "Which medmcqa?\nA. this\nB. that\nAnswer: B",
+        "Goal: Be seen\nA. hide\nB. wave\nC. run\nAnswer: C",
+        "Which medqa_en?\nA. this\nB. that\nAnswer: B",
+    }
+
+
 def test_a_bert_becomes_a_roberta_with_the_same_hidden_states():
     torch.manual_seed(0)
     config = BertConfig(
