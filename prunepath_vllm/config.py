@@ -153,6 +153,8 @@ class PrunePathConfig(BaseModel):
                     "(num_experts) of them"
                 )
         if self.max_tau is not None:
+            if float32(self.max_tau) >= DENSE_TAU:
+                raise ValueError(f"max_tau is {self.max_tau}; expected a number in (0, 1), in float32 too")
             highest = max([self.default_tau, *(tau for tau, _ in self.tau_curve or ())])
             if highest > self.max_tau:
                 raise ValueError(

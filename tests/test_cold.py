@@ -113,6 +113,7 @@ def usage(**changes):
         (dict(kept_experts=[[0], [0], []], max_tau=0.4), r"kept_experts\[2\]: \[\]; expected .* 1 to 8"),
         (dict(kept_experts=[[*range(9)]] * 3, max_tau=0.4), r"kept_experts\[0\]: .*; expected .* 1 to 8"),
         (dict(kept_experts=[[0]] * 3, max_tau=1.0), "max_tau: .*less than 1"),
+        (dict(kept_experts=[[0]] * 3, max_tau=1 - 1e-9), r"max_tau is 0.99.*; expected .* in float32 too"),
         (dict(kept_experts=[[0]] * 3, max_tau=0.4), r"max_tau is 0.4; expected at least 1.0, of default_tau"),
         (dict(kept_experts=[[0]], max_tau=0.4, default_tau=0.1, tau_curve=[[0.5, 0.5]]), "expected at least 0.5"),
         (dict(expert_usage=usage(shares=[[0.5] * 7])), r"expert_usage.shares: expected 8 shares \(num_experts\)"),
