@@ -1,4 +1,4 @@
-"""Compiles kernels for a GPU that is not there, and reads registers and spills; run by test_kernels_compiled.py."""
+"""Compiles kernels for a GPU that is not there, and reads registers and spills; run by test_kernels_compiled*.py."""
 
 import json
 import re
@@ -31,8 +31,15 @@ SPECS = (
     LayerSpec(576, 192, 8, torch.bfloat16),  # SmolLM2-135M; no table
 )
 
-SIZES = (1, 2, 3, 5, 12, 20, 28, 48, 64)
-"""Expert sizes besides those of SPECS, compiled for a narrow layer: tiles, not widths, depend on them."""
+SIZES = {1: 8, 2: 64, 3: 64, 12: 8, 28: 64, 48: 64, 64: 8}
+"""Expert sizes besides those of SPECS, compiled for a narrow layer, and the batch of their up and down kernels.
+
+Tiles, not widths, depend on them: by gcd(8, size), by the power of two from the size on, and by whether it is one. What
+5 and 20 would give is that of 3 and 28. Each gcd is compiled for 8 tokens and for 64, but 2 for 64, the larger tile.
+"""
+
+QUANTISED_SIZES = (1, 28)
+"""Those compiled for quantised weights too: a power of two and none, the smallest tiles and of the largest."""
 
 AHEAD_SIZE = 12
 """The one of them whose kernels are also compiled for a list of experts made before: it changes no tile."""
@@ -90,8 +97,8 @@ def main(capability: int) -> None:
     CUDABackend.make_cubin = lambda self, ptx, *rest: ptx.encode()  # ptxas runs once, for its figures
     for spec in SPECS:
         compile_layer(spec, load_tuning("NVIDIA H200", spec) if capability == 90 else heuristic_tuning(spec))
-    for size in SIZES:
-        compile_sparse_paths(LayerSpec(256, 8, size, torch.bfloat16))
+    for size, batch in SIZES.items():
+        compile_sparse_paths(LayerSpec(256, 8, size, torch.bfloat16), batch)
     for stored in ("int8", "float8_e4m3fn"):
         compile_quantised(getattr(torch, stored))
     for prompt_lens in (None, torch.empty(5, dtype=torch.int64)):
@@ -139,12 +146,11 @@ def compile_layer(spec: LayerSpec, tuning: Tuning) -> None:
     gated_activation(empty(256, spec.input_rows), spec, torch.empty(256, spec.num_experts, device="meta"))
 
 
-def compile_sparse_paths(spec: LayerSpec) -> None:
-    """The kernels whose tiles depend on the expert size, at 1, 8, 64 and 5,000 tokens."""
+def compile_sparse_paths(spec: LayerSpec, *batches: int) -> None:
+    """The kernels whose tiles depend on the expert size, at 1 and 5,000 tokens and in batches of a few."""
     router, weights = layer_of(spec)
     found = heuristic_tuning(spec)
-    split = found.choice(8)
-    tokens = {1: found.choice(1), 8: split, 64: split, 5000: found.choice(5000)}
+    tokens = {1: found.choice(1), **dict.fromkeys(batches, found.choice(8)), 5000: found.choice(5000)}
     for num_tokens, choice in tokens.items():
         x, tau = empty(num_tokens, spec.hidden, dtype=spec.dtype), torch.empty(num_tokens, device="meta")
         tuning = Tuning(((1, choice),))
@@ -158,13 +164,13 @@ def compile_sparse_paths(spec: LayerSpec) -> None:
 def compile_quantised(stored: torch.dtype) -> None:
     """The heuristic choices on quantised weights, their dense products of every size, and what W8A8 needs.
 
-    int8 takes the tiles of float8 and is widened in fewer registers: two layers, and the ends and middle of the sizes.
+    int8 takes the tiles of float8 and is widened in fewer registers: two layers.
     """
     float8 = stored == torch.float8_e4m3fn
     for spec in SPECS if float8 else (SPECS[0], SPECS[2]):
         spec = replace(spec, expert_dtype=stored)
         compile_layer(spec, heuristic_tuning(spec))
-    compile_sparse_paths(LayerSpec(1024, 128, 32, torch.float16, expert_dtype=stored))
+    compile_sparse_paths(LayerSpec(1024, 128, 32, torch.float16, expert_dtype=stored), 8, 64)
     for spec in (replace(spec, expert_dtype=stored) for spec in (SPECS[0], SPECS[2])):
         _, weights = layer_of(spec)
         for num_tokens in (1, 17, 33, 65, 129, 257, 513) if float8 and spec.glu else (1, 65, 513):
@@ -172,8 +178,8 @@ def compile_quantised(stored: torch.dtype) -> None:
             neurons = gated_activation(empty(num_tokens, spec.input_rows), spec, scale_out=weights.scale_out)
             quantised.first_linear(empty(num_tokens, spec.hidden), weights, exact)
             quantised.second_linear(neurons, weights, exact)
-    for size in SIZES[::3]:
-        compile_sparse_paths(LayerSpec(256, 8, size, torch.bfloat16, expert_dtype=stored))
+    for size in QUANTISED_SIZES:
+        compile_sparse_paths(LayerSpec(256, 8, size, torch.bfloat16, expert_dtype=stored), SIZES[size])
     if common.converts_float8(torch.device("cuda")):
         quantised.quantise_tokens(empty(8, 18944))
     quantised.transposed(empty(18944, 3584, dtype=stored))

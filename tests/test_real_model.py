@@ -69,7 +69,7 @@ def test_the_demo_adapter_turns_quality_into_sparsity_gently(dense, tmp_path):
     merged = merge_adapter(dense, adapter, tmp_path / "merged")
     curve = dict(validate_checkpoint(merged, check_values=True).prunepath.tau_curve)
     text = ROOT / ".cache" / "data" / "wikitext-2" / "valid.txt"
-    tokens = read_sequences(AutoTokenizer.from_pretrained(merged), text, length=1024, max_tokens=2048)
+    tokens = read_sequences(AutoTokenizer.from_pretrained(merged), text, length=1024, max_tokens=1024)
     prunepath_vllm.register()
     model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
