@@ -146,12 +146,14 @@ def main() -> None:
     import setproctitle
 
     assert not chosen.cache_info().currsize, "a module makes metrics at import"
+    override_kernels_once()
     handler = LogLevel()
     for one in logging.getLogger("vllm").handlers:
         one.addFilter(handler)
     setproctitle.getproctitle()  # finds the words of the command line, which it can overwrite, while they are in place
     gc.collect()
     gc.freeze()  # nothing of the import is looked through, and so copied, by a fork's collections
+    gc.unfreeze = lambda: None  # an engine's end calls it, and every collection from there on takes half a second
     while True:
         length, descriptors, _, _ = socket.recv_fds(requests, 8, 3)
         if not length:
@@ -180,6 +182,15 @@ def choose_metrics_late() -> Any:
     chosen = functools.cache(values.get_value_class)
     values.ValueClass = lambda *args, **kwargs: chosen()(*args, **kwargs)
     return chosen
+
+
+def override_kernels_once() -> None:
+    """What a worker puts in the place of Triton's kernels, it looks for in all of every module: once, before a fork."""
+    from vllm.platforms import current_platform
+
+    register = functools.cache(current_platform.register_triton_kernel_overrides)
+    type(current_platform).register_triton_kernel_overrides = staticmethod(register)
+    register()
 
 
 class LogLevel(logging.Filter):
