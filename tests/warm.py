@@ -48,6 +48,13 @@ MODULES = (
 )
 READ_AT_IMPORT = ("HF_", "LD_", "OMP_", "PYTHON", "TORCH", "TRANSFORMERS_", "TRITON_")
 """Variables that begin so are read at import: a process is forked from one that was started with the same."""
+SET_BY_IMPORT = (
+    "LD_LIBRARY_PATH",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCHINDUCTOR_COMPILE_THREADS",
+    "TRITON_CACHE_AUTOTUNING",
+)
+"""Of these, what vLLM's and torch's own import sets: a test file that has imported them needs no other process."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -73,7 +80,8 @@ class Warm:
     @classmethod
     def of(cls, environment: dict[str, str]) -> "Warm":
         """The one for this environment."""
-        read = {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+        names = {name for name in environment if name.startswith(READ_AT_IMPORT)} - set(SET_BY_IMPORT)
+        read = {name: environment[name] for name in names}
         key = json.dumps(read, sort_keys=True)
         if key not in cls.started:
             cls.started[key] = cls({name: value for name, value in environment.items() if "PROMETHEUS" not in name})
