@@ -122,6 +122,8 @@ def test_serve_measures_servers_whose_answers_are_right(
     assert len(said) == 2 + len(serve.METRICS)
 
 
-def test_a_server_that_cannot_start_is_named(dense_checkpoint):
+def test_a_server_that_cannot_start_is_named(dense_checkpoint, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(server, "subprocess", warm)
     with pytest.raises(BenchmarkError, match=r"the server stopped with exit code 2: .*--no-such-flag"):
         server.running(dense_checkpoint("llama"), ["--no-such-flag", "1"]).__enter__()

@@ -124,7 +124,8 @@ def test_at_least_its_tau_is_every_expert_in_large_steps_alone(
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path))
     checkpoint = prunepath_checkpoint("llama", default_tau=0.6, expert_size=8, **options)
     policy, engine = {"mode": "at_least"}, {"enforce_eager": eager}
-    result = run_engine("counts", checkpoint, runner, policy=policy, engine=engine)
+    # Enough that every answer has small steps: its first tokens run beside other requests' prompts.
+    result = run_engine("counts", checkpoint, runner, policy=policy, engine=engine, new_tokens=10)
     rows = {row["id"]: row for requests in result["requests"].values() for row in requests["rows"]}
     taus, sizes = taus_of_tokens(rows, result["steps"])
     naive = load_naive(checkpoint)

@@ -114,7 +114,7 @@ def test_encoder_equals_the_naive_model(prunepath_checkpoint, runner):
 @pytest.mark.parametrize("runner", RUNNERS)
 def test_preempted_requests_are_recomputed_at_their_tau(prunepath_checkpoint, runner):
     checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
-    result = run_engine("preemption", checkpoint, runner)
+    result = run_engine("preemption", checkpoint, runner, max_tokens=40 if runner == "v1" else 20)
     assert result["preemptions"] > 0
     assert_naive(result["mixed"], checkpoint)
 
@@ -131,17 +131,17 @@ NGRAMS = {
 
 
 @pytest.mark.parametrize(
-    ("family", "options", "engine"),
+    ("family", "options", "eager", "engine"),
     [
-        ("llama", dict(selection="threshold", threshold=0.6), {}),
-        ("qwen2", dict(gate="sigmoid", router_bias=True), {}),
-        ("gpt2", dict(dense_positions=3, expert_size=16), NGRAMS),
+        ("llama", dict(selection="threshold", threshold=0.6), True, {}),
+        ("qwen2", dict(gate="sigmoid", router_bias=True), False, {}),
+        ("gpt2", dict(dense_positions=3, expert_size=16), False, NGRAMS),
     ],
     ids=["llama-threshold", "qwen2-sigmoid-gate-router-bias", "gpt2-dense-positions-ngram"],
 )
-def test_variants_equal_the_naive_model(prunepath_checkpoint, family, options, engine):
+def test_variants_equal_the_naive_model(prunepath_checkpoint, family, options, eager, engine):
     checkpoint = prunepath_checkpoint(family, default_tau=0.6, **options)
-    result = run_engine("decoder", checkpoint, eager=False, engine=engine)
+    result = run_engine("decoder", checkpoint, eager=eager, engine=engine)
     assert_naive([*result["mixed"], *result["shared_prefix"]], checkpoint)
     assert [row["tokens"] for row in result["mixed"]] == [row["tokens"] for row in result["lone"]]
     assert bool(result["accepted"]) == bool(engine)

@@ -48,6 +48,13 @@ MODULES = (
 )
 READ_AT_IMPORT = ("HF_", "LD_", "OMP_", "PYTHON", "TORCH", "TRANSFORMERS_", "TRITON_")
 """Variables that begin so are read at import: a process is forked from one that was started with the same."""
+SET_BY_IMPORT = (
+    "LD_LIBRARY_PATH",
+    "TORCHINDUCTOR_CACHE_DIR",
+    "TORCHINDUCTOR_COMPILE_THREADS",
+    "TRITON_CACHE_AUTOTUNING",
+)
+"""Of these, what vLLM's and torch's own import sets: a test file that has imported them needs no other process."""
 PR_SET_CHILD_SUBREAPER = 36
 
 
@@ -73,7 +80,8 @@ class Warm:
     @classmethod
     def of(cls, environment: dict[str, str]) -> "Warm":
         """The one for this environment."""
-        read = {name: value for name, value in environment.items() if name.startswith(READ_AT_IMPORT)}
+        names = {name for name in environment if name.startswith(READ_AT_IMPORT)} - set(SET_BY_IMPORT)
+        read = {name: environment[name] for name in names}
         key = json.dumps(read, sort_keys=True)
         if key not in cls.started:
             cls.started[key] = cls({name: value for name, value in environment.items() if "PROMETHEUS" not in name})
@@ -146,12 +154,14 @@ def main() -> None:
     import setproctitle
 
     assert not chosen.cache_info().currsize, "a module makes metrics at import"
+    override_kernels_once()
     handler = LogLevel()
     for one in logging.getLogger("vllm").handlers:
         one.addFilter(handler)
     setproctitle.getproctitle()  # finds the words of the command line, which it can overwrite, while they are in place
     gc.collect()
     gc.freeze()  # nothing of the import is looked through, and so copied, by a fork's collections
+    gc.unfreeze = lambda: None  # an engine's end calls it, and every collection from there on takes half a second
     while True:
         length, descriptors, _, _ = socket.recv_fds(requests, 8, 3)
         if not length:
@@ -180,6 +190,15 @@ def choose_metrics_late() -> Any:
     chosen = functools.cache(values.get_value_class)
     values.ValueClass = lambda *args, **kwargs: chosen()(*args, **kwargs)
     return chosen
+
+
+def override_kernels_once() -> None:
+    """What a worker puts in the place of Triton's kernels, it looks for in all of every module: once, before a fork."""
+    from vllm.platforms import current_platform
+
+    register = functools.cache(current_platform.register_triton_kernel_overrides)
+    type(current_platform).register_triton_kernel_overrides = staticmethod(register)
+    register()
 
 
 class LogLevel(logging.Filter):
