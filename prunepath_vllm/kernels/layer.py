@@ -1,8 +1,7 @@
 """What a routed layer is: the description that every path takes and checks, and the named groups of its tensors.
 
 Shapes: T tokens, H hidden size, E experts, D neurons per expert, F = E * D, or K * D where the weights of K experts
-alone are there. Under tensor parallelism D is what one rank
-holds of every expert.
+alone are there. Under tensor parallelism D is what one rank holds of every expert.
 """
 
 import functools

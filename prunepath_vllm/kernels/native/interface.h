@@ -6,8 +6,8 @@
 enum Type : int32_t { FLOAT32 = 0, FLOAT16 = 1, BFLOAT16 = 2, INT8 = 3, FLOAT8_E4M3FN = 4 };  // the last two: weights
 enum Activation : int32_t { SILU = 0, GELU = 1, GELU_TANH = 2, RELU = 3 };
 
-// T tokens, H hidden size, E experts of which the first K have weights, D neurons per expert, F = K * D. All tensors are contiguous; a pointer may be
-// null where "or null" says so.
+// T tokens, H hidden size, E experts of which the first K have weights, D neurons per expert, F = K * D. All tensors are
+// contiguous; a pointer may be null where "or null" says so.
 struct Arguments {
     const void* x;             // [T, H] of x_type
     const void* router_input;  // [T, H] of router_input_type; may be x
