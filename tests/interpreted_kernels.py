@@ -391,8 +391,11 @@ ROUTED_SIZE = 3
 def routed_by_reference(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
     """Gates and flags of the reference for the other sizes: a program a token is most of a batch's time."""
 
-    def reference_route(x, tau, router, rule, *, config, active_counts, want_flags=True, every=False, pdl) -> Routing:
+    def reference_route(
+        x, tau, router, rule, *, config, active_counts, want_flags=True, every=False, kept, pdl
+    ) -> Routing:
         assert active_counts is None
+        assert kept is None
         assert not every
         gates = expected_gates(x, tau, router, rule)
         return Routing(gates, (gates != 0).any(0).int() if want_flags else None)

@@ -2,7 +2,7 @@
 
 import argparse
 
-from prunepath_vllm.arguments import whole
+from prunepath_vllm.arguments import number, whole
 from prunepath_vllm.errors import UsageError
 
 
@@ -28,10 +28,10 @@ def add_parser(
         "those that no token uses at --max-tau",
     )
     parser.add_argument("--sparsity", type=float, metavar="S", help="wanda, static: share to prune, in (0, 1)")
-    parser.add_argument("--max-tau", type=float, metavar="T", help="cold: the highest tau to serve, in (0, 1)")
+    parser.add_argument("--max-tau", type=number(0, 1), metavar="T", help="cold: the highest tau to serve, in (0, 1)")
     parser.add_argument(
         "--share",
-        type=float,
+        type=number(0, 1),
         metavar="P",
         help="cold: drop experts that at most this share of tokens uses (default: 0)",
     )
