@@ -14,6 +14,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from naive import NaiveFFN, load_naive, naive_generate, naive_logits
+from refusals import refused_changes
 from safetensors.torch import load_file, save_file
 from test_engine import assert_naive, run_engine
 from tiny_models import LAYERS, block, block_fields, tokens
@@ -22,7 +23,6 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 import prunepath_vllm
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
-from prunepath_vllm.conversion.calibrate import calibrate
 from prunepath_vllm.conversion.cold import prune_cold_experts
 from prunepath_vllm.conversion.quantize import quantize
 from prunepath_vllm.entrypoints import cli
@@ -258,29 +258,12 @@ def test_nothing_cold_is_said(prunepath_checkpoint, text, tmp_path):
 
 def test_what_needs_every_expert_refuses(cold, text, tmp_path, capsys):
     _, path, _ = cold("llama")
-    with pytest.raises(UsageError, match=r"kept_experts: .*% of its experts are there.*cold experts after calibrating"):
-        calibrate(path, text)
+    calibration, pruning, training = refused_changes(path, text, tmp_path, capsys)
+    assert re.search(r"kept_experts: .*% of its experts are there.*cold experts after calibrating", calibration)
+    assert "prune cold experts after pruning" in pruning
+    assert "prune cold experts after training" in training
     with pytest.raises(UsageError, match="prune cold experts after pruning"):
         prune_cold_experts(path, tmp_path / "out", max_tau=0.3, text=text)
-    command = [
-        "prune",
-        str(path),
-        str(tmp_path / "out"),
-        "--method",
-        "static",
-        "--sparsity",
-        "0.5",
-        "--text",
-        str(text),
-    ]
-    assert cli.main(command) == 2
-    recipe = tmp_path / "recipe.yaml"
-    parts = dict(data=dict(train=[dict(path=str(text))], sequence_length=16), stages=[dict(losses={})])
-    parts |= dict(optimizer=dict(lr=1e-3), schedule=dict(max_steps=1), batch=dict(sequences=1))
-    parts |= dict(runtime=dict(device="cpu", bf16=False, tensorboard=False))
-    recipe.write_text(json.dumps(dict(output=str(tmp_path / "run"), model=dict(path=str(path)), **parts)))
-    assert cli.main(["train", "--config", str(recipe)]) == 2
-    assert "prune cold experts after training" in capsys.readouterr().err
 
 
 # --- transformers ----------------------------------------------------------------------------------------------------

@@ -7,6 +7,7 @@ import shutil
 import pytest
 import torch
 from naive import load_naive, naive_generate, naive_logits
+from refusals import refused_changes
 from safetensors.torch import load_file, save_file
 from test_engine import assert_naive, run_engine
 from tiny_models import FAMILY_NAMES, HIDDEN, INTERMEDIATE, LAYERS, block, block_fields, tokens
@@ -16,7 +17,6 @@ import prunepath_vllm
 from prunepath_vllm.checkpoint import INDEX_FILE, validate_checkpoint
 from prunepath_vllm.config import EXPERT_DTYPES, PrunePathConfig
 from prunepath_vllm.conversion import convert as convert_module
-from prunepath_vllm.conversion.calibrate import calibrate
 from prunepath_vllm.conversion.costs import output_rows
 from prunepath_vllm.conversion.quantize import quantize
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
@@ -313,29 +313,10 @@ def test_what_changes_weights_refuses_quantised_ones(quantised, tmp_path, capsys
     path = quantised("llama", "int8")
     text = tmp_path / "text.txt"
     text.write_text("the quick brown fox jumps over the lazy dog " * 100)
-    with pytest.raises(UsageError, match=r"expert_dtype 'int8': its experts are .*quantise after calibrating"):
-        calibrate(path, text)
-    command = [
-        "prune",
-        str(path),
-        str(tmp_path / "out"),
-        "--method",
-        "static",
-        "--sparsity",
-        "0.5",
-        "--text",
-        str(text),
-    ]
-    assert cli.main(command) == 2
-    assert "its experts are quantised; expected ones that are not: quantise after pruning" in capsys.readouterr().err
-    recipe = tmp_path / "recipe.yaml"
-    parts = dict(data=dict(train=[dict(path=str(text))], sequence_length=16), stages=[dict(losses={})])
-    parts |= dict(optimizer=dict(lr=1e-3), schedule=dict(max_steps=1), batch=dict(sequences=1))
-    parts |= dict(runtime=dict(device="cpu", bf16=False, tensorboard=False))
-    recipe.write_text(json.dumps(dict(output=str(tmp_path / "run"), model=dict(path=str(path)), **parts)))
-    assert cli.main(["train", "--config", str(recipe)]) == 2
-    assert "quantise after training" in capsys.readouterr().err
-    assert not (tmp_path / "run").exists()
+    calibration, pruning, training = refused_changes(path, text, tmp_path, capsys)
+    assert re.search(r"expert_dtype 'int8': its experts are .*quantise after calibrating", calibration)
+    assert "its experts are quantised; expected ones that are not: quantise after pruning" in pruning
+    assert "quantise after training" in training
 
 
 # --- transformers ----------------------------------------------------------------------------------------------------

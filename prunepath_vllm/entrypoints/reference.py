@@ -116,7 +116,6 @@ def checkpoint() -> str:
         '`model_type: "prunepath_<family>"` and the block `prunepath_config`:\n\n'
         f"{table(('field', 'default', 'meaning'), *rows)}\n\n"
         "Tensors keep the dense model's names and shapes, their neurons sorted so that expert e is rows (GPT-2: "
-        "Tensors keep the dense model's names and shapes, their neurons sorted so that expert e is rows (GPT-2: "
         "columns) e * expert_size to (e + 1) * expert_size, in each layer those of the experts that are kept. Beside "
         "them each feed-forward layer, `<ffn>`, has\n\n"
         + table(

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from prunepath_vllm.checkpoint import read_json
+from prunepath_vllm.checkpoint import read_json, refuse_changed
 from prunepath_vllm.conversion.calibrate import load_model
 from prunepath_vllm.conversion.costs import output_rows
 from prunepath_vllm.conversion.text import read_sequences
@@ -92,8 +92,7 @@ def reconstruction(
     if opened.summary is None or opened.prunepath is None:
         raise UsageError(f"{checkpoint}: expected a PrunePath checkpoint, got a dense one")
     prunepath, family = opened.prunepath, opened.family
-    if prunepath.kept_experts is not None:
-        raise UsageError(f"{checkpoint}: kept_experts: {prunepath.kept_share:.1%} are there; expected all experts")
+    refuse_changed(checkpoint, prunepath, "measuring", quantised=True)
     for count in counts:
         if not 1 <= count <= prunepath.num_experts:
             raise UsageError(f"--top-k {count}: expected 1 to {prunepath.num_experts}, the experts of {checkpoint}")

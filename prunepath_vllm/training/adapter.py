@@ -162,14 +162,27 @@ def _write(
     kind = torch.int16 if family.intermediate_size(config) <= 2**15 else torch.int32
     for layer, order in enumerate(orders):
         tensors[ORDER.format(family.ffn.format(layer))] = order.to(kind)
-    metadata = {
-        "format": "pt",
-        METADATA: json.dumps(config["prunepath_config"]),
-        DENSE_DIGEST: weights_digest(dense),
-    }
-    save = functools.partial(save_file, tensors, metadata=metadata)
-    replace_file(destination, save, like=Path(checkpoint) / "config.json")
+    _save(tensors, config, weights_digest(dense), destination, like=Path(checkpoint) / "config.json")
     return destination
+
+
+def update_configuration(adapter: str | Path, checkpoint: str | Path) -> None:
+    """Take a checkpoint's configuration, changed since, into the adapter that was written for it.
+
+    Raises:
+        CheckpointError, ConfigError: as :func:`read_adapter`.
+    """
+    tensors, _, digest = read_adapter(adapter)
+    _save(tensors, read_config(checkpoint), digest, Path(adapter), like=Path(adapter))
+
+
+def _save(
+    tensors: dict[str, Tensor], config: Mapping[str, Any], digest: str | None, destination: Path, *, like: Path
+) -> None:
+    metadata = {"format": "pt", METADATA: json.dumps(config["prunepath_config"])}
+    if digest is not None:
+        metadata[DENSE_DIGEST] = digest
+    replace_file(destination, functools.partial(save_file, tensors, metadata=metadata), like=like)
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], PrunePathConfig, str | None]:
@@ -238,14 +251,14 @@ def merge_adapter(dense: str | Path, adapter: str | Path, destination: str | Pat
                 target = f"{name.removesuffix(UP)}.weight" if name.endswith(UP) else name.removesuffix(CODES)
                 weight = updates.get(target)
                 weight = _read(dense, summary.family, target) if weight is None else weight
+                misfit = f"{adapter}: {name} does not fit {target} {list(weight.shape)}"
                 try:
                     update = _update(summary.family, tensors, name, weight.shape[-1])
-                    updates[target] = weight.float() + update
                 except (RuntimeError, ValueError) as error:
-                    shape = list(weight.shape)
-                    raise CheckpointError(f"{adapter}: {name} does not fit {target} {shape} ({error})") from None
+                    raise CheckpointError(f"{misfit} ({error})") from None
                 if update.shape != weight.shape:
-                    raise CheckpointError(f"{adapter}: {name} does not fit {target} {list(weight.shape)}")
+                    raise CheckpointError(misfit)
+                updates[target] = weight.float() + update
             elif not name.endswith((DOWN, SCALE, ORDER.removeprefix("{}"))):
                 updates[name] = tensor
         unknown = sorted(name for name in updates if name not in summary.tensors and not name.endswith("router.bias"))

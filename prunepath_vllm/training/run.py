@@ -27,7 +27,7 @@ from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.files import new_directory
 from prunepath_vllm.modeling.modeling_utils import checkpoint_directory
 from prunepath_vllm.tau import level_curve
-from prunepath_vllm.training.adapter import neuron_order, save_adapter, save_delta
+from prunepath_vllm.training.adapter import neuron_order, save_adapter, save_delta, update_configuration
 from prunepath_vllm.training.data import (
     TEXT_SUFFIXES,
     Sequences,
@@ -349,19 +349,19 @@ def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: Pre
         routing = routing_of(recipe, len(recipe.stages) - 1, trainer.block)
         block = PrunePathConfig.parse(trainer.block.to_json() | routing | {"tau_curve": None})
         model.config.prunepath_config = block.to_json()
-    write_adapter: Callable[[], Any] | None = None
     adapter = result.parent / ADAPTER
-    if recipe.model.adapter_bits is not None:
+    write_adapter: Callable[[], Any] | None = None
+    if recipe.model.rank is not None or recipe.model.adapter_bits is not None:
         dense = _directory(recipe.model.dense or _source(recipe))
-        orders, bits = neuron_order(dense, start), recipe.model.adapter_bits
+        orders = neuron_order(dense, start)
+    if recipe.model.adapter_bits is not None:
+        bits = recipe.model.adapter_bits
         write_adapter = functools.partial(save_delta, dense, result, orders, bits=bits, destination=adapter)
     if recipe.model.rank is not None:
-        dense = _directory(recipe.model.dense or _source(recipe))
         for parameter in model.parameters():
             if parameter.requires_grad:  # as the adapter holds it, so that merging it gives the same checkpoint
                 parameter.data = parameter.data.bfloat16().float()
         trained = {name: p.detach() for name, p in model.named_parameters() if p.requires_grad}
-        orders = neuron_order(dense, start)
         write_adapter = functools.partial(save_adapter, dense, result, orders, trained, destination=adapter)
         merge_low_rank(model.base_model)
     for parameter in model.parameters():
@@ -391,7 +391,7 @@ def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: Pre
         curve = tau_curve(points) if routing["selection"] == "cumulative_mass" else None
         rewrite_checkpoint(validate_checkpoint(result), {}, tau_curve=curve)
     if write_adapter is not None:
-        write_adapter()  # with the curve
+        update_configuration(adapter, result)  # with the curve
 
 
 def _data_name(recipe: Recipe) -> str:
