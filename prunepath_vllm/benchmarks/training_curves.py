@@ -37,7 +37,8 @@ def read_curve(path: str) -> Curve:
         raise UsageError(f"{path}: no such file; expected quality.json of a training, or results of prunepath eval")
     points: Any = read_json(Path(path)).get("points")
     try:
-        return sorted((float(point["ffn_sparsity"]), float(point["perplexity"])) for point in points)
+        # A share counted in float32 may differ from 0 in its last bit.
+        return sorted((round(float(point["ffn_sparsity"]), 6), float(point["perplexity"])) for point in points)
     except (KeyError, TypeError, ValueError):
         raise UsageError(f"{path}: expected points with an ffn_sparsity and a perplexity") from None
 

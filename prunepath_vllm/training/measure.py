@@ -55,7 +55,7 @@ def measure(
                 output = training(**{key: value.to(device) for key, value in batch.items()}, tau=tau)
                 size = len(batch["labels"])
                 loss += float(output["task"]) * size
-                sparsity += (1 - float(training.usage().mean())) * size if training.observers else 0.0
+                sparsity += (1 - float(training.usage().double().mean())) * size if training.observers else 0.0
                 if "logits" in output:
                     hits += int((output["logits"].argmax(dim=-1).cpu() == batch["labels"].cpu()).sum())
                 count += size
