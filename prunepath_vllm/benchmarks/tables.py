@@ -35,6 +35,9 @@ SERVED = {
 }
 """Rows of a ``serve`` table: vLLM's field, how to write it, whether less is better."""
 
+NEAR = 0.02
+"""How far a measured FFN sparsity may lie from the one a ``checkpoint`` table asks for."""
+
 
 def share(value: float | None) -> str:
     """A row's label: of a dense model, of every expert, or of the share that is active."""
@@ -164,6 +167,43 @@ def scores(*models: str, metric: str, at: str = "") -> str:
     return markdown(["", "items", f"{metric} at FFN sparsity"], rows)
 
 
+def checkpoint(*measures: str, at: str) -> str:
+    """One checkpoint at many sparsities: a row a measure, a column its dense model and each sparsity, with the ratio.
+
+    Args:
+        measures: LABEL=METRIC:FILE,DENSE of results of ``prunepath eval`` or a training, or LABEL=tokens/s:FILE of
+            ``prunepath bench latency``, of one request. A point within ``NEAR`` of a sparsity counts as measured
+            there; perplexity is interpolated as in a ``perplexity`` table.
+        at: FFN sparsities.
+    """
+    sparsities = [float(one) for one in at.split(",")]
+    rows = []
+    for label, request in map(split_label, measures):
+        metric, _, files = request.partition(":")
+        base, curve = _tokens_per_second(files) if metric == "tokens/s" else _measured(metric, *files.split(","))
+        form = {"perplexity": "{:.2f}", "tokens/s": "{:.1f}"}.get(metric, "{:.3f}")
+        cells = []
+        for one in sparsities:
+            near = [value for sparsity, value in curve if abs(sparsity - one) <= NEAR]
+            value = perplexity_at(curve, one) if metric == "perplexity" else next(iter(near), None)
+            cells.append("-" if value is None else f"{form.format(value)} ({value / base:.2f})")
+        rows.append([label, form.format(base), *cells])
+    return markdown(["FFN sparsity", "dense", *(f"{one:g}" for one in sparsities)], rows)
+
+
+def _measured(metric: str, file: str, dense: str) -> tuple[float, Curve]:
+    """The dense model's value, and ours by FFN sparsity."""
+    points = sorted((round(point["ffn_sparsity"], 6), point[metric]) for point in _read(file)["points"])
+    return _read(dense)["points"][0][metric], points
+
+
+def _tokens_per_second(file: str) -> tuple[float, Curve]:
+    result = _read(file)
+    one = {part: [row for row in result[part]["rows"] if row["batch_size"] == 1] for part in ("dense", "sparse")}
+    points = sorted((1 - row["share"], 1000 / row["decode_step_ms"]) for row in one["sparse"])
+    return 1000 / one["dense"][0]["decode_step_ms"], points
+
+
 def unions(file: str, *, taus: str) -> str:
     """``benchmarks.unions``: the share of a layer's experts that a batch reads on real text."""
     result = _read(file)
@@ -191,7 +231,8 @@ def exactness(file: str) -> str:
 
 
 KINDS: Mapping[str, Callable[..., str]] = {
-    function.__name__: function for function in (latency, serve, kernel, perplexity, scores, unions, exactness)
+    function.__name__: function
+    for function in (latency, serve, kernel, perplexity, scores, checkpoint, unions, exactness)
 }
 
 
