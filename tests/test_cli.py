@@ -46,7 +46,9 @@ def test_generate_completes_at_the_tau(prunepath_checkpoint):
     checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
     prompt = "the quick brown fox"
     tokenizer = build_tokenizer()
-    process = prunepath("generate", checkpoint, "--prompt", prompt, "--tau", "0.4", "--max-tokens", "6")
+    process = prunepath(
+        "generate", checkpoint, "--prompt", prompt, "--tau", "0.4", "--max-tokens", "6", run=subprocess.run
+    )
     assert process.returncode == 0, process.stderr[-3000:]
     with torch.no_grad():
         tokens = naive_generate(load_naive(checkpoint), tokenizer(prompt)["input_ids"], 0.4, 6)
