@@ -3,7 +3,8 @@
 import json
 import os
 import subprocess
-from collections.abc import Callable
+import sys
+from pathlib import Path
 
 import pytest
 import warm
@@ -17,18 +18,21 @@ CURVE = [[0.2, 0.9], [0.6, 0.5], [1.0, 0.0]]
 ENGINE = ("--dtype", "float32", "--enforce-eager", "--max-model-len", "256")
 
 WRONG_LAYER = """
+from prunepath_vllm.entrypoints.cli import main
 from prunepath_vllm.kernels import native
 right = native.RoutedFFN._call
 native.RoutedFFN._call = lambda *args: 1.01 * right(*args)
+raise SystemExit(main())
 """
+"""``prunepath`` with a layer that is wrong in every process that starts as a fork of it."""
 
 
-def bench_latency(*arguments: object, run: Callable = warm.run, **env: str) -> subprocess.CompletedProcess:
+def bench_latency(*arguments: object, prunepath: Path = BIN / "prunepath") -> subprocess.CompletedProcess:
     # Engines of one process: started as a user's are, each imports vLLM once instead of three times.
-    env = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0", **env}
+    env = {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     flags = ("--batch-size", "1,3", "--input-len", "16", "--output-len", "6", "--repeats", "2", *ENGINE)
-    return run(
-        [BIN / "prunepath", "bench", "latency", *map(str, arguments), *flags],
+    return warm.run(
+        [sys.executable, prunepath, "bench", "latency", *map(str, arguments), *flags],
         capture_output=True,
         text=True,
         env={**os.environ, "VLLM_LOGGING_LEVEL": "WARNING", **env},
@@ -69,7 +73,8 @@ def test_latency_measures_dense_and_every_tau(prunepath_checkpoint, dense_checkp
 
 
 def test_latency_prints_no_speed_of_a_wrong_layer(prunepath_checkpoint, tmp_path):
-    (tmp_path / "sitecustomize.py").write_text(WRONG_LAYER)
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(WRONG_LAYER)
     output = tmp_path / "out.json"
     process = bench_latency(
         prunepath_checkpoint("llama", tau_curve=CURVE),
@@ -77,8 +82,7 @@ def test_latency_prints_no_speed_of_a_wrong_layer(prunepath_checkpoint, tmp_path
         "0.4",
         "--output",
         output,
-        PYTHONPATH=os.pathsep.join((str(tmp_path), os.environ.get("PYTHONPATH", ""))),
-        run=subprocess.run,
+        prunepath=wrong,
     )
     assert_one_line(process, 1, "the routed layer is off by", "no speed is reported")
     assert process.stdout == ""

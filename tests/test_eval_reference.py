@@ -3,12 +3,12 @@
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import warm
 from rouge_score.rouge_scorer import RougeScorer
 from sklearn.metrics import accuracy_score, f1_score
 from tiny_models import build_tokenizer
@@ -47,7 +47,7 @@ def evaluate(*command: object) -> None:
 
 
 def evaluate_with_engine(*command: object) -> None:
-    process = subprocess.run(
+    process = warm.run(
         [BIN / "prunepath", "eval", *map(str, command), "--backend", "vllm"],
         capture_output=True,
         text=True,

@@ -120,7 +120,6 @@ def roberta(serve, prunepath_checkpoint) -> Server:
     return serve(
         prunepath_checkpoint("roberta", default_tau=0.6),
         command=(str(BIN / "prunepath"), "serve"),
-        popen=subprocess.Popen,
     )
 
 
