@@ -3,7 +3,6 @@
 import json
 import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
@@ -73,7 +72,7 @@ def test_the_engine_agrees_with_transformers(prunepath_checkpoint, arc, tmp_path
     checkpoint, output, other = prunepath_checkpoint("llama"), tmp_path / "out.json", tmp_path / "engine.json"
     assert evaluate(checkpoint, arc, output) == 0
     command = ["eval", checkpoint, "--task", "arc_easy", "--data", arc, "--tau", "1.0,0.4", "--output", other]
-    process = subprocess.run(
+    process = warm.run(
         [BIN / "prunepath", *map(str, command)],
         capture_output=True,
         text=True,

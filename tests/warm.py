@@ -261,7 +261,7 @@ def close_others(keep: set[int]) -> None:
 
 def execute(command: list[str]) -> int:
     """Run a command line of Python; the exit status."""
-    words = [word for word in command if word != "-B"]
+    words = [word for word in command if word not in ("-B", "-u")]
     if os.path.realpath(words[0]) == os.path.realpath(sys.executable):
         words = words[1:]
     try:
