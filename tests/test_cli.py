@@ -2,6 +2,7 @@
 
 import json
 import os
+import socket
 import subprocess
 import sys
 from collections.abc import Callable
@@ -82,6 +83,23 @@ def test_a_bad_checkpoint_is_one_line(tmp_path, prunepath_checkpoint, command):
     (broken / "config.json").write_text(json.dumps(config))
     name, *rest = command
     assert_one_line(prunepath(name, broken, *rest), 1, "expert_size 16", "256")
+
+
+def test_a_port_that_is_taken_is_named(prunepath_checkpoint):
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1])
+        process = prunepath(
+            "serve", prunepath_checkpoint("llama", default_tau=0.6), "--host", "127.0.0.1", "--port", port
+        )
+    assert_one_line(process, 1, "127.0.0.1", f"port {port}", "already in use", "expected")
+
+
+def test_calibrate_says_nothing_of_model_types(tmp_path, prunepath_checkpoint):
+    process = prunepath("calibrate", prunepath_checkpoint("llama", default_tau=0.6), "--text", tmp_path / "none.txt")
+    assert_one_line(process, 2, "none.txt")
+    assert "model of type" not in process.stderr
 
 
 def test_unknown_flags_and_commands_exit_2():

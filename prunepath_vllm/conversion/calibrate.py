@@ -160,7 +160,10 @@ def calibration_sequences(
     Raises:
         UsageError: arguments out of range, text missing, unreadable or too short.
     """
+    from prunepath_vllm.modeling import register_configs
+
     length = sequence_length(family, config, context, default=CONTEXT)
+    register_configs()  # else transformers warns of a model type that it does not know
     tokenizer = AutoTokenizer.from_pretrained(model)
     return read_sequences(tokenizer, text, length=length, max_tokens=max_tokens, minimum=2)
 

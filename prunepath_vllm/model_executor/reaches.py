@@ -291,8 +291,8 @@ REACHES = (
     Reach(
         "vllm.entrypoints.cli.serve",
         "run_server",
-        "wrapped by `prunepath serve`: connections are cut some seconds after the server was told to stop",
-        "see whether `vllm serve` still waits for open streams for ever; if not, delete _end_streams",
+        "wrapped by `prunepath serve`: connections are cut after the server was told to stop; a taken port is named",
+        "see whether `vllm serve` still waits for open streams for ever; if not, delete the time from _wrap_run_server",
         parameters=("args",),
         keywords=("timeout_graceful_shutdown",),
     ),

@@ -1,13 +1,15 @@
 """``prunepath serve``: the engine's OpenAI-compatible server, after the checkpoint has been looked over."""
 
 import argparse
-import functools
+import errno
 import os
 import sys
 import tempfile
+from typing import Any
 
 from prunepath_vllm.arguments import OneLineErrors
 from prunepath_vllm.engine_environment import require_engine, set_server_defaults
+from prunepath_vllm.errors import PrunePathError
 
 DRAIN_SECONDS = 10
 """How long a server that is told to stop goes on with the answers it has begun."""
@@ -43,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
         # The workers' counters reach the server's /metrics through files; read when prometheus_client is imported.
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics)
         set_server_defaults()
-        _end_streams()
+        _wrap_run_server()
         from vllm.entrypoints.cli.main import main
         from vllm.utils.argparse_utils import FlexibleArgumentParser
 
@@ -57,8 +59,8 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _end_streams() -> None:
-    """When the server stops, cut the streams that the engine has not finished.
+def _wrap_run_server() -> None:
+    """When the server stops, cut the streams that the engine has not finished; name the port where it is taken.
 
     vLLM ends the engine and then waits, for ever, for their connections to close.
     """
@@ -67,4 +69,15 @@ def _end_streams() -> None:
     from prunepath_vllm.model_executor.compat import expect_module
 
     expect_module("vllm.entrypoints.cli.serve", serve)
-    serve.run_server = functools.partial(serve.run_server, timeout_graceful_shutdown=CUT_SECONDS)
+    run_server = serve.run_server
+
+    async def run_and_end(args: argparse.Namespace, **options: Any) -> None:
+        try:
+            await run_server(args, timeout_graceful_shutdown=CUT_SECONDS, **options)
+        except OSError as error:
+            if error.errno != errno.EADDRINUSE:
+                raise
+            where = args.uds or f"{args.host or 'every address'} port {args.port}"
+            raise PrunePathError(f"{where}: already in use; expected a free one (--port)") from error
+
+    serve.run_server = run_and_end

@@ -24,7 +24,9 @@ def add_parser(
         metavar="KEY=VALUE",
         help="override a key of the recipe, as in optimizer.lr=1e-4 or stages.0.tau_end=0.3; may be given again",
     )
-    parser.add_argument("--resume", action="store_true", help="continue from the output's last checkpoint")
+    parser.add_argument(
+        "--resume", action="store_true", help="continue from the output's last checkpoint, if it has one"
+    )
     return parser
 
 
