@@ -388,6 +388,7 @@ def test_pickle_only_source(llama, tmp_path):
         ({"calibration_text": "x.txt"}, "uses none"),
         ({"split": "coactivation", "calibration_text": "x.txt"}, r"x\.txt: no such file"),
         ({"expert_size": 0}, "expert size: 0"),
+        ({"dense_positions": -1}, "dense positions: -1; expected 0 or more"),
         ({"split": "best"}, "'best'; expected one of kmeans"),
         ({"device": "cuda"}, "no CUDA GPU"),
     ],
@@ -410,6 +411,14 @@ def test_bad_calibration_texts_are_refused_before_any_work(llama, tmp_path, text
     with pytest.raises(UsageError, match=rf"calibration\.txt: .*{words}"):
         convert(llama, tmp_path / "out", calibration_text=text, **options)
     assert {file.name for file in tmp_path.iterdir()} == {"dense", text.name}
+
+
+def test_more_dense_positions_than_a_sequence_has_are_refused_before_any_work(llama, tmp_path, text, monkeypatch):
+    monkeypatch.setattr(splits_module, "balanced_kmeans", None)
+    text.write_text(TEXT * 4)
+    with pytest.raises(UsageError, match=r"dense positions: 512; expected fewer than \d+, a sequence's tokens"):
+        convert(llama, tmp_path / "out", router="calibrated", dense_positions=512, calibration_text=text)
+    assert not (tmp_path / "out").exists()
 
 
 def test_destinations_that_cannot_be_made_are_refused_before_any_work(llama, tmp_path, monkeypatch):
@@ -517,9 +526,11 @@ def test_calibrated_routers(gate, dense_checkpoint, text, tmp_path):
 
     register_auto_classes()
     text.write_text(TEXT * 4)
-    path = convert(dense_checkpoint("llama"), tmp_path / "out", router="calibrated", gate=gate, calibration_text=text)
+    options = dict(router="calibrated", gate=gate, dense_positions=1, calibration_text=text)
+    path = convert(dense_checkpoint("llama"), tmp_path / "out", **options)
     summary = validate_checkpoint(path, check_values=True)
     assert summary.prunepath.tau_curve
+    assert summary.prunepath.dense_positions == 1
     routers = [f"model.layers.{layer}.mlp.router.weight" for layer in range(LAYERS)]
     assert all(tensor.any() for _, tensor in stream_tensors(path, summary.tensors, routers))
     assert {file.name for file in tmp_path.iterdir()} == {"out", text.name}

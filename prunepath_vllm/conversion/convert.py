@@ -67,6 +67,7 @@ def convert(
     gate: str = "none",
     router_input: str = "ffn",
     router_rank: int | None = None,
+    dense_positions: int = 0,
     calibration_text: str | Path | None = None,
     seed: int = 0,
     device: str = "cpu",
@@ -88,6 +89,7 @@ def convert(
         gate: "none", or "sigmoid": eq. 10's gate, a zero router's 1/2 made up for by doubling the second linear.
         router_input: "ffn", or "attention": what enters the same block's self-attention module.
         router_rank: rank of the routers, 1 to the hidden size; None for full ones.
+        dense_positions: how many tokens at a sequence's beginning use every expert.
         calibration_text: UTF-8 text file.
         seed: of the split and the calibration.
         device: "cpu" or "cuda", for clustering and calibration.
@@ -117,6 +119,8 @@ def convert(
         raise UsageError(
             f"expert dtype: {expert_dtype!r}; expected float8_e4m3fn, or none and `prunepath quantize` after"
         )
+    if dense_positions < 0:
+        raise UsageError(f"dense positions: {dense_positions}; expected 0 or more")
     _check_arguments(dst, expert_size=expert_size, split=split, router=router, text=text, device=device)
     source, base_model = _resolve_source(src)
     config = read_config(source)
@@ -166,7 +170,10 @@ def convert(
         from prunepath_vllm.conversion.calibrate import calibration_sequences
 
         assert text is not None
-        calibration_sequences(source, family, config, text)  # too short a text is told before the clustering
+        # Too short a text is told before the clustering.
+        context = calibration_sequences(source, family, config, text).shape[1]
+        if context <= dense_positions:
+            raise UsageError(f"dense positions: {dense_positions}; expected fewer than {context}, a sequence's tokens")
     check_writable(dst)
 
     def read(name: str) -> Tensor:
@@ -181,6 +188,7 @@ def convert(
             num_experts=num_experts,
             expert_size=expert_size,
             gate=gate,
+            dense_positions=dense_positions,
             split=dict(method=split, seed=seed, source=_split_source(split, text)),
             base_model=base_model,
             router=dict(input=router_input, rank=router_rank),

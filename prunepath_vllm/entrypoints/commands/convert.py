@@ -54,6 +54,13 @@ def add_parser(subparsers, parents: list[argparse.ArgumentParser]) -> argparse.A
         help="leave the feed-forward layers of a float8 source in float8 (default: dequantise them); others: see "
         "`prunepath quantize`",
     )
+    parser.add_argument(
+        "--dense-positions",
+        type=whole(0),
+        default=0,
+        metavar="N",
+        help="let the first N tokens of a sequence use every expert (default: 0; 1 is advised for decoders)",
+    )
     parser.add_argument("--calibration-text", metavar="FILE", help="UTF-8 text file")
     parser.add_argument("--seed", type=seed, default=0, help="of the split and the calibration (default: 0)")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to compute (default: cpu)")
@@ -75,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
         gate=args.gate,
         router_input=args.router_input,
         router_rank=args.router_rank,
+        dense_positions=args.dense_positions,
         calibration_text=args.calibration_text,
         seed=args.seed,
         device=args.device,
