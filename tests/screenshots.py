@@ -1,6 +1,6 @@
 """The playground's pictures for the documentation, from a running server:
 
-python tests/screenshots.py http://127.0.0.1:8000 docs/images
+python tests/screenshots.py http://127.0.0.1:8000 docs/images --tau 0.88
 """
 
 import argparse
@@ -9,7 +9,8 @@ from pathlib import Path
 from browser import open_page
 from test_playground import DESKTOP, IDLE, PHONE
 
-QUESTION = "Name three colours, and one thing in nature that has each."
+QUESTION = "Write a Python function that tells whether a word is a palindrome."
+SET_TAU = "s = document.querySelectorAll('input[type=range]')[1]; s.value = {}; s.dispatchEvent(new Event('input'))"
 
 
 def main() -> None:
@@ -17,13 +18,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("url")
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--tau", type=float, default=0.8, help="of the second answer (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=100, help="of an answer (default: %(default)s)")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
     with open_page() as page:
         for name, size in {"desktop": DESKTOP, "phone": PHONE}.items():
             page.open(f"{args.url}/prunepath", **size)
             page.wait("document.querySelectorAll('input[type=range]').length === 2")
-            page.evaluate("document.querySelector('#tokens').value = 60")
+            page.evaluate(f"document.querySelector('#tokens').value = {args.tokens}; {SET_TAU.format(args.tau)}")
             page.press("#question")
             page.type(QUESTION)
             page.press("#send")

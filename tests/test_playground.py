@@ -63,7 +63,7 @@ def test_one_question_has_two_answers_at_two_taus(page, server):
     start(page, server, **DESKTOP)
     page.evaluate("(at => { at.value = 0.4; at.dispatchEvent(new Event('input')); })(document.querySelector('#tau-b'))")
     assert texts(page, ".knob label span") == ["tau", "1.00", "tau", "0.40"]
-    assert texts(page, ".hint") == ["the dense model", "about 77% of experts skipped"]
+    assert texts(page, ".hint") == ["every expert runs", "about 77% of experts skipped"]
     ask(page)
     assert texts(page, ".answer h2") == ["tau 1.00", "tau 0.40"]
     for i, tau in enumerate((1.0, 0.4)):

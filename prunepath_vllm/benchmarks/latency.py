@@ -204,8 +204,7 @@ def measure(llm: LLM, args: argparse.Namespace, points: Sequence[Point]) -> dict
     for point in points if args.prefill else ():
         times = [1e3 * _seconds(llm, args, point["tau"], 1, 1, args.prefill) for _ in range(args.repeats + 1)][1:]
         prefill.append({**point, "tokens": args.prefill, "prefill_ms": statistics.median(times), "times_ms": times})
-    peaks = [peak for peak in llm.collective_rpc("prunepath_peak_gib") if peak is not None]
-    return {"rows": rows, "prefill": prefill, "peak_gib": max(peaks, default=None)}
+    return {"rows": rows, "prefill": prefill, "peak_gib": max(llm.collective_rpc("prunepath_peak_gib"))}
 
 
 def _engine_loop(llm: LLM, args: argparse.Namespace, tau: float | None, batch: int) -> dict[str, Any]:

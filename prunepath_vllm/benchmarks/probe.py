@@ -3,6 +3,7 @@
 Its methods are called by name through ``LLM.collective_rpc``; nothing is pickled.
 """
 
+import resource
 from dataclasses import asdict
 from typing import Any
 
@@ -39,9 +40,11 @@ class BenchmarkProbe:
         """
         return check_first_layer(self.get_model())  # a list: what goes over HTTP as it is
 
-    def prunepath_peak_gib(self) -> float | None:
-        """Most GPU memory this worker has reserved so far; None on a CPU."""
-        return torch.cuda.max_memory_reserved() / 2**30 if torch.cuda.is_available() else None
+    def prunepath_peak_gib(self) -> float:
+        """Most memory this worker has held so far, GiB: reserved on its GPU, or resident where it runs on a CPU."""
+        if torch.cuda.is_available():
+            return torch.cuda.max_memory_reserved() / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
 def check_first_layer(model: nn.Module) -> list[float | str] | None:

@@ -37,8 +37,8 @@ def sweep(run: Run, max_loss: float, *, speed: bool) -> dict[str, Any]:
 
     Returns:
         ``Run.results()``, where each point has its relative ``loss``, whether it is on the ``pareto`` front, and with
-        `speed` decode_step_ms and tokens_per_second; ``max_loss``; ``recommended``, a point; and ``peak_gib``, the
-        engine's GPU memory, None elsewhere.
+        `speed` decode_step_ms and tokens_per_second; ``max_loss``; ``recommended``, a point; and ``peak_gib``, a
+        worker's memory (on a GPU: the GPU's), None without `speed`.
 
     Raises:
         SpeedError: the engine failed.

@@ -106,7 +106,7 @@ def print_table(result: dict[str, Any], metric: str) -> None:
             line += f"  {point['decode_step_ms']:>8.2f}  {point['tokens_per_second']:>8.1f}"
         print(line)
     if result["peak_gib"] is not None:
-        print(f"GPU memory at most: {result['peak_gib']:.2f} GiB")
+        print(f"Memory of a worker at most: {result['peak_gib']:.2f} GiB")
     chosen = result["recommended"]
     print(
         f"* on the Pareto front. Recommended for a loss of at most {result['max_loss']:.1%}: tau {chosen['tau']:g}, "
