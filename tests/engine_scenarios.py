@@ -119,6 +119,45 @@ def cold():
     }
 
 
+def lora():
+    """Taus and adapters mixed in one batch, and alone; prefix-cache hits across both; and what is said to bad adapters.
+
+    The options name the adapters' folders: `adapters`, and `refused`.
+    """
+    from vllm.lora.request import LoRARequest
+
+    requests = {path: LoRARequest(f"adapter {i}", i, path) for i, path in enumerate(OPTIONS["adapters"], 1)}
+    adapters = [None, *requests]
+    llm = engine(enforce_eager=True, enable_lora=True, max_loras=2, max_lora_rank=8)
+
+    def generate(prompts, many):
+        chosen = [requests.get(adapter) for _, adapter in many]
+        outputs = llm.generate(prompts, [params(tau) for tau, _ in many], lora_request=chosen, use_tqdm=False)
+        return [row(output, tau) | {"adapter": adapter} for output, (tau, adapter) in zip(outputs, many, strict=True)]
+
+    prompts = PROMPTS[: OPTIONS.get("prompts", len(PROMPTS))]
+    many = [(TAUS[i % len(TAUS)], adapters[(i + i // 3) % len(adapters)]) for i in range(len(prompts))]
+    mixed = generate(prompts, many)
+    llm.reset_prefix_cache()
+    lone = [generate([prompt], [one])[0] for prompt, one in zip(prompts, many, strict=True)]
+    llm.reset_prefix_cache()
+    shared = [(0.5, 1), (0.5, 0), (0.9, 1), (0.5, 1), (0.5, 2), (0.5, 0), (1.0, 2), (1.05, 2)]
+    shared_prefix = [generate([SHARED_PREFIX], [(tau, adapters[number])])[0] for tau, number in shared]
+    said = []
+    for i, path in enumerate(OPTIONS["refused"]):
+        for load in (
+            lambda one: llm.generate([PROMPTS[0]], params(0.5), lora_request=one, use_tqdm=False),
+            llm.llm_engine.add_lora,
+        ):
+            try:
+                load(LoRARequest(f"refused {i}", 10 + i, path))
+                said.append(None)
+            except ValueError as error:
+                said.append(str(error))
+    after = generate(prompts[:3], many[:3])
+    return {"mixed": mixed, "lone": lone, "shared_prefix": shared_prefix, "said": said, "after": after}
+
+
 def graphs():
     """Mixed taus twice in one batch, and alone, under the graph mode of the options."""
     llm = engine(
