@@ -39,6 +39,7 @@ SLOWEST = (
     "test_cli.py",
     "test_training_parts.py",
     "test_lora.py",
+    "test_pooling.py",
     "test_eval_harness.py",
     "test_cold.py",
     "test_quantised_kernels.py",

@@ -158,6 +158,50 @@ def lora():
     return {"mixed": mixed, "lone": lone, "shared_prefix": shared_prefix, "said": said, "after": after}
 
 
+def pooling():
+    """Of each case, in one process: embeddings, or scores of a reranker, of prompts at mixed taus, and at tau 1.
+
+    A case is a checkpoint, what the engine converts it to, and its overrides.
+    """
+    global CHECKPOINT
+    found = {}
+    for name, (checkpoint, convert, overrides) in OPTIONS["cases"].items():
+        CHECKPOINT = checkpoint
+        options = {"hf_overrides": overrides} if overrides else {}
+        try:
+            llm = engine(enforce_eager=True, runner="pooling", convert=convert, **options)
+        except Exception as error:
+            found[name] = {"error": str(error)}
+            continue
+        found[name] = {}
+        # Some prompts twice, at another tau, and longer than a step: cached blocks must be their tau's.
+        prompts = [*PROMPTS[:5], PROMPTS[1], PROMPTS[2]]
+        for kind, taus in {
+            "mixed": (0.5, 0.9, 1.0, 0.3, 0.7, 0.4, 0.9),
+            "tau 1": (1.0,) * 7,
+            "default": (None,),
+        }.items():
+            many = [PoolingParams(extra_kwargs={} if tau is None else {"tau": tau}) for tau in taus]
+            if convert == "embed":
+                outputs = llm.embed(prompts[: len(taus)], pooling_params=many, use_tqdm=False)
+                values = [output.outputs.embedding for output in outputs]
+            elif overrides["method"] == "from_2_way_softmax":
+                pairs = zip(prompts, many, strict=False)
+                outputs = [llm.score("query", text, pooling_params=one, use_tqdm=False)[0] for text, one in pairs]
+                values = [[output.outputs.score] for output in outputs]
+            else:
+                outputs = llm.classify(prompts[: len(taus)], pooling_params=many, use_tqdm=False)
+                values = [output.outputs.probs for output in outputs]
+            found[name][kind] = [
+                {"tau": tau, "prompt": list(output.prompt_token_ids), "values": value}
+                for tau, output, value in zip(taus, outputs, values, strict=True)
+            ]
+        llm.llm_engine.engine_core.shutdown()
+        del llm
+        gc.collect()
+    return found
+
+
 def graphs():
     """Mixed taus twice in one batch, and alone, under the graph mode of the options."""
     llm = engine(
