@@ -128,7 +128,7 @@ def lora():
 
     requests = {path: LoRARequest(f"adapter {i}", i, path) for i, path in enumerate(OPTIONS["adapters"], 1)}
     adapters = [None, *requests]
-    llm = engine(enforce_eager=True, enable_lora=True, max_loras=2, max_lora_rank=8)
+    llm = engine(enforce_eager=True, enable_lora=True, max_loras=2, max_lora_rank=8, **OPTIONS.get("engine", {}))
 
     def generate(prompts, many):
         chosen = [requests.get(adapter) for _, adapter in many]
@@ -152,7 +152,7 @@ def lora():
             try:
                 load(LoRARequest(f"refused {i}", 10 + i, path))
                 said.append(None)
-            except ValueError as error:
+            except (ValueError, RuntimeError) as error:  # a worker's, which may be another process
                 said.append(str(error))
     after = generate(prompts[:3], many[:3])
     return {"mixed": mixed, "lone": lone, "shared_prefix": shared_prefix, "said": said, "after": after}
@@ -260,20 +260,24 @@ def dense():
 
 
 def families():
-    """Of each family, in one process: mixed taus in one batch, and tau 1 beside what the dense engine gives."""
+    """Of each family, in one process: mixed taus in one batch, and tau 1 beside what the dense engine gives.
+
+    The options may give each engine several processes.
+    """
     global CHECKPOINT
     found = {}
     for name, checkpoints in OPTIONS["cases"].items():
         found[name] = {}
         for kind, checkpoint in checkpoints.items():
             CHECKPOINT = checkpoint
-            llm = engine(enforce_eager=True)
+            llm = engine(enforce_eager=True, **OPTIONS.get("engine", {}))
             taus = [TAUS[i % len(TAUS)] for i in range(len(PROMPTS))] if kind == "sparse" else []
             mixed = llm.generate(PROMPTS[: len(taus)], [params(tau) for tau in taus], use_tqdm=False)
             full = llm.generate(PROMPTS, [params(1.0) for _ in PROMPTS], use_tqdm=False)
             found[name][kind] = {
                 "mixed": [row(output, tau) for output, tau in zip(mixed, taus, strict=True)],
                 "tau 1": [list(output.outputs[0].token_ids) for output in full],
+                "processes": llm.llm_engine.vllm_config.parallel_config.world_size,
             }
             llm.llm_engine.engine_core.shutdown()
             del llm

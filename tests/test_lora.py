@@ -63,7 +63,7 @@ def merged(checkpoint: Path, adapter: Path, path: Path) -> Path:
     [
         ("llama", "v1", {}),
         ("llama", "v2", {"prompts": 4}),
-        ("phi3", "v1", {}),
+        ("phi3", "v1", {"engine": {"tensor_parallel_size": 2}}),
         ("gemma3_text", "v1", {}),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
