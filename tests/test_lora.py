@@ -13,6 +13,11 @@ from safetensors.torch import load_file, save_file
 from test_engine import RUNNERS, assert_naive, run_engine
 from test_server import MODEL, PROMPTS, TAUS
 from tiny_models import build_tokenizer
+from transformers import AutoConfig
+
+from prunepath_vllm import register
+from prunepath_vllm.errors import CheckpointError, UnsupportedFeatureError
+from prunepath_vllm.model_executor.adapters import refuse_adapter
 
 serve = test_server.serve
 
@@ -97,6 +102,35 @@ def test_adapters_and_taus_in_one_batch_give_what_merged_checkpoints_give(
     for said, (_, *parts) in zip(result["said"], [one for one in REFUSED for _ in range(2)], strict=True):
         assert parts[-1] in (said or ""), said
         assert "PrunePath models take adapters of attention alone" in said
+
+
+def test_an_adapter_that_the_engine_would_take_in_part_is_refused(prunepath_checkpoint, tmp_path):
+    register()
+    checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
+    config = AutoConfig.from_pretrained(checkpoint)
+    good = save_adapter(checkpoint, tmp_path / "good", ".self_attn.")
+    refuse_adapter(good, config)
+    tensors = load_file(good / "adapter_model.safetensors")
+    name = f"{PREFIX}model.layers.0.self_attn.q_proj.lora_A.weight"
+
+    def refused(changed: dict[str, torch.Tensor]) -> str:
+        save_file(tensors | changed, good / "adapter_model.safetensors")
+        with pytest.raises((CheckpointError, UnsupportedFeatureError)) as error:
+            refuse_adapter(good, config)
+        return str(error.value)
+
+    for other in (
+        name.replace("layers.0", "layers.3"),  # the model has three
+        name.replace("self_attn", "mlp"),  # the engine goes by the last part of a name
+        name.replace("q_proj", "qkv_proj"),
+        name.replace("lora_A.weight", "lora_magnitude_vector"),
+        f"{PREFIX}lm_head.lora_A.weight",
+    ):
+        assert f"changes {other} (1 such tensors)" in refused({other: tensors[name].clone()})
+    assert name in refused({name: tensors[name] * float("nan")})
+    (good / "adapter_model.safetensors").rename(good / "adapter_model.bin")
+    with pytest.raises(CheckpointError, match="LoRA adapters in pickles are never loaded"):
+        refuse_adapter(good, config)
 
 
 @torch.no_grad()

@@ -55,7 +55,7 @@ def refuse_names(path: str | Path, tensors: dict[str, TensorInfo], family: Famil
 def without_adapter_unchanged(shrink: Callable[..., None]) -> Callable[..., None]:
     """Wrap vLLM's first product of an adapter on a CPU: tokens without an adapter get none.
 
-    Their index is -1, which vLLM's CPU operators take for the last adapter's place: beside a request with an adapter,
+    Their index is -1, which the CPU operators of vLLM 0.32 take for the last adapter's place: beside a request with an adapter,
     one without would be answered with it.
     """
 

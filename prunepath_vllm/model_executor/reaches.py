@@ -372,8 +372,8 @@ REACHES = (
     Reach(
         "vllm.lora.ops.torch_ops.lora_ops",
         "bgmv_shrink",
-        "wrapped on a CPU: tokens without an adapter would get the last one's (vllm-project/vllm#48421)",
-        "see whether tests/test_lora.py passes without the wrapper; if so, delete it",
+        "wrapped on a CPU: tokens without an adapter would get the last one's in 0.32 (vllm-project/vllm#48421)",
+        "0.33 leaves them alone itself: delete the wrapper with 0.32",
         parameters=("inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor"),
     ),
     Reach(
