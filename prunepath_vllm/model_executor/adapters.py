@@ -55,8 +55,8 @@ def refuse_names(path: str | Path, tensors: dict[str, TensorInfo], family: Famil
 def without_adapter_unchanged(shrink: Callable[..., None]) -> Callable[..., None]:
     """Wrap vLLM's first product of an adapter on a CPU: tokens without an adapter get none.
 
-    Their index is -1, which the CPU operators of vLLM 0.32 take for the last adapter's place: beside a request with an adapter,
-    one without would be answered with it.
+    Their index is -1, which the CPU operators of vLLM 0.32 take for the last adapter's place: beside a request with an
+    adapter, one without would be answered with it.
     """
 
     @functools.wraps(shrink)
