@@ -134,7 +134,7 @@ def read_tensor_index(path: str | Path) -> dict[str, TensorInfo]:
     if has_index:
         return _read_sharded(path)
     if has_single:
-        return _read_header(path, WEIGHTS_FILE)
+        return read_tensor_header(path, WEIGHTS_FILE)
     pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in path.glob(pattern))
     found = f", found only {pickles[0]}, a pickle, which is never loaded" if pickles else ""
     raise CheckpointError(f"{path}: no weights; expected {WEIGHTS_FILE} or {INDEX_FILE}{found}")
@@ -368,7 +368,7 @@ def _read_sharded(path: Path) -> dict[str, TensorInfo]:
             )
     tensors: dict[str, TensorInfo] = {}
     for file in sorted(set(weight_map.values())):
-        for name, info in _read_header(path, file).items():
+        for name, info in read_tensor_header(path, file).items():
             if weight_map.get(name) != file:
                 raise CheckpointError(
                     f"{path / file}: tensor {name} is there, but {INDEX_FILE} has it in {weight_map.get(name)!r}; "
@@ -381,7 +381,13 @@ def _read_sharded(path: Path) -> dict[str, TensorInfo]:
     return tensors
 
 
-def _read_header(path: Path, file: str) -> dict[str, TensorInfo]:
+def read_tensor_header(path: str | Path, file: str) -> dict[str, TensorInfo]:
+    """List the tensors of one safetensors file in a directory; no weights are read.
+
+    Raises:
+        CheckpointError: the file is missing, truncated or corrupt.
+    """
+    path = Path(path)
     try:
         with safe_open(path / file, framework="pt") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)

@@ -47,6 +47,8 @@ class Family:
     attention: str = ""
     """The self-attention module, which routers may read the input of: the output of the block's first norm, or of the
     block before where norms come last (RoBERTa)."""
+    adapted: tuple[str, ...] = ()
+    """Linears of the attention module that LoRA adapters may change; none where the engine takes no adapters."""
     dense_backbone: str = ""
     """GLU families: transformers' class between embedding and head; ``<stem>Model`` unless given."""
     dense_config: str = ""
@@ -209,6 +211,7 @@ def _glu(name: str, dense_architecture: str, engine_ffn: str, **fields: Any) -> 
         up="model.layers.{}.mlp.up_proj",
         down="model.layers.{}.mlp.down_proj",
         attention="model.layers.{}.self_attn",
+        adapted=("q_proj", "k_proj", "v_proj", "o_proj"),
         embedding="model.embed_tokens.weight",
         base_prefix="model.",
         engine_module=name,
@@ -227,6 +230,7 @@ FAMILIES: tuple[Family, ...] = (
         "Phi3ForCausalLM",
         "llama:LlamaMLP",
         merged="model.layers.{}.mlp.gate_up_proj",
+        adapted=("qkv_proj", "o_proj"),
         rope_kinds=("default",),  # transformers takes Phi-3's "yarn" for "longrope"
     ),
     _glu("granite", "GraniteForCausalLM", "granite:GraniteMLP"),

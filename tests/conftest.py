@@ -38,6 +38,8 @@ SLOWEST = (
     "test_examples.py",
     "test_cli.py",
     "test_training_parts.py",
+    "test_lora.py",
+    "test_pooling.py",
     "test_eval_harness.py",
     "test_cold.py",
     "test_quantised_kernels.py",

@@ -101,7 +101,6 @@ def test_an_engine_without_the_plugin_refuses_the_checkpoint(prunepath_checkpoin
 @pytest.mark.parametrize(
     ("arguments", "named"),
     [
-        (dict(enable_lora=True), "LoRA"),
         (dict(additional_config={"prunepath": {"default_tau": 3}}), "default_tau must be a number in (0, 1.05], got 3"),
         (dict(additional_config={"prunepath": {"tau": 0.5}}), "unknown key 'tau'"),
         (dict(worker_cls="vllm.v1.worker.xpu_worker.XPUWorker"), "worker_cls"),
@@ -119,6 +118,15 @@ def test_unsupported_engine_settings_are_refused_by_name(prunepath_checkpoint, a
     checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
     with pytest.raises(ValueError, match=re.escape(named)):
         EngineArgs(model=str(checkpoint), **arguments).create_engine_config()
+
+
+@pytest.mark.parametrize("family", ["gpt2", "roberta"])
+def test_lora_is_refused_where_the_engine_or_we_know_no_adapters(prunepath_checkpoint, family):
+    from vllm.engine.arg_utils import EngineArgs
+
+    checkpoint = prunepath_checkpoint(family, default_tau=0.6)
+    with pytest.raises(ValueError, match=rf"LoRA adapters \(--enable-lora\) for {family}; expected it to be off"):
+        EngineArgs(model=str(checkpoint), enable_lora=True).create_engine_config()
 
 
 def connector(name: str, **extra) -> dict:

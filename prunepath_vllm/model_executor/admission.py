@@ -7,6 +7,7 @@ brought it.
 """
 
 import functools
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -16,6 +17,7 @@ from weakref import WeakKeyDictionary
 from vllm.v1.engine.input_processor import InputProcessor
 
 from prunepath_vllm.errors import TauError
+from prunepath_vllm.model_executor.adapters import refuse_adapter
 from prunepath_vllm.model_executor.compat import VLLMValidationError, expect_loaded, wrap_once
 from prunepath_vllm.model_executor.engine_core import extra_arguments, refuse_sessions, set_extra_arguments
 from prunepath_vllm.model_executor.tau_resolution import TauResolver
@@ -29,6 +31,8 @@ Observer = Callable[[TauResolver, float, dict[str, Any]], None]
 arguments, which may be added to."""
 
 _observers: list[Observer] = []
+_adapters: set[tuple[int, str]] = set()
+"""Those of requests that have been checked: number and path."""
 _resolvers: WeakKeyDictionary[InputProcessor, TauResolver | None] = WeakKeyDictionary()
 
 
@@ -66,6 +70,19 @@ def request_knob(knob: dict[str, Any]) -> Iterator[None]:
         _request_knob.reset(token)
 
 
+def _check_adapter(lora_request: Any, config: Any) -> None:
+    """Refuse an adapter before the engine loads it for a step, which would end the engine; once each.
+
+    One that is not there, or not on this machine, is left to the engine.
+    """
+    if lora_request is None or not os.path.isdir(lora_request.lora_path):
+        return
+    key = (lora_request.lora_int_id, lora_request.lora_path)
+    if key not in _adapters:
+        refuse_adapter(lora_request.lora_path, config)
+        _adapters.add(key)
+
+
 def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(process_inputs)
     def wrapped(self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -82,6 +99,7 @@ def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
             raise TauRequestError(error) from None
         request = process_inputs(self, request_id, prompt, params, *args, **kwargs)
         refuse_sessions(request)
+        _check_adapter(request.lora_request, self.vllm_config.model_config.hf_config)
         # The engine's copy is written, never the caller's parameters.
         extra = {name: value for name, value in requested.items() if name not in PARAMETERS}
         extra["tau"] = tau

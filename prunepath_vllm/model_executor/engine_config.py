@@ -104,11 +104,12 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     speculative = vllm_config.speculative_config
     draft = getattr(speculative, "draft_model_config", None)
     drafts_with_us = draft is not None and draft is not vllm_config.model_config and is_prunepath(draft.hf_config)
+    family = family_of(vllm_config.model_config.hf_config.to_dict(), converted=True)
     refused = {
         # Its own would take the requests' tau past every check, which goes by it.
         "another model_type (--hf-overrides)": not is_prunepath(vllm_config.model_config.hf_config),
         "quantization": vllm_config.model_config.quantization is not None,
-        "LoRA adapters (--enable-lora)": vllm_config.lora_config is not None,
+        f"LoRA adapters (--enable-lora) for {family.name}": vllm_config.lora_config is not None and not family.adapted,
         "dual-batch overlap (--enable-dbo)": parallel.enable_dbo or getattr(parallel, "ubatch_size", 0) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
         "a PrunePath draft model in speculative decoding": drafts_with_us,

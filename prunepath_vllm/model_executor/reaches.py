@@ -60,6 +60,7 @@ _FRONT_END = "find where a request becomes the engine's own, in the process that
 _CONFIG = "look the field up in vllm/config; a feature that can no longer be refused by name must be supported"
 _WORKER = "read the worker's base class; the executor calls these by name"
 _BUILD = "read the model's file; its decoder layer must build our layer in the place of the dense one"
+_ADAPTERS = "find what a worker is told of an adapter: all must pass refuse_adapter before they are loaded"
 _BATCH = "read run_batch: every line's body must pass settled_knob before it becomes a request"
 _QUEUE = "read StatLoggerManager: load.py needs the number of waiting requests after every step"
 _BENCHMARK = "read the benchmark's module; only `prunepath bench` needs it"
@@ -326,7 +327,7 @@ REACHES = (
         "EngineCoreRequest",
         "a request's parameters and salt; streaming input is refused",
         _TAUS_APART,
-        attributes=("cache_salt", "pooling_params", "resumable", "sampling_params"),
+        attributes=("cache_salt", "lora_request", "pooling_params", "resumable", "sampling_params"),
         known_as=("request",),
     ),
     Reach(
@@ -351,6 +352,36 @@ REACHES = (
             "vllm.v1.core.block_pool",
             "vllm.v1.simple_kv_offload.manager",
         )
+    ),
+    # LoRA adapters
+    Reach(
+        "vllm.lora.request",
+        "LoRARequest",
+        "an adapter that is checked before it is loaded",
+        _ADAPTERS,
+        attributes=("lora_int_id", "lora_path"),
+        known_as=("lora_request",),
+    ),
+    Reach(
+        "vllm.lora.utils",
+        "get_adapter_absolute_path",
+        "where an adapter is that a worker loads",
+        _ADAPTERS,
+        parameters=("lora_path",),
+    ),
+    Reach(
+        "vllm.lora.ops.torch_ops.lora_ops",
+        "bgmv_shrink",
+        "wrapped on a CPU: tokens without an adapter would get the last one's in 0.32 (vllm-project/vllm#48421)",
+        "0.33 leaves them alone itself: delete the wrapper with 0.32",
+        parameters=("inputs", "lora_b_weights", "output_tensor", "lora_indices_tensor"),
+    ),
+    Reach(
+        "vllm.model_executor.models.interfaces",
+        "SupportsLoRA",
+        "our decoders name no embedding that an adapter may change",
+        "read get_supported_lora_modules: only attention's linears may be among them",
+        attributes=("embedding_modules", "packed_modules_mapping"),
     ),
     # Workers and the V1 model runner
     Reach(
@@ -382,6 +413,11 @@ REACHES = (
         for method, why, parameters in (
             ("init_device", "extended: the V1 runner's forward is hooked once it is there", ("self",)),
             ("compile_or_warm_up_model", "extended: our kernels are compiled before, counts begin after", ("self",)),
+            (
+                "add_lora",
+                "extended: an adapter that changes more than attention is refused",
+                ("self", "lora_request"),
+            ),
             (
                 "reload_weights",
                 "extended: the checkpoint is checked before, packed weights are made anew after",

@@ -3,8 +3,10 @@
 import os
 from typing import TYPE_CHECKING, Any
 
+from vllm.lora.utils import get_adapter_absolute_path
 from vllm.v1.worker.worker_base import WorkerBase
 
+from prunepath_vllm.model_executor.adapters import refuse_adapter
 from prunepath_vllm.model_executor.compat import expect_loaded
 from prunepath_vllm.model_executor.layers.routed_ffn import compile_kernels
 from prunepath_vllm.model_executor.tau import TokenTaus, attach_to_v1_runner
@@ -31,6 +33,20 @@ class PrunePathWorkerMixin(_Worker):
         times = super().compile_or_warm_up_model()
         token_taus.counts.restart()
         return times
+
+    def add_lora(self, lora_request: Any) -> bool:
+        """Load an adapter: vLLM's method, as ``/v1/load_lora_adapter`` and ``--lora-modules`` call it.
+
+        Raises:
+            CheckpointError, UnsupportedFeatureError: see :func:`refuse_adapter`.
+        """
+        try:
+            directory = get_adapter_absolute_path(lora_request.lora_path)
+        except FileNotFoundError:  # on no hub: vLLM says so
+            return super().add_lora(lora_request)
+        if os.path.isdir(directory):
+            refuse_adapter(directory, self.vllm_config.model_config.hf_config)
+        return super().add_lora(lora_request)
 
     def reload_weights(
         self, weights_iterator: Any = None, weights_path: str | None = None, is_checkpoint_format: bool = True

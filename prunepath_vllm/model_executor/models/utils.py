@@ -72,6 +72,8 @@ class PrunePathModelMixin(_Model):
         router_biases = {name for name, _ in self.named_parameters() if name.endswith(".router.bias")}
         missing = {name for name, _ in self.named_parameters()} - loaded
         missing -= _tied_to(self, loaded)
+        if getattr(getattr(self, "config", None), "method", None) is not None:  # --hf-overrides of a reranker
+            missing -= {"score.weight"}  # made of rows of the head, after this
         if router_biases <= missing:  # a checkpoint without router biases leaves them zero
             missing -= router_biases
             loaded |= router_biases
