@@ -66,8 +66,8 @@ def _model_class(family: Family) -> type:
         "__module__": __name__,
         "__doc__": f"PrunePath {family.stem} for causal language modelling.",
         "family": family,
-        # Phi-3's dense checkpoints hold one tensor of both; converted ones hold two, as all families' do.
         "embedding_modules": {},  # adapters change attention alone: adapters.py
+        # Phi-3's dense checkpoints hold one tensor of both; converted ones hold two, as all families' do.
         "packed_modules_mapping": {**dense.packed_modules_mapping, "gate_up_proj": ["gate_proj", "up_proj"]},
     }
     return type(family.architecture, (RoutedGLUForCausalLM, dense), members)
