@@ -7,10 +7,9 @@ import argparse
 from pathlib import Path
 
 from browser import open_page
-from test_playground import DESKTOP, IDLE, PHONE
+from test_playground import DESKTOP, IDLE, PHONE, set_second_tau
 
 QUESTION = "Write a Python function that tells whether a word is a palindrome."
-SET_TAU = "s = document.querySelectorAll('input[type=range]')[1]; s.value = {}; s.dispatchEvent(new Event('input'))"
 
 
 def main() -> None:
@@ -26,7 +25,8 @@ def main() -> None:
         for name, size in {"desktop": DESKTOP, "phone": PHONE}.items():
             page.open(f"{args.url}/prunepath", **size)
             page.wait("document.querySelectorAll('input[type=range]').length === 2")
-            page.evaluate(f"document.querySelector('#tokens').value = {args.tokens}; {SET_TAU.format(args.tau)}")
+            page.evaluate(f"document.querySelector('#tokens').value = {args.tokens}")
+            set_second_tau(page, args.tau)
             page.press("#question")
             page.type(QUESTION)
             page.press("#send")

@@ -59,9 +59,15 @@ def texts(page: Page, selector: str) -> list[str]:
     return page.evaluate(f"[...document.querySelectorAll('{selector}')].map(one => one.textContent)")
 
 
+def set_second_tau(page, tau: float) -> None:
+    """Move the slider of the second answer."""
+    move = f"at => {{ at.value = {tau}; at.dispatchEvent(new Event('input')); }}"
+    page.evaluate(f"({move})(document.querySelector('#tau-b'))")
+
+
 def test_one_question_has_two_answers_at_two_taus(page, server):
     start(page, server, **DESKTOP)
-    page.evaluate("(at => { at.value = 0.4; at.dispatchEvent(new Event('input')); })(document.querySelector('#tau-b'))")
+    set_second_tau(page, 0.4)
     assert texts(page, ".knob label span") == ["tau", "1.00", "tau", "0.40"]
     assert texts(page, ".hint") == ["every expert runs", "about 77% of experts skipped"]
     ask(page)

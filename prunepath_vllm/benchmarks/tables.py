@@ -180,28 +180,29 @@ def checkpoint(*measures: str, at: str) -> str:
     rows = []
     for label, request in map(split_label, measures):
         metric, _, files = request.partition(":")
-        base, curve = _tokens_per_second(files) if metric == "tokens/s" else _measured(metric, *files.split(","))
+        if metric == "tokens/s":
+            base, curve = _tokens_per_second(files)
+        else:
+            curve, ((_, base), *_) = (read_curve(str(RESULTS / file), metric) for file in files.split(","))
         form = {"perplexity": "{:.2f}", "tokens/s": "{:.1f}"}.get(metric, "{:.3f}")
-        cells = []
-        for one in sparsities:
-            near = [value for sparsity, value in curve if abs(sparsity - one) <= NEAR]
-            value = perplexity_at(curve, one) if metric == "perplexity" else next(iter(near), None)
-            cells.append("-" if value is None else f"{form.format(value)} ({value / base:.2f})")
+        value_at = perplexity_at if metric == "perplexity" else _nearest
+        values = [value_at(curve, one) for one in sparsities]
+        cells = ["-" if value is None else f"{form.format(value)} ({value / base:.2f})" for value in values]
         rows.append([label, form.format(base), *cells])
     return markdown(["FFN sparsity", "dense", *(f"{one:g}" for one in sparsities)], rows)
 
 
-def _measured(metric: str, file: str, dense: str) -> tuple[float, Curve]:
-    """The dense model's value, and ours by FFN sparsity."""
-    points = sorted((round(point["ffn_sparsity"], 6), point[metric]) for point in _read(file)["points"])
-    return _read(dense)["points"][0][metric], points
+def _nearest(curve: Curve, sparsity: float) -> float | None:
+    distance, value = min((abs(measured - sparsity), value) for measured, value in curve)
+    return value if distance <= NEAR else None
 
 
 def _tokens_per_second(file: str) -> tuple[float, Curve]:
+    """The dense model's, and ours by FFN sparsity."""
     result = _read(file)
-    one = {part: [row for row in result[part]["rows"] if row["batch_size"] == 1] for part in ("dense", "sparse")}
-    points = sorted((1 - row["share"], 1000 / row["decode_step_ms"]) for row in one["sparse"])
-    return 1000 / one["dense"][0]["decode_step_ms"], points
+    dense, sparse = ([row for row in result[part]["rows"] if row["batch_size"] == 1] for part in ("dense", "sparse"))
+    points = sorted((1 - row["share"], 1000 / row["decode_step_ms"]) for row in sparse)
+    return 1000 / dense[0]["decode_step_ms"], points
 
 
 def unions(file: str, *, taus: str) -> str:

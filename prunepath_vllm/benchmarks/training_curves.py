@@ -26,11 +26,11 @@ Curve = list[tuple[float, float]]
 """(FFN sparsity, perplexity), ascending in sparsity."""
 
 
-def read_curve(path: str) -> Curve:
-    """Every point of one file.
+def read_curve(path: str, metric: str = "perplexity") -> Curve:
+    """Every point of one file: FFN sparsity and the metric.
 
     Raises:
-        UsageError: no such file, or it holds no perplexities.
+        UsageError: no such file, or it does not hold the metric.
         CheckpointError: not JSON.
     """
     if not Path(path).is_file():
@@ -38,9 +38,9 @@ def read_curve(path: str) -> Curve:
     points: Any = read_json(Path(path)).get("points")
     try:
         # A share counted in float32 may differ from 0 in its last bit.
-        return sorted((round(float(point["ffn_sparsity"]), 6), float(point["perplexity"])) for point in points)
+        return sorted((round(float(point["ffn_sparsity"]), 6), float(point[metric])) for point in points)
     except (KeyError, TypeError, ValueError):
-        raise UsageError(f"{path}: expected points with an ffn_sparsity and a perplexity") from None
+        raise UsageError(f"{path}: expected points with an ffn_sparsity and a {metric}") from None
 
 
 def read_models(files: str) -> Curve:

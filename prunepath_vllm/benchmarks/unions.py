@@ -82,10 +82,10 @@ def measure(
 
 def main(argv: Sequence[str] | None = None) -> None:
     """Measure a checkpoint, print a table, write --output."""
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from prunepath_vllm.conversion.text import read_sequences
-    from prunepath_vllm.modeling import register_auto_classes
+    from prunepath_vllm.modeling import load_tokenizer, register_auto_classes
 
     parser = argparse.ArgumentParser(prog="python -m prunepath_vllm.benchmarks.unions", description=__doc__)
     parser.add_argument("checkpoint", metavar="CKPT", help="PrunePath checkpoint directory, causal")
@@ -98,7 +98,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parser.parse_args(argv)
     register_auto_classes()
     length = FIRST + max(args.batch_size)
-    tokenizer = AutoTokenizer.from_pretrained(args.checkpoint)
+    tokenizer = load_tokenizer(args.checkpoint)
     pieces = read_sequences(
         tokenizer,
         args.text,

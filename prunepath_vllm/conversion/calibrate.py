@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedModel
+from transformers import PreTrainedModel
 
 from prunepath_vllm.checkpoint import CheckpointSummary, check_finite, refuse_changed, validate_checkpoint
 from prunepath_vllm.conversion.costs import (
@@ -160,12 +160,10 @@ def calibration_sequences(
     Raises:
         UsageError: arguments out of range, text missing, unreadable or too short.
     """
-    from prunepath_vllm.modeling import register_configs
+    from prunepath_vllm.modeling import load_tokenizer
 
     length = sequence_length(family, config, context, default=CONTEXT)
-    register_configs()  # else transformers warns of a model type that it does not know
-    tokenizer = AutoTokenizer.from_pretrained(model)
-    return read_sequences(tokenizer, text, length=length, max_tokens=max_tokens, minimum=2)
+    return read_sequences(load_tokenizer(model), text, length=length, max_tokens=max_tokens, minimum=2)
 
 
 def sequence_length(family: Family, config: Mapping[str, Any], wanted: int | None = None, *, default: int) -> int:

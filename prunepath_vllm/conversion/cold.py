@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from prunepath_vllm.checkpoint import (
     CheckpointSummary,
@@ -30,6 +29,7 @@ from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.files import check_absent_or_empty, check_writable, new_directory
+from prunepath_vllm.modeling import load_tokenizer
 from prunepath_vllm.tau import DENSE_TAU, parse_tau
 
 SEQUENCES = 128
@@ -93,7 +93,7 @@ def prune_cold_experts(
     summary = validate_checkpoint(src, check_values=True)
     refuse_changed(src, summary.prunepath, "pruning", quantised=True)
     length = sequence_length(summary.family, summary.config, default=CONTEXT)
-    tokenizer = AutoTokenizer.from_pretrained(src)
+    tokenizer = load_tokenizer(src)
     tokens = read_sequences(tokenizer, text, length=length, max_tokens=sequences * length)
     if tokens.shape[1] <= summary.prunepath.dense_positions:
         raise UsageError(

@@ -166,14 +166,15 @@ def convert(
                         f"{source}: tensor {old_names[weight]} is plain; expected float8 with expert dtype "
                         f"{expert_dtype}, or none and `prunepath quantize` after the conversion"
                     )
-    if router == "calibrated" and not pangu:  # no tokenizer before its files are mended
-        from prunepath_vllm.conversion.calibrate import calibration_sequences
+    if router == "calibrated":  # what calibration would refuse is told before the clustering
+        from prunepath_vllm.conversion.calibrate import CONTEXT, calibration_sequences, sequence_length
 
         assert text is not None
-        # Too short a text is told before the clustering.
-        context = calibration_sequences(source, family, config, text).shape[1]
+        context = sequence_length(family, config, default=CONTEXT)
         if context <= dense_positions:
             raise UsageError(f"dense positions: {dense_positions}; expected fewer than {context}, a sequence's tokens")
+        if not pangu:  # no tokenizer before its files are mended
+            calibration_sequences(source, family, config, text)
     check_writable(dst)
 
     def read(name: str) -> Tensor:

@@ -7,7 +7,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from prunepath_vllm.checkpoint import read_json, refuse_changed
 from prunepath_vllm.conversion.calibrate import load_model
@@ -17,6 +16,7 @@ from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.evaluation.backends import open_checkpoint
 from prunepath_vllm.kernels import reference
+from prunepath_vllm.modeling import load_tokenizer
 from prunepath_vllm.modeling.routing import Router
 from prunepath_vllm.tau import DENSE_TAU
 
@@ -97,7 +97,7 @@ def reconstruction(
         if not 1 <= count <= prunepath.num_experts:
             raise UsageError(f"--top-k {count}: expected 1 to {prunepath.num_experts}, the experts of {checkpoint}")
     length = opened.context(context, default=CONTEXT)
-    sequences = read_sequences(AutoTokenizer.from_pretrained(checkpoint), text, length=length, max_tokens=max_tokens)
+    sequences = read_sequences(load_tokenizer(checkpoint), text, length=length, max_tokens=max_tokens)
     model: Any = load_model(opened.summary, device)
     seen = []
     for layer in range(opened.summary.num_layers):

@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from prunepath_vllm.arguments import require_package
 from prunepath_vllm.conversion.text import read_sequences
@@ -21,6 +20,7 @@ from prunepath_vllm.evaluation.backends import Answer, Backend, Checkpoint, Tran
 from prunepath_vllm.evaluation.journal import Journal
 from prunepath_vllm.evaluation.statistics import estimate
 from prunepath_vllm.evaluation.tasks import TASKS, Item, Options, Request, Task
+from prunepath_vllm.modeling import load_tokenizer
 from prunepath_vllm.version import __version__
 
 BACKENDS = ("vllm", "transformers")
@@ -81,7 +81,7 @@ class Run:
         self.taus: list[float | None] = [None] if checkpoint.prunepath is None else list(dict.fromkeys(taus))
         options = options or Options()
         self._check(options)
-        self.tokenizer: Any = AutoTokenizer.from_pretrained(checkpoint.path)
+        self.tokenizer: Any = load_tokenizer(checkpoint.path)
         self.facts: dict[str, Any] = {}
         items = self._load(data or DATA_FOLDER / self.task.corpus, options)
         self.items = items[:limit]

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from prunepath_vllm.checkpoint import TensorInfo, check_finite, read_tensor_header, stream_tensors
+from prunepath_vllm.checkpoint import check_finite, read_tensor_header, stream_tensors
 from prunepath_vllm.errors import CheckpointError, UnsupportedFeatureError
-from prunepath_vllm.families import Family, family_of
+from prunepath_vllm.families import family_of
 
 ADAPTER_FILE = "adapter_model.safetensors"
 
@@ -33,13 +33,7 @@ def refuse_adapter(path: str | Path, config: Any) -> None:
     if not (Path(path) / ADAPTER_FILE).is_file():
         raise CheckpointError(f"{path}: no {ADAPTER_FILE}; LoRA adapters in pickles are never loaded")
     tensors = read_tensor_header(path, ADAPTER_FILE)
-    refuse_names(path, tensors, family, family.num_layers(mapping))
-    for name, tensor in stream_tensors(path, tensors):
-        check_finite(f"{path}: {name}", tensor)
-
-
-def refuse_names(path: str | Path, tensors: dict[str, TensorInfo], family: Family, num_layers: int) -> None:
-    """See :func:`refuse_adapter`."""
+    num_layers = family.num_layers(mapping)
     attentions = "|".join(re.escape(family.attention.format(layer)) for layer in range(num_layers))
     allowed = re.compile(
         rf"(base_model\.model\.)?({attentions})\.({'|'.join(family.adapted)})\.lora_[AB]\.weight", re.ASCII
@@ -50,6 +44,8 @@ def refuse_names(path: str | Path, tensors: dict[str, TensorInfo], family: Famil
             f"{path}: the LoRA adapter changes {min(refused)} ({len(refused)} such tensors); PrunePath models take "
             f"adapters of attention alone ({', '.join(family.adapted)} of layers 0 to {num_layers - 1})"
         )
+    for name, tensor in stream_tensors(path, tensors):
+        check_finite(f"{path}: {name}", tensor)
 
 
 def without_adapter_unchanged(shrink: Callable[..., None]) -> Callable[..., None]:

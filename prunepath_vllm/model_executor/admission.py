@@ -75,10 +75,10 @@ def _check_adapter(lora_request: Any, config: Any) -> None:
 
     One that is not there, or not on this machine, is left to the engine.
     """
-    if lora_request is None or not os.path.isdir(lora_request.lora_path):
+    if lora_request is None:
         return
     key = (lora_request.lora_int_id, lora_request.lora_path)
-    if key not in _adapters:
+    if key not in _adapters and os.path.isdir(lora_request.lora_path):
         refuse_adapter(lora_request.lora_path, config)
         _adapters.add(key)
 

@@ -4,12 +4,13 @@ Importing this package imports neither torch nor transformers.
 """
 
 from importlib import import_module
+from pathlib import Path
 from typing import Any
 
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.families import FAMILIES
 
-__all__ = ["prunepath_config_of", "register_auto_classes", "register_configs"]
+__all__ = ["load_tokenizer", "prunepath_config_of", "register_auto_classes", "register_configs"]
 
 
 def prunepath_config_of(config: Any) -> PrunePathConfig:
@@ -33,6 +34,14 @@ def register_configs() -> None:
         tokenizer_class = TOKENIZER_MAPPING.get(config_class.dense_config_class, None)
         if tokenizer_class is not None:
             AutoTokenizer.register(config_class, tokenizer_class=tokenizer_class, exist_ok=True)
+
+
+def load_tokenizer(path: str | Path) -> Any:
+    """The tokenizer of a PrunePath or dense model: transformers warns of a model type that it was not taught."""
+    from transformers import AutoTokenizer
+
+    register_configs()
+    return AutoTokenizer.from_pretrained(path)
 
 
 def register_auto_classes() -> None:

@@ -25,7 +25,7 @@ from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.files import new_directory
-from prunepath_vllm.modeling import register_configs
+from prunepath_vllm.modeling import load_tokenizer
 from prunepath_vllm.modeling.modeling_utils import checkpoint_directory
 from prunepath_vllm.tau import level_curve
 from prunepath_vllm.training.adapter import neuron_order, save_adapter, save_delta, update_configuration
@@ -113,8 +113,7 @@ def _train(recipe: Recipe, output: Path, *, resume: bool) -> Path:
             if recipe.model.convert is not None and not (output / START).exists():
                 _convert(recipe, recipe.model.convert, output / START)
     start = output / START if recipe.model.convert is not None else _directory(_source(recipe))
-    register_configs()  # else transformers warns of a model type that it does not know
-    tokenizer = AutoTokenizer.from_pretrained(start)
+    tokenizer = load_tokenizer(start)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
     set_seed(recipe.seed)

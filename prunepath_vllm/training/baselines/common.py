@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
 from prunepath_vllm.arguments import check_new_directory
 from prunepath_vllm.checkpoint import read_config
@@ -18,6 +17,7 @@ from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.files import new_directory
+from prunepath_vllm.modeling import load_tokenizer
 
 SEQUENCES = 128
 CONTEXT = 512
@@ -44,7 +44,7 @@ def calibration_sequences(src: str | Path, text: str | Path, sequences: int) -> 
     """
     config = read_config(src)
     length = sequence_length(family_of(config, converted="prunepath_config" in config), config, default=CONTEXT)
-    tokenizer = AutoTokenizer.from_pretrained(src)
+    tokenizer = load_tokenizer(src)
     return read_sequences(tokenizer, text, length=length, max_tokens=sequences * length)
 
 
@@ -72,7 +72,7 @@ def write_checkpoint(dst: Path, src: str | Path, save: Callable[[Path], None], r
     """A dense checkpoint with its tokenizer and what was done to it, complete or not at all."""
     with new_directory(dst) as folder:
         save(folder)
-        AutoTokenizer.from_pretrained(src).save_pretrained(folder)
+        load_tokenizer(src).save_pretrained(folder)
         (folder / RECORD_FILE).write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
 
