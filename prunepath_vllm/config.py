@@ -57,6 +57,11 @@ class ExpertUsage(BaseModel):
     shares: list[list[Annotated[float, Field(ge=0, le=1)]]]
     """[layers][num_experts]: the share of those tokens that used the expert."""
 
+    def hottest(self, part: float) -> float:
+        """The share of all uses that fell on each layer's most used experts, `part` of them."""
+        most = [sum(sorted(row, reverse=True)[: round(part * len(row))]) for row in self.shares]
+        return sum(most) / max(sum(map(sum, self.shares)), MIN_FLOAT32)
+
 
 class PrunePathConfig(BaseModel):
     """Everything a PrunePath checkpoint says beyond its dense model's configuration."""
@@ -174,6 +179,16 @@ class PrunePathConfig(BaseModel):
     def neurons(self, layer: int) -> int:
         """Neurons of a layer whose weights are there."""
         return self.kept(layer) * self.expert_size
+
+    def order_by_use(self, layer: int) -> list[int] | None:
+        """A layer's experts, the most used first; those that have weights before the others. None without expert_usage.
+
+        The engine holds them in this order, so that those used together lie together.
+        """
+        if self.expert_usage is None:
+            return None
+        shares, kept = self.expert_usage.shares[layer], self.kept(layer)
+        return sorted(range(self.num_experts), key=lambda expert: (expert >= kept, -shares[expert]))
 
     @property
     def kept_share(self) -> float:

@@ -487,6 +487,32 @@ def test_select_mask_of_training(num_experts):
     assert torch.equal(select_mask(logits, taus), reference.select_cumulative_mass(logits, taus))
 
 
+@pytest.mark.parametrize("kept", [None, 30])
+@pytest.mark.parametrize(("path", "num_tokens"), [*EVERY_PATH, ("dense", 70)])
+def test_reads_of_experts_in_host_memory_are_counted(path, num_tokens, kept):
+    """Of 37 experts the first 14 lie on the GPU; a path that reads every expert reads all of the others."""
+    x, router, weights, spec = make_case(num_tokens, 37, 8, 48)
+    count = 37 if kept is None else kept
+    part = Weights(
+        weights.w_in.unflatten(0, (2, -1))[:, : 8 * count].flatten(0, 1).contiguous(), None,
+        weights.w_out_t[: 8 * count].contiguous(), None,
+    )  # fmt: skip
+    spec = replace(spec, resident=14, kept=kept)
+    tau = mixed_taus(num_tokens) if num_tokens > 1 else torch.tensor([0.97])
+    used = (expected_gates(x, tau, router, spec.rule)[:, :count] != 0).any(0)
+    assert used[14:].any()
+    tuning, results = NO_TUNING[path], []
+    for is_ahead in (False, True):
+        counters = Counters(None, torch.zeros(2, dtype=torch.int64))
+        options = dict(tuning=tuning, counters=counters)
+        ahead = route_ahead(x, tau, router, spec, **options) if is_ahead else None
+        results.append(routed_ffn(x, tau, router, part, spec, routing=ahead, **options))
+        every = tuning.choice(num_tokens).reads_every_expert
+        assert counters.read[0] == (count if path == "dense" else used.sum())
+        assert counters.read[1] == (count - 14 if every else used[14:].sum())
+    assert torch.equal(*results)
+
+
 @pytest.mark.parametrize("select", SELECTS)
 @pytest.mark.parametrize("gate", ["none", "sigmoid"])
 @pytest.mark.parametrize("glu", [True, False], ids=["glu", "plain"])

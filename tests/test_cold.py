@@ -516,6 +516,8 @@ def test_two_ranks_hold_the_halves_of_every_kept_expert(cold, monkeypatch):
                 inputs.weight.weight_loader(inputs.weight, marked)
             outputs.weight.weight_loader(outputs.weight, parts[2])
             half = SIZE // 2
-            mine = [e * SIZE + rank * half + d for e in range(kept) for d in range(half)]
+            shares = block(path)["expert_usage"]["shares"][layer]
+            order = sorted(range(kept), key=lambda e, shares=shares: -shares[e])
+            mine = [e * SIZE + rank * half + d for e in order for d in range(half)]
             assert torch.equal(inputs.weight, torch.cat([parts[0][mine], parts[1][mine]]))
             assert torch.equal(outputs.weight, parts[2].t()[mine])

@@ -1,5 +1,6 @@
 """The engine on a CUDA GPU: captured graphs, async scheduling, chunked prefill. CPU counterpart: test_engine.py."""
 
+import gc
 from dataclasses import asdict, replace
 
 import pytest
@@ -22,8 +23,10 @@ from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.kernels.ffn import Tuning, heuristic_tuning, route_ahead
 from prunepath_vllm.kernels.ffn import routed_ffn as layer_run
+from prunepath_vllm.kernels.host_experts import HostExperts
 from prunepath_vllm.kernels.layer import Counters, LayerSpec, RoutingRule
 from prunepath_vllm.kernels.quantised import float8_inputs
+from prunepath_vllm.kernels.split_memory import GRAIN, Grains
 
 pytestmark = [
     pytest.mark.gpu,
@@ -249,6 +252,84 @@ def test_the_engine_serves_quantised_experts(prunepath_checkpoint, tmp_path, sto
     assert [row["tokens"] for row in result["mixed"]] == [row["tokens"] for row in result["lone"]]
     assert len({tuple(row["tokens"][0]) for row in result["mixed"]}) > 6
     assert_naive([row for row in result["mixed"] if row["tau"] >= 1], tmp_path / "quantised")
+
+
+@pytest.mark.parametrize(("family", "router_input", "mode"), [
+    ("qwen2", "ffn", "FULL_AND_PIECEWISE"), ("llama", "attention", "FULL"), ("gpt2", "ffn", "PIECEWISE"),
+])  # fmt: skip
+def test_the_engine_gives_the_same_tokens_with_every_expert_in_host_memory(
+    prunepath_checkpoint, family, router_input, mode
+):
+    """Tiny weights are one grain each, which lies wholly in one place. CPU counterpart: test_host_experts.py."""
+    checkpoint = prunepath_checkpoint(family, default_tau=0.6, router_input=router_input)
+    found = [
+        run_engine("graphs", checkpoint, "cuda", cudagraph_mode=mode, dtype="float32", policy={"host_experts": share})
+        for share in (0, 1.0)
+    ]
+    assert found[0] == found[1]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_mixed_taus_with_experts_in_host_memory_equal_lone_ones(prunepath_checkpoint, family):
+    checkpoint = prunepath_checkpoint(family, default_tau=0.6)
+    result = run_engine("decoder", checkpoint, "cuda", eager=False, policy={"host_experts": 1.0})
+    assert result == run_engine("decoder", checkpoint, "cuda", eager=False)
+
+
+@pytest.mark.parametrize("stored", [None, torch.float8_e4m3fn, torch.int8], ids=str)
+@pytest.mark.parametrize("share", [0.3, 0.5, 1.0])
+def test_layers_split_between_gpu_and_host_give_the_same_bits(share, stored):
+    """On every path, as the weights lie and as they are brought, in a captured graph too; the memory is given back."""
+    gc.collect()
+    before = Grains.held(on_host=True), torch.cuda.mem_get_info()[0]
+    spec = LayerSpec(1024, 128, 32, torch.bfloat16, expert_dtype=stored)
+    host = HostExperts(share)
+    resident = host.resident(spec.num_experts) * spec.expert_size
+    split = replace(spec, resident=host.resident(spec.num_experts))
+    layers = []
+    for seed in range(3):
+        layer = make_layer(spec, seed)
+        dtype = layer.weights.w_in.dtype
+        w_in = host.empty(layer.weights.w_in.shape, dtype, parts=2, resident_rows=resident)
+        w_out = host.empty(layer.weights.w_out_t.shape, dtype, parts=1, resident_rows=resident, first=w_in)
+        w_in.copy_(layer.weights.w_in)
+        w_out.copy_(layer.weights.w_out_t.cpu())  # as a checkpoint is loaded
+        layers.append((layer, replace(layer.weights, w_in=w_in, w_out_t=w_out)))
+    on_host = Grains.held(on_host=True) - before[0]
+    assert abs(on_host - share * 3 * spec.weight_bytes) <= 3 * 5 * GRAIN
+    for tokens in (1, 4, 16, 64, 600, 5000):
+        x = torch.randn(tokens, spec.hidden, generator=torch.Generator("cuda").manual_seed(0), device="cuda").bfloat16()
+        taus = torch.tensor([0.7, 1.0, 0.5, 0.2], device="cuda").repeat(tokens)[:tokens].contiguous()
+        tuning = heuristic_tuning(spec)
+        every = tuning.choice(tokens).reads_every_expert
+
+        def run(one, weights, spec=split, x=x, taus=taus, tuning=tuning, every=every, host=host):
+            weights = host.bring(weights, ahead=True) if every and spec is split else weights
+            return layer_run(x, taus, one.router, weights, spec, tuning=tuning)
+
+        want = [run(one, one.weights, spec) for one, _ in layers]
+        for _ in range(2):
+            assert all(torch.equal(run(*pair), y) for pair, y in zip(layers, want, strict=True))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            found = [run(*pair) for pair in layers]
+        for y in found:
+            y.zero_()
+        graph.replay()
+        assert all(map(torch.equal, found, want))
+        del graph, found
+    del layers, host, w_in, w_out, run
+    gc.collect()
+    torch.cuda.empty_cache()
+    assert Grains.held(on_host=True) == before[0]
+    assert torch.cuda.mem_get_info()[0] > before[1] - (256 << 20)
+
+
+def test_too_little_host_memory_is_one_error():
+    with pytest.raises(
+        ConfigError, match=r"4096\.00 GiB of pinned host memory for experts: the driver has not so much"
+    ):
+        Grains(4 << 40, torch.cuda.current_device(), on_host=True)
 
 
 def test_kernels_refuse_tensors_of_another_layer():

@@ -338,6 +338,7 @@ def test_info_says_what_is_served_and_what_may_be_asked(server):
     assert info["model"]["num_layers"] == block["num_hidden_layers"]
     assert info["model"]["max_model_len"] == 256
     assert {name: experts[name] for name in info["experts"]} == info["experts"]
+    assert info["memory"] == {"host_experts": 0.0, "gpu_expert_gib": None}
     assert info["tau_curve"] == CURVE
     assert info["defaults"] == {"tau": 0.7, "tau_by_model": {COARSE: 0.5}, "prefill_tau": PREFILL_TAU}
     limits = info["limits"]

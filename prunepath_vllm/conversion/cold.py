@@ -1,4 +1,4 @@
-"""Experts that a text never uses leave the checkpoint: one in, a smaller one for low taus out.
+"""How often a text uses each expert; and those that it never uses leave the checkpoint, for low taus.
 
 Shapes: L layers, E experts, D neurons per expert, K experts of a layer that are kept.
 """
@@ -25,6 +25,7 @@ from prunepath_vllm.config import ExpertUsage, PrunePathConfig, expected_sparsit
 from prunepath_vllm.conversion.calibrate import CONTEXT, in_a_fast_dtype, load_model, sequence_length
 from prunepath_vllm.conversion.convert import ShardWriter, copy_files
 from prunepath_vllm.conversion.model_card import write_model_card
+from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import UsageError
@@ -95,11 +96,7 @@ def prune_cold_experts(
     length = sequence_length(summary.family, summary.config, default=CONTEXT)
     tokenizer = load_tokenizer(src)
     tokens = read_sequences(tokenizer, text, length=length, max_tokens=sequences * length)
-    if tokens.shape[1] <= summary.prunepath.dense_positions:
-        raise UsageError(
-            f"{src}: dense_positions {summary.prunepath.dense_positions}; expected fewer than {tokens.shape[1]}, the "
-            "tokens of a sequence"
-        )
+    _refuse_all_dense(src, summary, tokens)
     check_writable(dst)
 
     counts, counted = count_uses(summary, tokens, max_tau, device)
@@ -110,7 +107,7 @@ def prune_cold_experts(
             f"text {text}: at tau {max_tau} every expert is used by more than the share {share} of its {counted} "
             "tokens; expected a lower max tau or a higher share"
         )
-    block = _block(summary, keep, counts, counted, max_tau, Path(text).name)
+    block = _block(summary, keep, _usage(counts.gather(1, _order(keep)), counted, max_tau, text))
     config = summary.config | {"prunepath_config": block.to_json()}
     with new_directory(dst) as staging:
         copy_files(summary.path, staging)
@@ -119,6 +116,62 @@ def prune_cold_experts(
         validate_checkpoint(staging)
         write_model_card(staging)
     return ColdExperts(block, float(counts[~keep].sum() / counts.sum()), before, after)
+
+
+def record_usage(
+    checkpoint: str | Path,
+    text: str | Path,
+    *,
+    tau: float,
+    max_tokens: int = SEQUENCES * CONTEXT,
+    device: str = "cpu",
+) -> ExpertUsage:
+    """Measure how often a text uses each expert of a checkpoint, and put it down there, in place, as ``expert_usage``.
+
+    No tensor changes. The engine then holds the most used experts first: with ``host_experts`` they stay on the GPU.
+
+    Args:
+        checkpoint: PrunePath checkpoint directory; its experts may be quantised.
+        text: UTF-8 text file (gzipped where it ends in .gz), like what the model will read.
+        tau: in (0, 1), like what requests will ask for.
+        max_tokens: how much of the text to read.
+        device: "cpu" or "cuda".
+
+    Raises:
+        UsageError: an argument out of range, experts are missing already, the text is missing or too short, or the
+            directory cannot be written.
+        TauError: `tau` is no tau.
+        ConfigError, CheckpointError: not a valid PrunePath checkpoint.
+    """
+    tau = parse_tau(tau, "usage tau")
+    if tau >= DENSE_TAU:
+        raise UsageError(f"usage tau: {tau}; expected a number in (0, 1): from 1 on a token uses every expert")
+    check_device(device)
+    summary = validate_checkpoint(checkpoint)
+    refuse_changed(checkpoint, summary.prunepath, "measuring uses", quantised=True)
+    length = sequence_length(summary.family, summary.config, default=CONTEXT)
+    tokens = read_sequences(load_tokenizer(checkpoint), text, length=length, max_tokens=max_tokens)
+    _refuse_all_dense(checkpoint, summary, tokens)
+    check_writable(summary.path)
+    counts, counted = count_uses(summary, tokens, tau, device)
+    usage = _usage(counts, counted, tau, text)
+    rewrite_checkpoint(summary, {}, format_version=2, expert_usage=usage.model_dump())
+    return usage
+
+
+def _refuse_all_dense(checkpoint: str | Path, summary: CheckpointSummary, tokens: Tensor) -> None:
+    if tokens.shape[1] <= summary.prunepath.dense_positions:
+        raise UsageError(
+            f"{checkpoint}: dense_positions {summary.prunepath.dense_positions}; expected fewer than "
+            f"{tokens.shape[1]}, the tokens of a sequence"
+        )
+
+
+def _usage(counts: Tensor, counted: int, tau: float, text: str | Path) -> ExpertUsage:
+    """What a checkpoint says of uses: int64 [L, E] of so many tokens."""
+    shares = (counts.double() / counted).tolist()
+    rounded = [[float(f"{share:.4g}") for share in row] for row in shares]
+    return ExpertUsage(text=Path(text).name, tokens=counted, tau=tau, shares=rounded)
 
 
 @torch.inference_mode()
@@ -155,14 +208,8 @@ def cut_curve(prunepath: PrunePathConfig, max_tau: float) -> list[tuple[float, f
     return points
 
 
-def _block(
-    summary: CheckpointSummary, keep: Tensor, counts: Tensor, counted: int, max_tau: float, text: str
-) -> PrunePathConfig:
-    order = _order(keep)
-    shares = (counts.double() / counted).gather(1, order).tolist()
-    usage = ExpertUsage(
-        text=text, tokens=counted, tau=max_tau, shares=[[float(f"{share:.4g}") for share in row] for row in shares]
-    )
+def _block(summary: CheckpointSummary, keep: Tensor, usage: ExpertUsage) -> PrunePathConfig:
+    max_tau = usage.tau
     changed: dict[str, Any] = dict(
         format_version=2,
         default_tau=min(summary.prunepath.default_tau, max_tau),

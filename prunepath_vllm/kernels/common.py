@@ -71,9 +71,23 @@ def flagged(flags, E: tl.constexpr, BLOCK_E: tl.constexpr):
 
 
 @triton.jit
+def count_reads(experts_read, index, flag, count, here, E: tl.constexpr, RESIDENT: tl.constexpr):
+    """Add what :func:`flagged` gave to experts_read, if it is not None: [1], or [2] with fewer RESIDENT experts than E.
+
+    The second entry counts those from RESIDENT on. here: whether this program counts.
+    """
+    if experts_read is not None:
+        tl.atomic_add(experts_read, count, mask=here, sem="relaxed")
+        if RESIDENT < E:
+            on_host = tl.sum(tl.where(index >= RESIDENT, flag, 0), axis=0)
+            tl.atomic_add(experts_read + 1, on_host, mask=here, sem="relaxed")
+
+
+@triton.jit
 def take_share(
-    flags, experts, experts_read, pid, num_programs, E: tl.constexpr, BLOCK_E: tl.constexpr, UNITS: tl.constexpr
-):
+    flags, experts, experts_read, pid, num_programs, E: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_E: tl.constexpr,
+    UNITS: tl.constexpr,
+):  # fmt: skip
     """Number the flagged experts in ascending order and give this program its share of their units of work.
 
     Every program does the same scan.
@@ -82,7 +96,7 @@ def take_share(
         flags: int32 [E], nonzero for the experts to list, or None where `experts` holds the list already.
         experts: int32 [E + 1], written: the listed experts in this program's share. Neighbours that share an expert
             write the same value. Program 0 also writes the number of listed experts to experts[E].
-        experts_read: int32 or int64 [1], or None; program 0 adds the number of listed experts.
+        experts_read: int32 or int64, or None; program 0 counts, as :func:`count_reads`.
         UNITS: units of work an expert is cut into; they all have the same size.
 
     Returns:
@@ -98,8 +112,7 @@ def take_share(
         mine = (flag != 0) & (position >= begin // UNITS) & (position * UNITS < end)
         tl.store(experts + position, index, mask=mine)
         tl.store(experts + E, count, mask=pid == 0)
-        if experts_read is not None:
-            tl.atomic_add(experts_read, count, mask=pid == 0, sem="relaxed")
+        count_reads(experts_read, index, flag, count, pid == 0, E, RESIDENT)
         tl.debug_barrier()  # the list is read back by other threads of this program
     return begin, end
 

@@ -65,8 +65,9 @@ class DownConfig:
 @triton.jit
 def fused_decode_kernel(
     x, w_in, b_in, w_out_t, scale_in, scale_out, gates, flags, experts, experts_read, partial, E: tl.constexpr,
-    D: tl.constexpr, H: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr, PDL: tl.constexpr,
+    RESIDENT: tl.constexpr, D: tl.constexpr, H: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_H: tl.constexpr, R: tl.constexpr, STAGES: tl.constexpr,
+    PDL: tl.constexpr,
 ):  # fmt: skip
     """One token: partial [programs, H] = sum over this program's neurons of gate * act(w_in x) * w_out."""
     pid, num_programs = tl.program_id(0), tl.num_programs(0)
@@ -75,7 +76,7 @@ def fused_decode_kernel(
     tl.static_assert(D % R == 0, "a step must not reach into the next expert")
     STEPS: tl.constexpr = D // R
     wait_for_previous(PDL)
-    begin, end = take_share(flags, experts, experts_read, pid, num_programs, E, BLOCK_E, STEPS)
+    begin, end = take_share(flags, experts, experts_read, pid, num_programs, E, RESIDENT, BLOCK_E, STEPS)
     xv = tl.load(x + cols, mask=cols < H, other=0.0).to(tl.float32)[None, :]
     acc = tl.zeros([BLOCK_H], dtype=tl.float32)
     for unit in tl.range(begin, end, num_stages=STAGES):
@@ -109,9 +110,9 @@ def fused_decode_kernel(
 @triton.jit(do_not_specialize=["num_tokens"])
 def up_kernel(
     x, w_in, b_in, scale_in, scale_out, gates, flags, experts, experts_read, neurons, num_tokens, E: tl.constexpr,
-    D: tl.constexpr, H: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr, GRAIN: tl.constexpr,
-    PDL: tl.constexpr,
+    RESIDENT: tl.constexpr, D: tl.constexpr, H: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr,
+    ACTIVATION: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_T: tl.constexpr, R: tl.constexpr, BLOCK_K: tl.constexpr,
+    GRAIN: tl.constexpr, PDL: tl.constexpr,
 ):  # fmt: skip
     """Several tokens: neurons [T, F], row r of the listed experts' rows in column r, multiplied by its gate.
 
@@ -122,7 +123,7 @@ def up_kernel(
     in_t = tokens < num_tokens
     tl.static_assert(D % GRAIN == 0, "a unit of work must not reach into the next expert")
     wait_for_previous(PDL)
-    begin, end = take_share(flags, experts, experts_read, pid, num_programs, E, BLOCK_E, D // GRAIN)
+    begin, end = take_share(flags, experts, experts_read, pid, num_programs, E, RESIDENT, BLOCK_E, D // GRAIN)
     for r0 in range(begin * GRAIN, end * GRAIN, R):
         row = r0 + tl.arange(0, R)
         in_r = row < end * GRAIN
@@ -248,7 +249,7 @@ def fused_partials(
     flags, experts, launch = listing(routing, pdl)
     fused_decode_kernel[(programs,)](
         x, readable(weights.w_in), weights.b_in, readable(weights.w_out_t), weights.scale_in, weights.scale_out,
-        routing.gates, flags, experts, experts_read, partial, num_experts, spec.expert_size, hidden,
+        routing.gates, flags, experts, experts_read, partial, num_experts, spec.num_resident, spec.expert_size, hidden,
         GLU=spec.glu, BIAS=weights.b_in is not None, ACTIVATION=spec.activation.value,
         BLOCK_E=triton.next_power_of_2(num_experts), BLOCK_H=triton.next_power_of_2(hidden),
         R=rows_per_step(config.rows, spec.expert_size), STAGES=config.num_stages, PDL=pdl,
@@ -268,7 +269,7 @@ def up(
 ) -> tuple[Tensor, Tensor]:
     """The listed experts' neurons, gated.
 
-    Their number is added to experts_read, int32 or int64 [1], or None, unless the list was made before.
+    Their number is added to experts_read, as ``layer.Counters.read`` says, or None, unless the list was made before.
 
     Returns:
         neurons [T, F] in x's dtype, whose column r is the r-th row of the listed experts (the rest is not written), and
@@ -281,10 +282,11 @@ def up(
     flags, experts, launch = listing(routing, pdl)
     up_kernel[(num_sms(x.device) * config.programs_per_sm,)](
         x, readable(weights.w_in), weights.b_in, weights.scale_in, weights.scale_out, routing.gates, flags,
-        experts, experts_read, neurons, num_tokens, num_experts, spec.expert_size, spec.hidden, GLU=spec.glu,
-        BIAS=weights.b_in is not None, ACTIVATION=spec.activation.value, BLOCK_E=triton.next_power_of_2(num_experts),
-        BLOCK_T=block_t(num_tokens), R=config.rows, BLOCK_K=config.block_k, GRAIN=rows_per_step(8, spec.expert_size),
-        PDL=pdl, num_warps=config.num_warps, num_stages=config.num_stages, **launch,
+        experts, experts_read, neurons, num_tokens, num_experts, spec.num_resident, spec.expert_size, spec.hidden,
+        GLU=spec.glu, BIAS=weights.b_in is not None, ACTIVATION=spec.activation.value,
+        BLOCK_E=triton.next_power_of_2(num_experts), BLOCK_T=block_t(num_tokens), R=config.rows,
+        BLOCK_K=config.block_k, GRAIN=rows_per_step(8, spec.expert_size), PDL=pdl, num_warps=config.num_warps,
+        num_stages=config.num_stages, **launch,
     )  # fmt: skip
     return neurons, experts
 

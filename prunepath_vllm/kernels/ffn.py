@@ -63,6 +63,11 @@ class Choice:
     down: DownConfig = field(default_factory=DownConfig)
     grouped: GroupedConfig = field(default_factory=GroupedConfig)
 
+    @property
+    def reads_every_expert(self) -> bool:
+        """Whether the weights of all experts are read, whatever the tokens chose."""
+        return self.path in ("dense", "grouped")
+
 
 @dataclass(frozen=True)
 class Tuning:
@@ -144,7 +149,8 @@ def load_tuning(gpu: str, spec: LayerSpec) -> Tuning:
         gpu: ``torch.cuda.get_device_name()``.
         spec: the layer.
     """
-    spec = replace(spec, kept=None)  # all layers of a model alike, however many experts each keeps
+    on_host = spec.resident is not None
+    spec = replace(spec, kept=None, resident=None)  # all layers of a model alike, however many experts each keeps
     if spec.dtype == torch.float32:
         return heuristic_tuning(spec)
     keys = [shape_key(spec), shape_key(replace(spec, dtype=torch.bfloat16))]
@@ -160,7 +166,7 @@ def load_tuning(gpu: str, spec: LayerSpec) -> Tuning:
                 f"{file}: {old}: a table without a dtype in its name; expected one made by this version's bench tune"
             )
     tuning = heuristic_tuning(spec)
-    if spec.weight_bytes < SMALL_LAYER:
+    if spec.weight_bytes < SMALL_LAYER and not on_host:
         return Tuning(tuple(row for row in tuning.choices if row[1].path == "dense"))
     return tuning
 
@@ -228,6 +234,8 @@ def routed_ffn(
     spec, kept = spec.routed, spec.kept
     read = counters.read
     choice = tuning.choice(x.shape[0])
+    if spec.resident is not None and read is not None and (host_dense or choice.reads_every_expert):
+        read[1:].add_(spec.num_experts - spec.resident)
     every = spec.at_least and choice.path == "dense"
     if every and spec.rule.gate == "none":
         return dense_ffn(x, weights, spec, experts_read=read, tau=tau, active_counts=counters.active)
@@ -235,7 +243,7 @@ def routed_ffn(
         if counters.active is not None:
             counters.active.add_(tau > 0, alpha=spec.num_experts)  # none at a padding row
         if read is not None:
-            read.add_(spec.num_experts)
+            read[:1].add_(spec.num_experts)
         return dense_ffn(x, weights, spec)
     pdl = min(choice.pdl, 2 * default_pdl(x.device))
     routed = x if router_input is None else router_input
@@ -287,7 +295,7 @@ def route_ahead(
             router_input, tau, router, spec.rule, config=choice.router, active_counts=counters.active, kept=spec.kept,
             pdl=0,
         )  # fmt: skip
-        return list_experts(routing, counters.read)
+        return list_experts(routing, counters.read, spec.resident)
 
 
 def warm_up_tokens(tuning: Tuning, max_tokens: int) -> list[int]:

@@ -83,6 +83,8 @@ class LayerSpec:
             widens the weights, and keeps the inputs as they are.
         kept: K, the experts whose weights are there, the first K; None for all E. The others are routed like any, and
             then add nothing and count for nothing.
+        resident: of those, the experts whose weights lie on the GPU, the first ones; None for all. The others are read
+            from host memory: see ``host_experts``.
     """
 
     hidden: int
@@ -96,6 +98,7 @@ class LayerSpec:
     expert_dtype: torch.dtype | None = None
     quantise_activations: bool = True
     kept: int | None = None
+    resident: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("hidden", "num_experts", "expert_size"):
@@ -108,11 +111,18 @@ class LayerSpec:
             raise ConfigError(f"expert_dtype {self.expert_dtype}; expected None or one of {expected}")
         if self.kept is not None and not 1 <= self.kept <= self.num_experts:
             raise ConfigError(f"kept {self.kept}; expected None or 1 to {self.num_experts}, num_experts")
+        if self.resident is not None and not 0 <= self.resident <= self.num_kept:
+            raise ConfigError(f"resident {self.resident}; expected None or 0 to {self.num_kept}, the experts kept")
 
     @property
     def num_kept(self) -> int:
         """K, or E where all are kept."""
         return self.num_experts if self.kept is None else self.kept
+
+    @property
+    def num_resident(self) -> int:
+        """Experts whose weights lie on the GPU."""
+        return self.num_kept if self.resident is None else self.resident
 
     @property
     def routed(self) -> "LayerSpec":
@@ -261,7 +271,8 @@ class Counters:
     Attributes:
         active: int32 [T]; each token's number of active experts.
         read: int32 or int64 [1]; the number of experts whose weights were read: those that some token uses, or all
-            where a dense product computes them.
+            where a dense product computes them. [2] where the layer has ``resident``: the second entry counts those of
+            them that lie in host memory.
         full: int64 scalar or [1]; calls on a CPU that read every expert.
     """
 

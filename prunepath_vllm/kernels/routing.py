@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunepath_vllm.kernels.common import default_pdl, flagged, launch_options, wait_for_previous
+from prunepath_vllm.kernels.common import count_reads, default_pdl, flagged, launch_options, wait_for_previous
 from prunepath_vllm.kernels.layer import RouterWeights, RoutingRule
 from prunepath_vllm.tau import DENSE_TAU
 
@@ -227,13 +227,12 @@ def select_pairwise_kernel(
 
 
 @triton.jit
-def list_experts_kernel(flags, experts, experts_read, E: tl.constexpr, BLOCK_E: tl.constexpr):
+def list_experts_kernel(flags, experts, experts_read, E: tl.constexpr, RESIDENT: tl.constexpr, BLOCK_E: tl.constexpr):
     """One program: experts [E + 1] = the flagged ones in ascending order, their number in the last element."""
     index, flag, position, count = flagged(flags, E, BLOCK_E)
     tl.store(experts + position, index, mask=flag != 0)
     tl.store(experts + E, count)
-    if experts_read is not None:
-        tl.atomic_add(experts_read, count, sem="relaxed")
+    count_reads(experts_read, index, flag, count, tl.program_id(0) == 0, E, RESIDENT)
 
 
 def route(
@@ -311,18 +310,20 @@ def route(
     return Routing(gates, None if flags is None else flags[:kept])
 
 
-def list_experts(routing: Routing, experts_read: Tensor | None = None) -> Routing:
+def list_experts(routing: Routing, experts_read: Tensor | None = None, resident: int | None = None) -> Routing:
     """The same with the list of the experts that some token uses, for feed-forward kernels that need not make it.
 
     Args:
         routing: from :func:`route`, with flags.
-        experts_read: int32 or int64 [1], or None; the number of listed experts is added to it.
+        experts_read: int32 or int64, or None; what is listed is counted as ``layer.Counters.read`` says.
+        resident: of the layer.
     """
     assert routing.flags is not None
     num_experts = len(routing.flags)
     experts = torch.empty(num_experts + 1, dtype=torch.int32, device=routing.flags.device)
     block = triton.next_power_of_2(num_experts)
-    list_experts_kernel[(1,)](routing.flags, experts, experts_read, num_experts, BLOCK_E=block, num_warps=8)
+    resident = num_experts if resident is None else resident
+    list_experts_kernel[(1,)](routing.flags, experts, experts_read, num_experts, resident, BLOCK_E=block, num_warps=8)
     return replace(routing, experts=experts)
 
 

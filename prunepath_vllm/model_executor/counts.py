@@ -14,7 +14,11 @@ import numpy as np
 import torch
 from prometheus_client import Counter
 from torch import Tensor
-from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank
+from vllm.distributed import (
+    get_pp_group,
+    get_tensor_model_parallel_rank,
+    get_tensor_model_parallel_world_size,
+)
 
 from prunepath_vllm.config import PrunePathConfig, expected_sparsity, sparsity_curve
 from prunepath_vllm.model_executor.compat import async_tensor_h2d
@@ -48,11 +52,14 @@ class ExpertCounts:
     Attributes:
         active: per layer of this worker, int32 [max_num_batched_tokens] on the model's device: experts active at each
             row, over the steps since they were last summed up.
-        read: per layer, int64 [1] on the model's device: experts whose weights were read, over the same steps.
+        read: per layer, int64 [1] on the model's device: experts whose weights were read, over the same steps; [2] with
+            experts in host memory: the second entry counts those of them.
+        host_bytes: of one expert on this rank, where some lie in host memory; else 0.
         dense_runs: int64 scalar on the host: runs of a layer that took every expert, whatever its tokens chose.
     """
 
-    def __init__(self, prunepath: PrunePathConfig, num_layers: int, max_tokens: int) -> None:
+    def __init__(self, prunepath: PrunePathConfig, num_layers: int, max_tokens: int, host_bytes: int = 0) -> None:
+        self.host_bytes = host_bytes
         self.num_experts = prunepath.num_experts
         self.num_layers = num_layers
         self.max_tokens = max_tokens
@@ -60,7 +67,7 @@ class ExpertCounts:
         self.read: list[Tensor] = []
         self.dense_runs = torch.zeros((), dtype=torch.int64, device="cpu")
         self.groups: list[int] = []  # of each layer in `active`
-        # Since the last publication; [2, layers] from the first sum on, active and read.
+        # Since the last publication; [2 or 3, layers] from the first sum on: active, read, and read on the host.
         self.totals = torch.zeros((), dtype=torch.int64)
         self.tokens, self.steps = 0, 0
         self.steps_in_buffers = 0
@@ -89,7 +96,7 @@ class ExpertCounts:
         """New buffers in `active` and `read`, for a layer, numbered through the whole model, to add to."""
         self.groups.append(layer * len(GROUPS) // self.num_layers)
         self.active.append(torch.zeros(self.max_tokens, dtype=torch.int32))
-        self.read.append(torch.zeros(1, dtype=torch.int64))
+        self.read.append(torch.zeros(2 if self.host_bytes else 1, dtype=torch.int64))
         return self.active[-1], self.read[-1]
 
     def begin_step(
@@ -160,7 +167,7 @@ class ExpertCounts:
             assert self.reported is not None
             self.reported.index_add_(1, self.step_rows, rows[:, : self.step_rows.shape[0]].long())
             self.step_rows = None
-        self.totals = self.totals + torch.stack([rows.sum(dim=1), torch.cat(self.read)])
+        self.totals = self.totals + torch.cat([rows.sum(dim=1)[None], torch.stack(self.read).t()])
         self._clear()
 
     def _clear(self) -> None:
@@ -190,8 +197,10 @@ class ExpertCounts:
         if not self.exported or not self.steps:
             return
         self._sum_up()
-        active, read = self.totals.tolist()
+        active, read, *on_host = self.totals.tolist()
         counters = _counters()
+        for experts in on_host:
+            counters["host"].inc(sum(experts) * self.host_bytes * get_tensor_model_parallel_world_size())
         for layer, group in enumerate(self.groups):
             labels = {"layers": GROUPS[group]}
             counters["active"].labels(**labels).inc(active[layer])
@@ -263,6 +272,9 @@ COUNTERS = {
     ),
     "readable": (
         "prunepath:experts_readable", "Experts there were, summed over the same steps and layers.", ("layers",)
+    ),
+    "host": (
+        "prunepath:host_bytes_read", "Bytes of expert weights that GPUs read from host memory (host_experts).", ()
     ),
     "runs": (
         "prunepath:layer_runs",

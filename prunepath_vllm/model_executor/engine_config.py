@@ -60,7 +60,9 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
             CheckpointError: names the tensor.
         """
         model_config = vllm_config.model_config
-        operator_policy(vllm_config)
+        policy = operator_policy(vllm_config)
+        if policy.host_experts or policy.gpu_expert_gib is not None:
+            _refuse_with_host_experts(vllm_config)
         _check_length(model_config)
         _refuse_unsupported(vllm_config)
         _refuse_connectors(vllm_config)
@@ -118,6 +120,24 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     for feature, used in refused.items():
         if used:
             raise UnsupportedFeatureError(f"PrunePath models do not support {feature}; expected it to be off")
+
+
+def _refuse_with_host_experts(vllm_config: VllmConfig) -> None:
+    """Experts in host memory are a GPU's, and lie where vLLM's own ways of moving weights would not find them."""
+    offload = vllm_config.offload_config
+    refused = {
+        f"a {current_platform.device_type}: its memory is the host's": current_platform.device_type != "cuda",
+        "sleep mode (--enable-sleep-mode)": vllm_config.model_config.enable_sleep_mode,
+        "vLLM's own offload (--cpu-offload-gb, --offload-group-size)": bool(
+            offload.uva.cpu_offload_gb or offload.prefetch.offload_group_size
+        ),
+    }
+    for what, used in refused.items():
+        if used:
+            raise UnsupportedFeatureError(
+                f"additional_config.prunepath.host_experts and gpu_expert_gib do not go with {what}; "
+                "expected one or the other"
+            )
 
 
 def _refuse_connectors(vllm_config: VllmConfig) -> None:

@@ -1,5 +1,6 @@
 """The operator's policy on tau: defaults, bounds and what load does, read from ``--additional-config``."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -25,6 +26,8 @@ class OperatorPolicy:
             as may run at once unless given.
         mode: "exact": every token gets its tau, whatever runs beside it; "at_least": its tau is the least that it gets,
             and where the engine computes every expert of a step anyway, none is left out.
+        host_experts: share of every layer's experts, the least used, that lie in host memory instead of the GPU's.
+        gpu_expert_gib: instead of it, GiB of each GPU's memory that the other experts may take.
         quantise_activations: whether a GPU that multiplies float8 may quantise what enters the dense products of float8
             experts; False widens the weights instead, slower, and as steps of few tokens do.
     """
@@ -37,6 +40,14 @@ class OperatorPolicy:
     default_tau_by_model: Mapping[str, float] = field(default_factory=dict)
     mode: str = "exact"
     quantise_activations: bool = True
+    host_experts: float = 0.0
+    gpu_expert_gib: float | None = None
+
+    def host_share(self, expert_bytes: int) -> float:
+        """The share of experts in host memory of a rank whose experts have so many bytes in all."""
+        if self.gpu_expert_gib is None:
+            return self.host_experts
+        return max(0.0, 1 - self.gpu_expert_gib * 2**30 / expert_bytes)
 
     @property
     def auto_range(self) -> tuple[float, float]:
@@ -45,12 +56,16 @@ class OperatorPolicy:
         return low, max(low, min(self.max_tau, DENSE_TAU))
 
 
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
 def operator_policy(vllm_config: VllmConfig) -> OperatorPolicy:
     """Read and check the ``prunepath`` object of ``--additional-config``.
 
     Raises:
         ConfigError: an unknown key or mode, bounds that leave nothing, a default outside them, prefill_tau with a model
-            that generates nothing, or a full_queue that is no number of requests.
+            that generates nothing, a full_queue that is no number of requests, or a share or memory that is none.
         TauError: a value that is no tau.
     """
     where = "additional_config.prunepath"
@@ -70,6 +85,13 @@ def operator_policy(vllm_config: VllmConfig) -> OperatorPolicy:
     quantise = given.get("quantise_activations", True)
     if not isinstance(quantise, bool):
         raise ConfigError(f"{where}.quantise_activations: expected true or false, got {quantise!r}")
+    host, gib = given.get("host_experts", 0.0), given.get("gpu_expert_gib")
+    if not _is_number(host) or not 0 <= host <= 1:
+        raise ConfigError(f"{where}.host_experts: expected a share from 0 to 1, got {host!r}")
+    if gib is not None and (not _is_number(gib) or not 0 < gib < math.inf):
+        raise ConfigError(f"{where}.gpu_expert_gib: expected a number of GiB above 0, got {gib!r}")
+    if gib is not None and "host_experts" in given:
+        raise ConfigError(f"{where}.gpu_expert_gib: {gib} with host_experts {host}; expected one of the two")
     named = given.get("default_tau_by_model", {})
     if not isinstance(named, dict):
         raise ConfigError(f"{where}.default_tau_by_model: expected an object of served names and taus, got {named!r}")
@@ -89,6 +111,8 @@ def operator_policy(vllm_config: VllmConfig) -> OperatorPolicy:
         default_tau_by_model=named,
         mode=mode,
         quantise_activations=quantise,
+        host_experts=host,
+        gpu_expert_gib=gib,
         **{**defaults, **taus},
     )
     if policy.min_tau > policy.max_tau:

@@ -13,9 +13,11 @@ from weakref import WeakValueDictionary
 import numpy as np
 import torch
 from torch import Tensor
+from vllm.distributed import get_pp_group
 
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.kernels import cpu
+from prunepath_vllm.kernels.host_experts import HostExperts
 from prunepath_vllm.kernels.tau import expand_taus
 from prunepath_vllm.model_executor.compat import VllmConfig, async_tensor_h2d, forward_hook
 from prunepath_vllm.model_executor.counts import REPORT_KEY, ExpertCounts
@@ -36,6 +38,7 @@ class TokenTaus:
         dense_step: bool scalar on the host: every token of this step uses every expert.
         counts: what the layers count.
         spec: the routed layers, all alike but for the experts that each keeps, which it does not tell.
+        host: where the experts lie that are not in GPU memory; None where all are.
     """
 
     def __init__(self, vllm_config: VllmConfig) -> None:
@@ -47,7 +50,6 @@ class TokenTaus:
         max_tokens = vllm_config.scheduler_config.max_num_batched_tokens
         self.values = torch.ones(max_tokens, dtype=torch.float32)
         num_layers = vllm_config.model_config.get_total_num_hidden_layers()
-        self.counts = ExpertCounts(self.prunepath, num_layers, max_tokens)
         self.dense_step = torch.ones((), dtype=torch.bool, device="cpu")
         policy = self.resolver.policy
         self.spec = replace(
@@ -55,6 +57,12 @@ class TokenTaus:
             at_least=policy.mode == "at_least",
             quantise_activations=policy.quantise_activations,
         )
+        expert_bytes = self.spec.weight_bytes // self.spec.num_kept
+        kept = round(self.prunepath.kept_share * num_layers * self.prunepath.num_experts)
+        share = policy.host_share(kept * expert_bytes // get_pp_group().world_size)
+        self.host = HostExperts(share) if share else None
+        host_bytes = 0 if self.host is None else expert_bytes
+        self.counts = ExpertCounts(self.prunepath, num_layers, max_tokens, host_bytes)
         _of_configs[id(vllm_config)] = self
 
     @classmethod

@@ -2,7 +2,8 @@
 
 import argparse
 
-from prunepath_vllm.arguments import seed, whole
+from prunepath_vllm.arguments import number, seed, whole
+from prunepath_vllm.errors import UsageError
 
 
 def add_parser(
@@ -34,13 +35,21 @@ def add_parser(
         metavar="N",
         help="let the first N tokens of a sequence use every expert (default: as the checkpoint says)",
     )
+    parser.add_argument(
+        "--usage-at",
+        type=number(0, 1),
+        metavar="TAU",
+        help="fit nothing: record how often the text uses each expert at this tau, for host_experts",
+    )
     parser.add_argument("--seed", type=seed, default=0, help="of the sampled labels (default: %(default)s)")
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     return parser
 
 
 def run(args: argparse.Namespace) -> int:
-    """Calibrate in place and print the curve."""
+    """Calibrate in place and print the curve, or measure uses and print how uneven they are."""
+    if args.usage_at is not None:
+        return _record_usage(args)
     from prunepath_vllm.conversion.calibrate import calibrate
 
     curve = calibrate(
@@ -55,4 +64,18 @@ def run(args: argparse.Namespace) -> int:
     print(f"{'tau':>6}  FFN sparsity")
     for tau, sparsity in curve:
         print(f"{tau:>6g}  {sparsity:.3f}")
+    return 0
+
+
+def _record_usage(args: argparse.Namespace) -> int:
+    from prunepath_vllm.conversion.cold import record_usage
+
+    for name in ("context", "dense_positions"):
+        if (value := getattr(args, name)) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected none with --usage-at")
+    usage = record_usage(args.checkpoint, args.text, tau=args.usage_at, max_tokens=args.max_tokens, device=args.device)
+    print(f"{usage.text}, {usage.tokens} tokens at tau {usage.tau:g}: share of all uses of experts")
+    print(f"{'hottest':>8}  of uses")
+    for part in (0.1, 0.25, 0.5, 0.75):
+        print(f"{part:>8.0%}  {usage.hottest(part):.1%}")
     return 0

@@ -66,6 +66,7 @@ def info(resolver: TauResolver, vllm_config: VllmConfig, served_names: list[str]
             "dense_positions": prunepath.dense_positions,
             "kept_share": prunepath.kept_share,
         },
+        "memory": {"host_experts": options.host_experts, "gpu_expert_gib": options.gpu_expert_gib},
         "tau_curve": prunepath.tau_curve,
         "mode": options.mode,
         "defaults": {

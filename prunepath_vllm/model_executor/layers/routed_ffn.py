@@ -27,6 +27,7 @@ from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import UnsupportedFeatureError
 from prunepath_vllm.families import family_of
 from prunepath_vllm.kernels import cpu, native
+from prunepath_vllm.kernels.host_experts import HostExperts
 from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, RoutingRule, Weights
 from prunepath_vllm.kernels.native import memory
 from prunepath_vllm.model_executor.compat import VllmConfig
@@ -48,22 +49,46 @@ class _ExpertShard:
             )
         self.expert_size = prunepath.expert_size // self.world
         self.neurons = self.num_experts * self.expert_size
+        self.order = prunepath.order_by_use(layer)
 
     def rows(self, weight: Tensor) -> Tensor:
-        """The rank's rows of a [d_ff, ...] tensor."""
-        if self.world == 1:
+        """The rank's rows of a [d_ff, ...] tensor, the most used experts first."""
+        if self.world == 1 and self.order is None:
             return weight
         experts = weight.unflatten(0, (self.num_experts, -1))
+        if self.order is not None:
+            experts = experts[self.order[: self.num_experts]]  # those kept come first in it
         return experts.narrow(1, self.rank * self.expert_size, self.expert_size).flatten(0, 1)
 
+    def weight(
+        self,
+        hidden_size: int,
+        prunepath: PrunePathConfig,
+        host: HostExperts | None,
+        *,
+        parts: int = 1,
+        first: Tensor | None = None,
+    ) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """An uninitialised [parts * F, H] weight in the checkpoint's dtype, and its scales where it is quantised.
 
-def _expert_weight(rows: int, hidden_size: int, prunepath: PrunePathConfig) -> tuple[nn.Parameter, nn.Parameter | None]:
-    """An uninitialised [rows, H] weight in the checkpoint's dtype, and float32 [rows] scales where it is quantised."""
-    stored = prunepath.expert_dtype
-    dtype = torch.get_default_dtype() if stored is None else getattr(torch, stored)
-    empty = memory.empty if torch.get_default_device().type == "cpu" else torch.empty
-    scales = None if stored is None else nn.Parameter(torch.empty(rows, dtype=torch.float32), requires_grad=False)
-    return nn.Parameter(empty(rows, hidden_size, dtype=dtype), requires_grad=False), scales
+        Args:
+            hidden_size: H.
+            prunepath: says the dtype.
+            host: where some of the model's experts lie, or None.
+            parts: of the rows, each of F.
+            first: the layer's first weight, for its second.
+        """
+        stored, rows = prunepath.expert_dtype, parts * self.neurons
+        dtype = torch.get_default_dtype() if stored is None else getattr(torch, stored)
+        if host is not None:
+            resident = host.resident(self.num_experts) * self.expert_size
+            weight = host.empty((rows, hidden_size), dtype, parts=parts, resident_rows=resident, first=first)
+        elif torch.get_default_device().type == "cpu":
+            weight = memory.empty(rows, hidden_size, dtype=dtype)
+        else:
+            weight = torch.empty(rows, hidden_size, dtype=dtype)
+        scales = None if stored is None else nn.Parameter(torch.empty(rows, dtype=torch.float32), requires_grad=False)
+        return nn.Parameter(weight, requires_grad=False), scales
 
 
 class ExpertRouter(nn.Module):
@@ -73,13 +98,20 @@ class ExpertRouter(nn.Module):
         routes_by_attention: whether its input is that of the block's self-attention, not the feed-forward layer's.
     """
 
-    def __init__(self, hidden_size: int, prunepath: PrunePathConfig) -> None:
+    def __init__(self, hidden_size: int, prunepath: PrunePathConfig, layer: int) -> None:
         super().__init__()
+        self._order = prunepath.order_by_use(layer)
         rank = prunepath.router.rank
         self.routes_by_attention = prunepath.router.input == "attention"
         self.weight = nn.Parameter(torch.empty(prunepath.num_experts, rank or hidden_size), requires_grad=False)
         self.down = None if rank is None else nn.Linear(hidden_size, rank, bias=False).requires_grad_(False)
         self.bias = nn.Parameter(torch.zeros(prunepath.num_experts), requires_grad=False)
+        for parameter in (self.weight, self.bias):
+            set_weight_attrs(parameter, {"weight_loader": self._load})
+
+    def _load(self, param: nn.Parameter, loaded: Tensor) -> None:
+        """Copy the rows of all experts, in the order of their weights."""
+        param.data.copy_(loaded if self._order is None else loaded[self._order])
 
     def tensors(self) -> list[Tensor | None]:
         """The fields of a ``RouterWeights``, in order."""
@@ -89,12 +121,22 @@ class ExpertRouter(nn.Module):
 class ExpertInputs(nn.Module):
     """The first linears: rows are neurons. GLU families stack gate rows above up rows, as vLLM's merged linear does."""
 
-    def __init__(self, hidden_size: int, prunepath: PrunePathConfig, layer: int, *, glu: bool, bias: bool) -> None:
+    def __init__(
+        self,
+        hidden_size: int,
+        prunepath: PrunePathConfig,
+        layer: int,
+        *,
+        glu: bool,
+        bias: bool,
+        host: HostExperts | None = None,
+    ) -> None:
         super().__init__()
         self._shard = _ExpertShard(prunepath, layer)
         self._glu = glu
-        rows = self._shard.neurons * (2 if glu else 1)
-        self.weight, self.weight_scale = _expert_weight(rows, hidden_size, prunepath)
+        parts = 2 if glu else 1
+        rows = self._shard.neurons * parts
+        self.weight, self.weight_scale = self._shard.weight(hidden_size, prunepath, host, parts=parts)
         for parameter in (self.weight, self.weight_scale):
             if parameter is not None:
                 set_weight_attrs(parameter, {"weight_loader": self._load})
@@ -112,12 +154,25 @@ class ExpertInputs(nn.Module):
 
 
 class ExpertOutputs(nn.Module):
-    """The second linear, kept transposed: row i is what neuron i adds to the output, so experts are contiguous."""
+    """The second linear, kept transposed: row i is what neuron i adds to the output, so experts are contiguous.
 
-    def __init__(self, hidden_size: int, prunepath: PrunePathConfig, layer: int, *, bias: bool) -> None:
+    With `host` it takes the layer's `inputs`.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        prunepath: PrunePathConfig,
+        layer: int,
+        *,
+        bias: bool,
+        host: HostExperts | None = None,
+        inputs: ExpertInputs | None = None,
+    ) -> None:
         super().__init__()
         self._shard = _ExpertShard(prunepath, layer)
-        self.weight, self.weight_scale = _expert_weight(self._shard.neurons, hidden_size, prunepath)
+        first = None if inputs is None else inputs.weight
+        self.weight, self.weight_scale = self._shard.weight(hidden_size, prunepath, host, first=first)
         set_weight_attrs(self.weight, {"weight_loader": self._load_weight})
         if self.weight_scale is not None:
             set_weight_attrs(self.weight_scale, {"weight_loader": self._load_weight})
@@ -142,7 +197,7 @@ class StepState:
         tau: float32 [max_num_batched_tokens]; entry t is the tau of the step's token t.
         dense_step: bool scalar on the host, True where every token of the step uses every expert.
         active_counts: int32 [max_num_batched_tokens]; each token's active experts are added to it.
-        experts_read: int64 [1]; the experts whose weights a call reads are added to it.
+        experts_read: int64 [1], or [2] with experts on the host; a call counts as ``Counters.read`` says.
         dense_runs: int64 scalar on the host; a call that takes the dense product adds 1, on a CPU alone: see
             :func:`dense_products`.
     """
@@ -256,6 +311,10 @@ def _routed_ffn_op(
     if kernels is None:
         return cpu.routed_ffn(*layer, router_input=router_input, gather=False, counters=counters)
     tuning = kernels.load_tuning(torch.cuda.get_device_name(x.device), layer[-1])
+    every = _host_dense(state) or tuning.choice(x.shape[0]).reads_every_expert
+    if every and (host := HostExperts.of(layer[3].w_in)) is not None:
+        brought = host.bring(layer[3], ahead=_pieces_are_joined())
+        layer = *layer[:3], brought, layer[4]
     return kernels.routed_ffn(
         *layer,
         tuning=tuning,

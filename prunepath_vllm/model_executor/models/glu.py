@@ -13,10 +13,10 @@ from torch import Tensor
 from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.families import FAMILIES, Family
 from prunepath_vllm.model_executor.compat import VllmConfig
-from prunepath_vllm.model_executor.layers.routed_ffn import ExpertInputs, ExpertOutputs
 from prunepath_vllm.model_executor.models.utils import (
     PrunePathModelMixin,
     RoutedModule,
+    build_expert_linears,
     build_routed_ffn,
     built_instead,
     route_by_attention,
@@ -37,8 +37,7 @@ class RoutedGLU(RoutedModule):
         super().__init__()
         config = vllm_config.model_config.hf_config
         bias = getattr(config, "mlp_bias", False)  # a family without the field refuses it: fields.py
-        self.gate_up_proj = ExpertInputs(config.hidden_size, config.prunepath, layer, glu=True, bias=bias)
-        self.down_proj = ExpertOutputs(config.hidden_size, config.prunepath, layer, bias=bias)
+        self.gate_up_proj, self.down_proj = build_expert_linears(vllm_config, layer, glu=True, bias=bias)
         self.ffn, self.router = build_routed_ffn(vllm_config, layer)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -4,10 +4,10 @@ from torch import Tensor
 from vllm.model_executor.models import gpt2
 
 from prunepath_vllm.model_executor.compat import VllmConfig
-from prunepath_vllm.model_executor.layers.routed_ffn import ExpertInputs, ExpertOutputs
 from prunepath_vllm.model_executor.models.utils import (
     PrunePathModelMixin,
     RoutedModule,
+    build_expert_linears,
     build_routed_ffn,
     built_instead,
     route_by_attention,
@@ -19,9 +19,7 @@ class RoutedGPT2MLP(RoutedModule):
 
     def __init__(self, vllm_config: VllmConfig, layer: int) -> None:
         super().__init__()
-        config = vllm_config.model_config.hf_config
-        self.c_fc = ExpertInputs(config.hidden_size, config.prunepath, layer, glu=False, bias=True)
-        self.c_proj = ExpertOutputs(config.hidden_size, config.prunepath, layer, bias=True)
+        self.c_fc, self.c_proj = build_expert_linears(vllm_config, layer, glu=False, bias=True)
         self.ffn, self.router = build_routed_ffn(vllm_config, layer)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -6,17 +6,16 @@ from torch import Tensor, nn
 from vllm.model_executor.models.roberta import RobertaForSequenceClassification
 
 from prunepath_vllm.model_executor.compat import VllmConfig
-from prunepath_vllm.model_executor.layers.routed_ffn import ExpertInputs, ExpertOutputs
-from prunepath_vllm.model_executor.models.utils import PrunePathModelMixin, build_routed_ffn
+from prunepath_vllm.model_executor.layers.routed_ffn import ExpertInputs
+from prunepath_vllm.model_executor.models.utils import PrunePathModelMixin, build_expert_linears, build_routed_ffn
 
 
 class RoutedIntermediate(nn.Module):
     """Stands in for ``layer.intermediate``: the first linear and the router."""
 
-    def __init__(self, vllm_config: VllmConfig, layer: int) -> None:
+    def __init__(self, vllm_config: VllmConfig, layer: int, inputs: ExpertInputs) -> None:
         super().__init__()
-        config = vllm_config.model_config.hf_config
-        self.dense = ExpertInputs(config.hidden_size, config.prunepath, layer, glu=False, bias=True)
+        self.dense = inputs
         self.ffn, self.router = build_routed_ffn(vllm_config, layer)
 
 
@@ -25,12 +24,11 @@ class RoutedRobertaLayer(nn.Module):
 
     def __init__(self, dense_layer: Any, vllm_config: VllmConfig, layer: int) -> None:
         super().__init__()
-        config = vllm_config.model_config.hf_config
         self.attention: Any = dense_layer.attention
         self.output: Any = dense_layer.output
         del dense_layer.intermediate, self.output.dense
-        self.intermediate = RoutedIntermediate(vllm_config, layer)
-        self.output.dense = ExpertOutputs(config.hidden_size, config.prunepath, layer, bias=True)
+        inputs, self.output.dense = build_expert_linears(vllm_config, layer, glu=False, bias=True)
+        self.intermediate = RoutedIntermediate(vllm_config, layer, inputs)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """hidden_states: [T, H]; returns the same shape."""

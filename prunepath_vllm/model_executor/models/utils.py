@@ -15,7 +15,14 @@ from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import CheckpointError, ConfigError
 from prunepath_vllm.families import family_of
 from prunepath_vllm.model_executor.compat import VllmConfig, moved
-from prunepath_vllm.model_executor.layers.routed_ffn import ExpertRouter, RoutedAhead, RoutedFFN, StepState
+from prunepath_vllm.model_executor.layers.routed_ffn import (
+    ExpertInputs,
+    ExpertOutputs,
+    ExpertRouter,
+    RoutedAhead,
+    RoutedFFN,
+    StepState,
+)
 from prunepath_vllm.model_executor.tau import TokenTaus
 
 _Model: Any = nn.Module if TYPE_CHECKING else object
@@ -128,7 +135,18 @@ def build_routed_ffn(vllm_config: VllmConfig, layer: int) -> tuple[RoutedFFN, Ex
     active_counts, experts_read = taus.counts.buffers(layer)
     step = StepState(taus.values, taus.dense_step, active_counts, experts_read, taus.counts.dense_runs)
     kept = None if prunepath.kept_experts is None else prunepath.kept(layer)
-    return RoutedFFN(replace(taus.spec, kept=kept), step), ExpertRouter(config.hidden_size, prunepath)
+    resident = None if taus.host is None else taus.host.resident(prunepath.kept(layer))
+    spec = replace(taus.spec, kept=kept, resident=resident)
+    return RoutedFFN(spec, step), ExpertRouter(config.hidden_size, prunepath, layer)
+
+
+def build_expert_linears(
+    vllm_config: VllmConfig, layer: int, *, glu: bool, bias: bool
+) -> tuple[ExpertInputs, ExpertOutputs]:
+    """The first and the second linear of one feed-forward block; `layer` counts through the whole model."""
+    config, host = vllm_config.model_config.hf_config, TokenTaus.being_built(vllm_config).host
+    inputs = ExpertInputs(config.hidden_size, config.prunepath, layer, glu=glu, bias=bias, host=host)
+    return inputs, ExpertOutputs(config.hidden_size, config.prunepath, layer, bias=bias, host=host, inputs=inputs)
 
 
 class RoutedModule(nn.Module):
