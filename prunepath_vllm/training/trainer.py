@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from prunepath_vllm.checkpoint import read_tensor_index, stream_tensors
+from prunepath_vllm.checkpoint import read_tensor_header, read_tensor_index, stream_tensors
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import CheckpointError, TrainingError
 from prunepath_vllm.training.losses import TERMS
@@ -265,16 +265,14 @@ class PrunePathTrainer(Trainer):
         path = Path(resume_from_checkpoint)
         check_checkpoint(path, sharded=self.sharded)
         inner = self.training.model
-        if self.recipe.model.rank is None:
-            tensors = dict(stream_tensors(path, read_tensor_index(path)))
-        else:
-            tensors = load_file(path / TRAINED_FILE)
+        all_trained = self.recipe.model.rank is None
+        tensors = read_tensor_index(path) if all_trained else read_tensor_header(path, TRAINED_FILE)
         known = dict(inner.named_parameters())  # a tied head is there once
-        wanted = known if self.recipe.model.rank is None else {n: p for n, p in known.items() if p.requires_grad}
+        wanted = known if all_trained else {n: p for n, p in known.items() if p.requires_grad}
         if tensors.keys() != wanted.keys():
             name = min(tensors.keys() ^ wanted.keys())
             raise CheckpointError(f"{path}: tensor {name} is missing or unexpected; expected this recipe's model")
-        for name, tensor in tensors.items():
+        for name, tensor in stream_tensors(path, tensors):
             fill(known[name], tensor)
 
 
