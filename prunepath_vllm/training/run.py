@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +56,8 @@ RESULT = "model"
 ADAPTER = "adapter.safetensors"
 ROUTER_DEVIATION = 0.02
 HELD_OUT_BATCH = 8
+PATIENCE = timedelta(hours=2)
+"""How long other processes wait for the main one, which converts, exports and measures alone."""
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Path:
@@ -105,7 +108,7 @@ def _train(recipe: Recipe, output: Path, *, resume: bool) -> Path:
     from accelerate import PartialState
 
     last = next(reversed(checkpoints(output)), None) if resume else None
-    processes = PartialState(cpu=recipe.runtime.device == "cpu")
+    processes = PartialState(cpu=recipe.runtime.device == "cpu", timeout=PATIENCE)
     check_processes(recipe, processes.num_processes)
     with processes.main_process_first():
         if processes.is_main_process:

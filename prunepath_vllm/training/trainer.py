@@ -108,11 +108,11 @@ class PrunePathTrainer(Trainer):
         self.course.start(elapsed)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
 
-    def _wrap_model(self, model: Any, training: bool = True) -> Any:
+    def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
         if self.sharded:
             # Adds autocast; the mode for evaluation is the one that does not wrap the model for DDP.
             return self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
-        return super()._wrap_model(model, training)
+        return super()._wrap_model(model, *args, **kwargs)
 
     def _clip_grad_norm(self, model: Any) -> Any:
         norm = super()._clip_grad_norm(model)
