@@ -147,3 +147,9 @@ def test_what_does_not_go_with_sharding_is_refused(tmp_path, dense_checkpoint, c
     with pytest.raises(UsageError, match=message):
         train(parse_recipe(content(tmp_path, dense_checkpoint("llama"), "run", **changes)))
     assert not (tmp_path / "run").exists()
+
+
+def test_accelerates_own_sharding_is_refused(tmp_path, dense_checkpoint, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    with pytest.raises(UsageError, match=r"ACCELERATE_USE_FSDP: true; expected a launch without FSDP"):
+        train(parse_recipe(content(tmp_path, dense_checkpoint("llama"), "run")))
