@@ -156,13 +156,20 @@ class RouterTerms(nn.Module):
         self.spread: Tensor | None = None
         """float32 []: entropy of the routers' softmax in the last forward, without gradient."""
         self._output_rows = output_rows
+        self.measured_late = False
+        """Whether :meth:`measure` is called by the layer's forward: before it a sharded layer has no whole weights."""
 
     def prepare(self, mask: Tensor | None) -> None:
         """Before a forward: take its mask, and the output columns' norms as they are now."""
         self.mask = mask
+        if not self.measured_late:
+            self.measure()
+
+    def measure(self) -> None:
+        """Take the output columns' norms as they are now, where they are wanted."""
         if "contribution" in self.wanted:
             with torch.no_grad(), torch.autocast(self.sharpness.device.type, enabled=False):
-                rows = self._output_rows()
+                rows = self._output_rows().float()
                 if self.metric is None:
                     self.column_norms = torch.linalg.vector_norm(rows, dim=1)
                 else:

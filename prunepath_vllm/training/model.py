@@ -30,6 +30,7 @@ class TrainingModel(nn.Module):
         hidden_weight: float = 0.0,
         costs: Sequence[LayerCosts] = (),
         compiled: bool = False,
+        sharded: bool = False,
     ) -> None:
         """Wrap a model.
 
@@ -40,6 +41,7 @@ class TrainingModel(nn.Module):
             hidden_weight: of :func:`hidden_distance` to its layers' outputs; its layers must be as many and as wide.
             costs: how contributions are measured, by layer; none: by their squared norms.
             compiled: compile every layer, and the loss, with torch.compile.
+            sharded: the model will be sharded; then its layers are not compiled, as gathering them cannot be.
         """
         super().__init__()
         self.model = model
@@ -58,7 +60,7 @@ class TrainingModel(nn.Module):
         self.register_buffer("term_weights", torch.zeros(len(TERMS)), persistent=False)
         if compiled:
             # One graph for all layers, compiled once: seconds instead of minutes for the whole model's.
-            for part in (model, teacher):
+            for part in (None if sharded else model, teacher):
                 for layer in layers_of(part) if part is not None else ():
                     layer.compile(fullgraph=True, dynamic=False)
 

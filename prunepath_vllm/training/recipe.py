@@ -203,9 +203,15 @@ class Runtime(Section):
 
     device: Literal["auto", "cpu"] = Field(default="auto", description="a CUDA GPU where there is one, or the CPU")
     bf16: bool = Field(default=True, description="bfloat16 autocast (weights and routers stay float32)")
-    compile: bool = Field(default=True, description="torch.compile, layer by layer; on a GPU only")
+    compile: bool = Field(
+        default=True, description="torch.compile, layer by layer; on a GPU only; of a sharded model the loss alone"
+    )
     gradient_checkpointing: bool = Field(
         default=False, description="recompute layers in the backward: less memory, slower"
+    )
+    sharding: Literal["none", "full"] = Field(
+        default="none",
+        description="full: parameters, gradients and optimizer state are spread over all processes (FSDP2)",
     )
     log_steps: int = Field(default=20, gt=0, description="optimizer steps between reports")
     save_steps: int | None = Field(default=None, gt=0, description="optimizer steps between checkpoints to resume from")

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +44,7 @@ from prunepath_vllm.training.measure import Batch, Point, measure
 from prunepath_vllm.training.model import TrainingModel, family_of_model
 from prunepath_vllm.training.recipe import Conversion, Recipe, save_recipe
 from prunepath_vllm.training.reports import LOG_FILE, Reports
+from prunepath_vllm.training.sharding import check_processes, check_sharding, is_sharded, whole_parameters
 from prunepath_vllm.training.targets import SEQUENCES, LayerCosts, layer_costs
 from prunepath_vllm.training.trainer import PARTIAL, PrunePathTrainer, checkpoints, routing_of
 
@@ -54,6 +56,8 @@ RESULT = "model"
 ADAPTER = "adapter.safetensors"
 ROUTER_DEVIATION = 0.02
 HELD_OUT_BATCH = 8
+PATIENCE = timedelta(hours=2)
+"""How long other processes wait for the main one, which converts, exports and measures alone."""
 
 
 def train(recipe: Recipe, *, resume: bool = False) -> Path:
@@ -86,6 +90,7 @@ def train(recipe: Recipe, *, resume: bool = False) -> Path:
 
 def _check_inputs(recipe: Recipe, output: Path, *, resume: bool) -> None:
     """Refuse what can be seen to be wrong before a model is made, converted or loaded, or anything written."""
+    check_sharding(recipe)
     check_output_folder(output, "output")
     if not resume and (checkpoints(output) or (output / RESULT).exists() or (output / LOG_FILE).exists()):
         raise UsageError(f"output {output}: holds another run; expected a new directory, or --resume")
@@ -103,7 +108,8 @@ def _train(recipe: Recipe, output: Path, *, resume: bool) -> Path:
     from accelerate import PartialState
 
     last = next(reversed(checkpoints(output)), None) if resume else None
-    processes = PartialState(cpu=recipe.runtime.device == "cpu")
+    processes = PartialState(cpu=recipe.runtime.device == "cpu", timeout=PATIENCE)
+    check_processes(recipe, processes.num_processes)
     with processes.main_process_first():
         if processes.is_main_process:
             output.mkdir(parents=True, exist_ok=True)
@@ -143,6 +149,7 @@ def _train(recipe: Recipe, output: Path, *, resume: bool) -> Path:
         hidden_weight=recipe.distillation.hidden if recipe.distillation else 0.0,
         costs=costs,
         compiled=compiled,
+        sharded=is_sharded(recipe),
     )
 
     trainer = PrunePathTrainer(recipe, training, data, tokenizer)
@@ -152,10 +159,28 @@ def _train(recipe: Recipe, output: Path, *, resume: bool) -> Path:
         save_recipe(recipe, output)
     trainer.train(resume_from_checkpoint=str(last) if last else None)
     result = output / RESULT
+    if is_sharded(recipe):
+        trainer.optimizer.state.clear()  # room for the whole model on the main process's GPU
+        whole = _gathered(trainer, start, tokenizer)
+    else:
+        whole = trainer.training.model
     with processes.main_process_first():
         if processes.is_main_process:
-            _export(trainer, start, result, tokenizer)
+            _export(trainer, whole, start, result, tokenizer)
     return result
+
+
+def _gathered(trainer: PrunePathTrainer, start: Path, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel | None:
+    """The sharded model, whole and on the CPU, on the main process; all have to call this."""
+    recipe, main = trainer.recipe, trainer.args.process_index == 0
+    whole = load_model(recipe, start, tokenizer) if main else None
+    if whole is not None and recipe.model.rank is not None:
+        add_low_rank(whole, recipe.model.rank)
+    known = {} if whole is None else dict(whole.named_parameters())
+    for name, tensor in whole_parameters(trainer.training.model):
+        if main:
+            known[name].data.copy_(tensor)
+    return whole
 
 
 def _is_made(recipe: Recipe) -> bool:
@@ -340,9 +365,11 @@ def held_out_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_tok
     return [data.collate([data[i] for i in range(at, min(at + HELD_OUT_BATCH, len(data)))]) for at in starts]
 
 
-def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: PreTrainedTokenizerBase) -> None:
+def _export(
+    trainer: PrunePathTrainer, model: Any, start: Path, result: Path, tokenizer: PreTrainedTokenizerBase
+) -> None:
     """Write the trained model in its starting dtype, the directory complete or not at all; then measure it."""
-    recipe, model = trainer.recipe, trainer.training.model
+    recipe = trainer.recipe
     config = read_config(start)
     dtype = getattr(torch, str(config.get("dtype") or config.get("torch_dtype") or "float32"))
     routing = None
@@ -378,6 +405,7 @@ def _export(trainer: PrunePathTrainer, start: Path, result: Path, tokenizer: Pre
     if write_adapter is not None:
         write_adapter()
     # From here on nothing can lose the training.
+    model.to(trainer.args.device)
     if model.device.type == "cpu":
         model.float()  # the same weights; many CPUs have no fast bfloat16 product
     exported = TrainingModel(model.eval()).to(model.device)

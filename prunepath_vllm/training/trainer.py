@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor
 from torch.utils.data import Dataset
 from transformers import (
     PreTrainedTokenizerBase,
@@ -23,19 +24,30 @@ from transformers import (
 )
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-from prunepath_vllm.checkpoint import read_tensor_index, stream_tensors
+from prunepath_vllm.checkpoint import read_tensor_header, read_tensor_index, stream_tensors
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import CheckpointError, TrainingError
 from prunepath_vllm.training.losses import TERMS
 from prunepath_vllm.training.model import TrainingModel
 from prunepath_vllm.training.recipe import Recipe
 from prunepath_vllm.training.schedule import Course
+from prunepath_vllm.training.sharding import (
+    check_checkpoint,
+    fill,
+    is_sharded,
+    load_optimizer,
+    save_optimizer,
+    shard,
+    whole_parameters,
+)
 
 PARTIAL = ".partial"
 """Where a checkpoint is written before it gets its name."""
 CLOCK_FILE = "clock.json"
 TRAINED_FILE = "trained.safetensors"
 """Of a low-rank run's checkpoints: what is trained, and nothing else."""
+SCHEDULER_FILE = "scheduler.pt"
+"""The Trainer's name for it."""
 ENDLESS = 10**9
 """Optimizer steps of a run that the clock ends."""
 
@@ -50,14 +62,19 @@ class PrunePathTrainer(Trainer):
 
         Args:
             recipe: what to do.
-            training: the model, on the CPU.
+            training: the model, on the CPU; sharded here where the recipe says so.
             data: of :func:`prunepath_vllm.training.data.load_training_data`.
             tokenizer: saved with every checkpoint.
         """
         collate: Any = getattr(data, "collate")  # noqa: B009
+        arguments = training_arguments(recipe)
+        self.sharded = is_sharded(recipe)
+        if self.sharded:
+            # Now, as the Trainer moves what it is given to the GPU, whole.
+            shard(training, arguments.device.type, bf16=recipe.runtime.bf16)
         super().__init__(
             model=training,
-            args=training_arguments(recipe),
+            args=arguments,
             data_collator=collate,
             train_dataset=data,
             processing_class=tokenizer,
@@ -90,6 +107,16 @@ class PrunePathTrainer(Trainer):
             elapsed = json.loads((Path(resume_from_checkpoint) / CLOCK_FILE).read_text())["elapsed"]
         self.course.start(elapsed)
         return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _wrap_model(self, model: Any, *args: Any, **kwargs: Any) -> Any:
+        if self.sharded:
+            # Adds autocast; the mode for evaluation is the one that does not wrap the model for DDP.
+            return self.accelerator.prepare_model(model, device_placement=False, evaluation_mode=True)
+        return super()._wrap_model(model, *args, **kwargs)
+
+    def _clip_grad_norm(self, model: Any) -> Any:
+        norm = super()._clip_grad_norm(model)
+        return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
     def create_optimizer(self, model: Any = None) -> torch.optim.Optimizer:
         """AdamW in three groups: weights, what is not decayed (norms, biases, up matrices), routers."""
@@ -195,36 +222,58 @@ class PrunePathTrainer(Trainer):
                 shutil.rmtree(old)
         self.accelerator.wait_for_everyone()
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Write the model, on the main process; of a sharded one all processes have to call this."""
+        if not self.sharded:
+            return super().save_model(output_dir, _internal_call)
+        tensors = self._whole()
+        if self.args.should_save:
+            self._save(output_dir, tensors)
+
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         """The model as from_pretrained reads it (low rank: what is trained), and the tokenizer. No pickles."""
         directory = Path(output_dir or self.args.output_dir)
         directory.mkdir(parents=True, exist_ok=True)
         if self.recipe.model.rank is None:
-            self.training.model.save_pretrained(directory)
+            self.training.model.save_pretrained(directory, state_dict=state_dict)
         else:
-            save_file(self._trained(), directory / TRAINED_FILE)
+            save_file(state_dict or self._whole(), directory / TRAINED_FILE)
         if self.processing_class is not None:
             self.processing_class.save_pretrained(directory)
 
-    def _trained(self) -> dict[str, Tensor]:
-        named = self.training.model.named_parameters()
-        return {name: p.detach().cpu().contiguous() for name, p in named if p.requires_grad}
+    def _whole(self) -> dict[str, Tensor]:
+        """What a checkpoint holds, on the CPU; empty where this process does not write it."""
+        named = whole_parameters(self.training.model, trained_only=self.recipe.model.rank is not None)
+        return {name: tensor.cpu().contiguous() for name, tensor in named if self.args.should_save}
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        if not self.sharded:
+            return super()._save_optimizer_and_scheduler(output_dir)
+        save_optimizer(self.training, self.optimizer, Path(output_dir))
+        if self.args.should_save:
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if not self.sharded or checkpoint is None:
+            return super()._load_optimizer_and_scheduler(checkpoint)
+        load_optimizer(self.training, self.optimizer, Path(checkpoint))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
+        for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
+            group["lr"] = rate
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
         path = Path(resume_from_checkpoint)
+        check_checkpoint(path, sharded=self.sharded)
         inner = self.training.model
-        if self.recipe.model.rank is None:
-            tensors = dict(stream_tensors(path, read_tensor_index(path)))
-        else:
-            tensors = load_file(path / TRAINED_FILE)
+        all_trained = self.recipe.model.rank is None
+        tensors = read_tensor_index(path) if all_trained else read_tensor_header(path, TRAINED_FILE)
         known = dict(inner.named_parameters())  # a tied head is there once
-        wanted = known if self.recipe.model.rank is None else {n: p for n, p in known.items() if p.requires_grad}
+        wanted = known if all_trained else {n: p for n, p in known.items() if p.requires_grad}
         if tensors.keys() != wanted.keys():
             name = min(tensors.keys() ^ wanted.keys())
             raise CheckpointError(f"{path}: tensor {name} is missing or unexpected; expected this recipe's model")
-        with torch.no_grad():
-            for name, tensor in tensors.items():
-                known[name].copy_(tensor)
+        for name, tensor in stream_tensors(path, tensors):
+            fill(known[name], tensor)
 
 
 REPORTED = ("task", "hidden", "terms")
