@@ -5,6 +5,9 @@ import inspect
 import os
 from typing import Any
 
+TRACED = {"VLLM_CPU_CI_ENV": "1", "VLLM_USE_AOT_COMPILE": "0"}
+"""Models are traced, as for inductor, but run as traced: it takes a minute. Such a model is never kept for the next
+start, but vLLM would look for it, by a hash of all its configuration, at every step."""
 INTERPRETER = {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}  # the driver below cannot compile
 
 
@@ -14,10 +17,10 @@ def environment(runner: str) -> dict[str, str]:
     if runner == "cuda":
         return common
     cpu = dict(
-        VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_CI_ENV="1", VLLM_USE_V2_MODEL_RUNNER=str(int(runner == "v2")),
+        VLLM_CPU_KVCACHE_SPACE="1", VLLM_USE_V2_MODEL_RUNNER=str(int(runner == "v2")),
         VLLM_CPU_OMP_THREADS_BIND="nobind",  # a NUMA node for every process of an engine is what it wants otherwise
     )  # fmt: skip
-    return common | cpu | (INTERPRETER if runner == "v2" else {})
+    return common | TRACED | cpu | (INTERPRETER if runner == "v2" else {})
 
 
 def remember_what_the_interpreter_looks_up() -> None:
