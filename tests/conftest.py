@@ -14,7 +14,6 @@ from pathlib import Path
 import absl.logging
 import pytest
 from hypothesis import settings
-from tiny_models import save_dense, save_prunepath
 
 # vLLM configures logging anew for an engine, which closes every handler; absl's then closes the stream that it was made
 # with, unless it is the process's own. Made by an import in a test, that stream would be pytest's, for all other tests.
@@ -72,6 +71,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(scope="session")
 def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """``dense_checkpoint(family)``: the directory of a tiny random dense model in float32, made once per session."""
+    from tiny_models import save_dense  # torch, which the process that only hands tests out does without
+
     made: dict[str, Path] = {}
 
     def get(family: str) -> Path:
@@ -85,6 +86,8 @@ def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 @pytest.fixture(scope="session")
 def prunepath_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``prunepath_checkpoint(family, **options)``: what ``save_prunepath`` writes, made once per session; read only."""
+    from tiny_models import save_prunepath
+
     made: dict[str, Path] = {}
 
     def get(family: str, **options) -> Path:

@@ -27,7 +27,7 @@ NEW_TOKENS = OPTIONS.get("new_tokens", 4 if RUNNER == "v2" else 10)
 SHARED_PREFIX = "a prompt long enough to fill several blocks of the prefix cache. " * 2
 
 
-def engine(**options):
+def engine(checkpoint=CHECKPOINT, **options):
     """A small engine: steps of 64 tokens, so that prompts are chunked, and few sequences at a time."""
     defaults = dict(
         max_model_len=256, dtype=OPTIONS.get("dtype", "float32"), max_num_batched_tokens=64, max_num_seqs=6,
@@ -37,7 +37,7 @@ def engine(**options):
         defaults |= dict(num_gpu_blocks_override=512)
     else:  # a fixed, small share, whatever else runs on the GPU
         defaults |= dict(gpu_memory_utilization=0.05, kv_cache_memory_bytes=1 << 28)
-    return LLM(CHECKPOINT, **{**defaults, **options})
+    return LLM(checkpoint, **{**defaults, **options})
 
 
 def params(tau=None, **options):
@@ -119,89 +119,6 @@ def cold():
     }
 
 
-def lora():
-    """Taus and adapters mixed in one batch, and alone; prefix-cache hits across both; and what is said to bad adapters.
-
-    The options name the adapters' folders: `adapters`, and `refused`.
-    """
-    from vllm.lora.request import LoRARequest
-
-    requests = {path: LoRARequest(f"adapter {i}", i, path) for i, path in enumerate(OPTIONS["adapters"], 1)}
-    adapters = [None, *requests]
-    llm = engine(enforce_eager=True, enable_lora=True, max_loras=2, max_lora_rank=8, **OPTIONS.get("engine", {}))
-
-    def generate(prompts, many):
-        chosen = [requests.get(adapter) for _, adapter in many]
-        outputs = llm.generate(prompts, [params(tau) for tau, _ in many], lora_request=chosen, use_tqdm=False)
-        return [row(output, tau) | {"adapter": adapter} for output, (tau, adapter) in zip(outputs, many, strict=True)]
-
-    prompts = PROMPTS[: OPTIONS.get("prompts", len(PROMPTS))]
-    many = [(TAUS[i % len(TAUS)], adapters[(i + i // 3) % len(adapters)]) for i in range(len(prompts))]
-    mixed = generate(prompts, many)
-    llm.reset_prefix_cache()
-    lone = [generate([prompt], [one])[0] for prompt, one in zip(prompts, many, strict=True)]
-    llm.reset_prefix_cache()
-    shared = [(0.5, 1), (0.5, 0), (0.9, 1), (0.5, 1), (0.5, 2), (0.5, 0), (1.0, 2), (1.05, 2)]
-    shared_prefix = [generate([SHARED_PREFIX], [(tau, adapters[number])])[0] for tau, number in shared]
-    said = []
-    for i, path in enumerate(OPTIONS["refused"]):
-        for load in (
-            lambda one: llm.generate([PROMPTS[0]], params(0.5), lora_request=one, use_tqdm=False),
-            llm.llm_engine.add_lora,
-        ):
-            try:
-                load(LoRARequest(f"refused {i}", 10 + i, path))
-                said.append(None)
-            except (ValueError, RuntimeError) as error:  # a worker's, which may be another process
-                said.append(str(error))
-    after = generate(prompts[:3], many[:3])
-    return {"mixed": mixed, "lone": lone, "shared_prefix": shared_prefix, "said": said, "after": after}
-
-
-def pooling():
-    """Of each case, in one process: embeddings, or scores of a reranker, of prompts at mixed taus, and at tau 1.
-
-    A case is a checkpoint, what the engine converts it to, and its overrides.
-    """
-    global CHECKPOINT
-    found = {}
-    for name, (checkpoint, convert, overrides) in OPTIONS["cases"].items():
-        CHECKPOINT = checkpoint
-        options = {"hf_overrides": overrides} if overrides else {}
-        try:
-            llm = engine(enforce_eager=True, runner="pooling", convert=convert, **options)
-        except Exception as error:
-            found[name] = {"error": str(error)}
-            continue
-        found[name] = {}
-        # Some prompts twice, at another tau, and longer than a step: cached blocks must be their tau's.
-        prompts = [*PROMPTS[:5], PROMPTS[1], PROMPTS[2]]
-        for kind, taus in {
-            "mixed": (0.5, 0.9, 1.0, 0.3, 0.7, 0.4, 0.9),
-            "tau 1": (1.0,) * 7,
-            "default": (None,),
-        }.items():
-            many = [PoolingParams(extra_kwargs={} if tau is None else {"tau": tau}) for tau in taus]
-            if convert == "embed":
-                outputs = llm.embed(prompts[: len(taus)], pooling_params=many, use_tqdm=False)
-                values = [output.outputs.embedding for output in outputs]
-            elif overrides["method"] == "from_2_way_softmax":
-                pairs = zip(prompts, many, strict=False)
-                outputs = [llm.score("query", text, pooling_params=one, use_tqdm=False)[0] for text, one in pairs]
-                values = [[output.outputs.score] for output in outputs]
-            else:
-                outputs = llm.classify(prompts[: len(taus)], pooling_params=many, use_tqdm=False)
-                values = [output.outputs.probs for output in outputs]
-            found[name][kind] = [
-                {"tau": tau, "prompt": list(output.prompt_token_ids), "values": value}
-                for tau, output, value in zip(taus, outputs, values, strict=True)
-            ]
-        llm.llm_engine.engine_core.shutdown()
-        del llm
-        gc.collect()
-    return found
-
-
 def graphs():
     """Mixed taus twice in one batch, and alone, under the graph mode of the options."""
     llm = engine(
@@ -264,13 +181,11 @@ def families():
 
     The options may give each engine several processes.
     """
-    global CHECKPOINT
     found = {}
     for name, checkpoints in OPTIONS["cases"].items():
         found[name] = {}
         for kind, checkpoint in checkpoints.items():
-            CHECKPOINT = checkpoint
-            llm = engine(enforce_eager=True, **OPTIONS.get("engine", {}))
+            llm = engine(checkpoint, enforce_eager=True, **OPTIONS.get("engine", {}))
             taus = [TAUS[i % len(TAUS)] for i in range(len(PROMPTS))] if kind == "sparse" else []
             mixed = llm.generate(PROMPTS[: len(taus)], [params(tau) for tau in taus], use_tqdm=False)
             full = llm.generate(PROMPTS, [params(1.0) for _ in PROMPTS], use_tqdm=False)
@@ -290,12 +205,12 @@ def functions():
 
     Of a classifier the probabilities of its classes; of an engine that does not start what it said.
     """
-    global CHECKPOINT
     found = {}
     for name, (checkpoint, options) in OPTIONS["cases"].items():
-        CHECKPOINT = checkpoint
         try:
-            llm = engine(**{"enforce_eager": True, "max_model_len": None, "enable_prefix_caching": False, **options})
+            llm = engine(
+                checkpoint, **{"enforce_eager": True, "max_model_len": None, "enable_prefix_caching": False, **options}
+            )
             limit = llm.llm_engine.model_config.max_model_len
             found[name] = {"limit": limit} | (scored(llm) if "max_model_len" not in options else {})
         except Exception as error:

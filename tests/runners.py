@@ -5,6 +5,9 @@ import inspect
 import os
 from typing import Any
 
+TRACED = {"VLLM_CPU_CI_ENV": "1", "VLLM_USE_AOT_COMPILE": "0"}
+"""Models are traced, as for inductor, but run as traced: it takes a minute. Such a model is never kept for the next
+start, but vLLM would look for it, by a hash of all its configuration, at every step."""
 INTERPRETER = {"TRITON_INTERPRET": "1", "TORCHDYNAMO_DISABLE": "1"}  # the driver below cannot compile
 
 
@@ -14,14 +17,15 @@ def environment(runner: str) -> dict[str, str]:
     if runner == "cuda":
         return common
     cpu = dict(
-        VLLM_CPU_KVCACHE_SPACE="1", VLLM_CPU_CI_ENV="1", VLLM_USE_V2_MODEL_RUNNER=str(int(runner == "v2")),
+        VLLM_CPU_KVCACHE_SPACE="1", VLLM_USE_V2_MODEL_RUNNER=str(int(runner == "v2")),
         VLLM_CPU_OMP_THREADS_BIND="nobind",  # a NUMA node for every process of an engine is what it wants otherwise
     )  # fmt: skip
-    return common | cpu | (INTERPRETER if runner == "v2" else {})
+    return common | TRACED | cpu | (INTERPRETER if runner == "v2" else {})
 
 
 def remember_what_the_interpreter_looks_up() -> None:
-    """A fifth of the interpreter's time: the builtins of each module and class, looked for at every launch and call."""
+    """A third of the interpreter's time: the builtins of each module and class, and types of blocks."""
+    from triton.language import core
     from triton.runtime import interpreter
 
     @functools.cache
@@ -44,6 +48,30 @@ def remember_what_the_interpreter_looks_up() -> None:
             dtypes[scalar.name] = look_up(scalar)
         return dtypes[scalar.name]
 
+    blocks: dict[tuple, tuple] = {}
+    make_block = core.block_type.__init__
+
+    def block_type(self: Any, element_ty: Any, shape: Any) -> None:
+        sizes = tuple([size.value if isinstance(size, core.constexpr) else size for size in shape])
+        if sizes not in blocks:
+            make_block(self, element_ty, shape)  # refuses what is no shape
+            blocks[sizes] = self.shape, self.numel, str(self.shape)
+        self.element_ty = element_ty
+        self.shape, self.numel, written = blocks[sizes]
+        self.name = f"<{written}, {element_ty}>"
+
+    tensors: dict[tuple, tuple] = {}
+    make_tensor = core.tensor.__init__
+
+    def tensor(self: Any, handle: Any, type: Any) -> None:
+        sizes = tuple(type.shape.values) if type.is_block() else ()
+        if sizes not in tensors:
+            make_tensor(self, handle, type)
+            tensors[sizes] = self.shape, self.numel
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = tensors[sizes]
+
+    core.block_type.__init__, core.tensor.__init__ = block_type, tensor
     interpreter._patch_builtin = patch
     interpreter._get_np_dtype = numpy_dtype
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 import warm
 from naive import load_naive, naive_generate
+from runners import TRACED
 from tiny_models import build_tokenizer
 
 BIN = Path(sys.executable).parent
@@ -23,7 +24,7 @@ def prunepath(*arguments: str | Path, run: Callable = warm.run) -> subprocess.Co
         [BIN / "prunepath", *map(str, arguments)],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_CI_ENV": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **TRACED},
     )
 
 

@@ -18,10 +18,10 @@ SCRIPT = Path(__file__).with_name("engine_scenarios.py")
 RUNNERS = ("v1", "v2")
 
 
-def run_engine(scenario: str, checkpoint: Path, runner: str = "v1", **options) -> dict:
-    """One scenario of engine_scenarios.py in its own process."""
+def run_engine(scenario: str, checkpoint: Path, runner: str = "v1", script: Path = SCRIPT, **options) -> dict:
+    """One scenario of engine_scenarios.py, or of another such script, in its own process."""
     start = subprocess.run if runner == "cuda" else warm.run
-    command = [sys.executable, SCRIPT, scenario, checkpoint, runner, json.dumps(options)]
+    command = [sys.executable, script, scenario, checkpoint, runner, json.dumps(options)]
     env = {**os.environ, "OMP_NUM_THREADS": "1", **runners.environment(runner)}
     said = start(
         [*map(str, command)], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace", env=env

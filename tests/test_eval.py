@@ -76,7 +76,7 @@ def test_the_engine_agrees_with_transformers(prunepath_checkpoint, arc, tmp_path
         [BIN / "prunepath", *map(str, command)],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_CI_ENV": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **runners.TRACED},
     )
     assert process.returncode == 0, process.stderr[-3000:]
     engine, here = json.loads(other.read_text()), json.loads(output.read_text())

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from runners import TRACED
 from test_server import MODEL, serve  # noqa: F401
 
 from prunepath_vllm.entrypoints.cli import main
@@ -70,7 +71,7 @@ def harness(folder: Path, model: str, arguments: dict, *more: str) -> tuple[dict
             **os.environ,
             "HF_HUB_OFFLINE": "1",
             "OMP_NUM_THREADS": "1",
-            "VLLM_CPU_CI_ENV": "1",
+            **TRACED,
             "VLLM_CPU_KVCACHE_SPACE": "1",
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         },

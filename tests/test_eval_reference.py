@@ -10,6 +10,7 @@ import pytest
 import torch
 import warm
 from rouge_score.rouge_scorer import RougeScorer
+from runners import TRACED
 from sklearn.metrics import accuracy_score, f1_score
 from tiny_models import build_tokenizer
 from transformers import AutoModelForCausalLM
@@ -51,7 +52,7 @@ def evaluate_with_engine(*command: object) -> None:
         [BIN / "prunepath", "eval", *map(str, command), "--backend", "vllm"],
         capture_output=True,
         text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "VLLM_CPU_CI_ENV": "1", "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", **TRACED, "OMP_NUM_THREADS": "1"},
     )
     assert process.returncode == 0, process.stderr[-3000:]
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import test_server
 import warm
+from runners import TRACED
 from test_server import CURVE, MODEL, Server
 
 ROOT = Path(__file__).parents[1]
@@ -29,8 +30,7 @@ def run(name: str, *arguments: str) -> str:
 
 
 def run_file(file: Path, *arguments: str, start: Callable = warm.run, **variables: str) -> str:
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **variables}
-    env["VLLM_CPU_CI_ENV"] = "1"  # compiling by inductor takes a minute
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", **TRACED, **variables}
     done = start([sys.executable, str(file), *arguments], capture_output=True, env=env)
     assert done.returncode == 0, done.stderr.decode()[-3000:]
     return done.stdout.decode(errors="replace")

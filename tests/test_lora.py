@@ -21,6 +21,8 @@ from prunepath_vllm.model_executor.adapters import refuse_adapter
 
 serve = test_server.serve
 
+SCRIPT = Path(__file__).with_name("lora_pooling_scenarios.py")
+
 RANK, SCALE = 4, 2.0
 PREFIX = "base_model.model."
 REFUSED = (
@@ -83,6 +85,7 @@ def test_adapters_and_taus_in_one_batch_give_what_merged_checkpoints_give(
         "lora",
         checkpoint,
         runner,
+        SCRIPT,
         adapters=[str(path) for path in adapters],
         refused=[str(save_adapter(checkpoint, tmp_path / name, *parts)) for name, *parts in REFUSED],
         **options,

@@ -16,6 +16,8 @@ from tiny_models import build_tokenizer
 
 serve = test_server.serve
 
+SCRIPT = Path(__file__).with_name("lora_pooling_scenarios.py")
+
 PAIR = dict(method="from_2_way_softmax", classifier_from_token=["a", "b"])
 CLASSES = dict(method="no_post_processing", classifier_from_token=["a", "b", "c"])
 CASES = {
@@ -61,7 +63,7 @@ def pooled(prunepath_checkpoint, dense_checkpoint):
                 if runner == "v1":
                     cases[f"dense {name}"] = [str(dense_checkpoint(family)), *how]
             cases["no head"] = [str(prunepath_checkpoint("llama", default_tau=0.6)), "classify", None]
-            made[runner] = run_engine("pooling", Path(), runner, cases=cases)
+            made[runner] = run_engine("pooling", Path(), runner, SCRIPT, cases=cases)
         return made[runner]
 
     return get

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import warm
+from runners import TRACED
 
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.entrypoints.cli import main
@@ -51,7 +52,8 @@ def run(checkpoint: Path, text: Path, output: Path, *more: object) -> int:
 
 
 def test_a_sweep_with_speed_and_what_it_writes(prunepath_checkpoint, text, tmp_path, capsys, monkeypatch):
-    monkeypatch.setenv("VLLM_CPU_CI_ENV", "1")
+    for name, value in TRACED.items():
+        monkeypatch.setenv(name, value)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(sweep, "subprocess", warm)
     checkpoint = shutil.copytree(prunepath_checkpoint("llama"), tmp_path / "checkpoint")

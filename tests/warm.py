@@ -155,6 +155,7 @@ def main() -> None:
 
     assert not chosen.cache_info().currsize, "a module makes metrics at import"
     override_kernels_once()
+    wait_instead_of_spinning()
     handler = LogLevel()
     for one in logging.getLogger("vllm").handlers:
         one.addFilter(handler)
@@ -199,6 +200,13 @@ def override_kernels_once() -> None:
     register = functools.cache(current_platform.register_triton_kernel_overrides)
     type(current_platform).register_triton_kernel_overrides = staticmethod(register)
     register()
+
+
+def wait_instead_of_spinning() -> None:
+    """A process of several of an engine spins for a second after each message: on a core that another could use."""
+    from vllm.distributed.device_communicators.shm_broadcast import SpinCondition
+
+    SpinCondition.__init__.__defaults__ = (0.01,)
 
 
 class LogLevel(logging.Filter):
