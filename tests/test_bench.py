@@ -26,6 +26,26 @@ TINY = dict(
 )  # fmt: skip
 
 
+@pytest.mark.parametrize(("uses", "share"), [(0.78, 0.2), (0.89, 0.1)])
+def test_a_bias_gives_half_of_the_experts_most_uses(uses, share):
+    bias = shapes.bias_of_uses(uses, share, 128)
+    tau = shapes.tau_of_share(share, 128, bias)
+    logits = torch.randn(2000, 128, generator=torch.Generator().manual_seed(1))
+    logits[:, :64] += bias
+    active = reference.select_cumulative_mass(logits, torch.tensor(tau))
+    assert active.float().mean() == pytest.approx(share, abs=0.01)
+    assert active[:, :64].sum() / active.sum() == pytest.approx(uses, abs=0.01)
+
+
+def test_vllms_own_offload_is_the_dense_engines_beside_experts_in_host_memory():
+    policy = '{"prunepath": {"host_experts": 0.5}}'
+    args = latency.parse(["--shape", "smollm2", "--share", "0.2", "--additional-config", policy])
+    assert latency.has_host_experts(args.additional_config)
+    assert not latency.has_host_experts({"prunepath": {"min_tau": 0.5}})
+    with pytest.raises(UsageError, match=r"--hottest-half 0\.8: expected with --share"):
+        latency.parse(["--shape", "smollm2", "--hottest-half", "0.8"])
+
+
 @pytest.mark.parametrize("num_experts", [48, 592])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_tau_of_share_selects_that_share_of_gaussian_logits(share, num_experts):

@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, pairwise
+from itertools import chain, pairwise, repeat
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,7 @@ from vllm.inputs import TokensPrompt
 from vllm.sampling_params import RequestOutputKind
 from vllm.utils.argparse_utils import FlexibleArgumentParser
 
-from prunepath_vllm.arguments import OneLineErrors, check_output_file, whole
+from prunepath_vllm.arguments import OneLineErrors, check_output_file, number, whole
 from prunepath_vllm.benchmarks import options, report, shapes
 from prunepath_vllm.engine_environment import runs_on_cpu, set_server_defaults
 from prunepath_vllm.errors import UsageError
@@ -47,7 +47,8 @@ PERCENTAGES = (10, 25, 50, 75, 90, 99)
 """Percentiles of a batch's latency, as ``vllm bench latency`` gives them."""
 
 Point = dict[str, float | None]
-"""{"tau", "share"}: where on the dial to measure, and the share of active experts expected there (None: unknown)."""
+"""{"tau", "share"}: where on the dial to measure, and the share of active experts expected there (None: unknown); with
+--hottest-half also "bias", of the routers of the first half of the experts."""
 
 
 class _Parser(OneLineErrors, FlexibleArgumentParser):
@@ -82,6 +83,10 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument(
         "--share", type=options.shares, metavar="LIST", help="with --shape: active shares of experts, instead of --tau"
     )
+    parser.add_argument(
+        "--hottest-half", type=number(0.5, 0.99), metavar="USES",
+        help="with --share: bias routers so that half of the experts take this share of all uses",
+    )  # fmt: skip
     parser.add_argument("--batch-size", type=options.numbers(int), default=[1, 4, 16, 64], metavar="LIST")
     parser.add_argument("--repeats", type=whole(1), default=3, metavar="N", help="of the decode step (default: 3)")
     parser.add_argument("--prefill", type=whole(0), default=0, metavar="N", help="also time the prefill of N tokens")
@@ -105,6 +110,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("expected a checkpoint or --shape, and not both")
     if args.share and (args.tau or not args.shape):
         raise UsageError("--share: expected with --shape, instead of --tau")
+    if args.hottest_half and not args.share:
+        raise UsageError(f"--hottest-half {args.hottest_half:g}: expected with --share")
     if args.expert_dtype and not args.shape:
         raise UsageError("--expert-dtype: expected with --shape; a checkpoint is made by `prunepath quantize`")
     if args.dense_quantization and not (args.shape or args.dense):
@@ -124,11 +131,22 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
+def has_host_experts(additional_config: Any) -> bool:
+    """Whether the operator's policy leaves experts in host memory."""
+    policy = (additional_config or {}).get("prunepath") or {}
+    return isinstance(policy, dict) and bool({"host_experts", "gpu_expert_gib"} & policy.keys())
+
+
 def operating_points(args: argparse.Namespace) -> list[Point]:
     """What --tau or --share ask for. A checkpoint's shares come from its tau curve."""
     if args.shape:
         config = shapes.dense_config(args.shape)
         num_experts = shapes.shape_family(args.shape).intermediate_size(config) // args.expert_size
+        if args.hottest_half:
+            biases = [shapes.bias_of_uses(args.hottest_half, share, num_experts) for share in args.share]
+            taus = map(shapes.tau_of_share, args.share, repeat(num_experts), biases)
+            points = zip(taus, args.share, biases, strict=False)
+            return [{"tau": tau, "share": share, "bias": bias} for tau, share, bias in points]
         if args.share:
             return [{"tau": shapes.tau_of_share(share, num_experts), "share": share} for share in args.share]
         return [{"tau": tau, "share": shapes.share_of_tau(tau, num_experts)} for tau in args.tau or (1.0, 0.8, 0.5)]
@@ -165,6 +183,8 @@ def start_engine(args: argparse.Namespace, engine: str) -> tuple[LLM, dict[str, 
                 args.load_format = "dummy"
         else:
             path = args.checkpoint if engine == "sparse" else args.dense
+        if engine == "sparse" and has_host_experts(args.additional_config):
+            args.cpu_offload_gb = args.offload_group_size = 0  # vLLM's own way is the dense engine's alone
         if engine == "dense" and args.dense_quantization:
             args.quantization = args.dense_quantization
         args.model, args.worker_extension_cls, args.disable_log_stats = str(path), report.PROBE, True
@@ -195,6 +215,7 @@ def measure(llm: LLM, args: argparse.Namespace, points: Sequence[Point]) -> dict
     rows, prefill = [], []
     cells = [(point, batch) for point in points for batch in args.batch_size]
     for point, batch in tqdm(cells, desc="tau x batch size", file=sys.stderr):
+        _favour(llm, point)
         row = {**point, "batch_size": batch}
         row |= _engine_loop(llm, args, point["tau"], batch) if args.num_iters else {}
         _seconds(llm, args, point["tau"], batch, 8)
@@ -202,9 +223,15 @@ def measure(llm: LLM, args: argparse.Namespace, points: Sequence[Point]) -> dict
         row["decode_step_ms"] = statistics.median(chain(*steps))
         rows.append({**row, "decode_steps_ms": [statistics.median(one) for one in steps]})
     for point in points if args.prefill else ():
+        _favour(llm, point)
         times = [1e3 * _seconds(llm, args, point["tau"], 1, 1, args.prefill) for _ in range(args.repeats + 1)][1:]
         prefill.append({**point, "tokens": args.prefill, "prefill_ms": statistics.median(times), "times_ms": times})
     return {"rows": rows, "prefill": prefill, "peak_gib": max(llm.collective_rpc("prunepath_peak_gib"))}
+
+
+def _favour(llm: LLM, point: Point) -> None:
+    if (bias := point.get("bias")) is not None:
+        llm.collective_rpc("prunepath_favour", args=(bias,))
 
 
 def _engine_loop(llm: LLM, args: argparse.Namespace, tau: float | None, batch: int) -> dict[str, Any]:

@@ -15,7 +15,8 @@ from prunepath_vllm.benchmarks.float32 import layer_output
 from prunepath_vllm.benchmarks.shapes import randomise
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.kernels.layer import LayerSpec, Weights, dtype_name
-from prunepath_vllm.model_executor.layers.routed_ffn import first_layer, triton_kernels
+from prunepath_vllm.kernels.split_memory import Grains
+from prunepath_vllm.model_executor.layers.routed_ffn import ExpertRouter, first_layer, triton_kernels
 
 CHECKED_TOKENS = (1, 4, 16, 64, 256)
 CHECKED_TAUS = (0.3, 1.0, 0.7, 0.05)
@@ -32,6 +33,14 @@ class BenchmarkProbe:
         randomise(self.get_model())
 
     @torch.inference_mode()
+    def prunepath_favour(self, bias: float) -> None:
+        """Set every router's bias, to this for the first half of its experts and 0 for the others."""
+        for module in self.get_model().modules():
+            if isinstance(module, ExpertRouter):
+                module.bias.zero_()
+                module.bias[: len(module.bias) // 2] = bias
+
+    @torch.inference_mode()
     def prunepath_check_layer(self) -> list[float | str] | None:
         """Relative RMS error of the first routed layer against float32 arithmetic, the worst of several batch sizes.
 
@@ -43,7 +52,7 @@ class BenchmarkProbe:
     def prunepath_peak_gib(self) -> float:
         """Most memory this worker has held so far, GiB: reserved on its GPU, or resident where it runs on a CPU."""
         if torch.cuda.is_available():
-            return torch.cuda.max_memory_reserved() / 2**30
+            return (torch.cuda.max_memory_reserved() + Grains.held(on_host=False)) / 2**30
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 

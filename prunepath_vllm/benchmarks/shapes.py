@@ -3,7 +3,7 @@
 import functools
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -157,28 +157,53 @@ def _axes(weight: Tensor) -> list[list[int]]:
     return [[size] for size in weight.shape]
 
 
-@functools.cache
-def _ranked_mass(num_experts: int) -> Tensor:
-    """Cumulative probability down the ranking [4096, E] for router logits drawn from a standard Gaussian."""
+@functools.lru_cache(4)
+def _ranked(num_experts: int, bias: float) -> tuple[Tensor, Tensor]:
+    """Router logits drawn from a standard Gaussian, plus `bias` for the first half of the experts, of 4096 tokens.
+
+    Returns:
+        [4096, E] down each token's ranking: cumulative probability, and whether the expert is of the first half.
+    """
     logits = torch.randn(4096, num_experts, generator=torch.Generator().manual_seed(0))
-    return logits.softmax(-1).sort(-1, descending=True).values.cumsum(-1)
+    logits[:, : num_experts // 2] += bias
+    ranked = logits.softmax(-1).sort(-1, descending=True)
+    return ranked.values.cumsum(-1), ranked.indices < num_experts // 2
 
 
-def share_of_tau(tau: float, num_experts: int) -> float:
-    """Mean share of active experts at `tau` when router logits are Gaussian with standard deviation 1."""
+def share_of_tau(tau: float, num_experts: int, bias: float = 0.0) -> float:
+    """Mean share of active experts at `tau` when router logits are Gaussian with standard deviation 1.
+
+    With a bias the first half of the experts has so much more.
+    """
     if tau >= 1:
         return 1.0
-    return (_ranked_mass(num_experts) < tau).float().sum(-1).clamp(min=1).mean().item() / num_experts
+    return (_ranked(num_experts, bias)[0] < tau).float().sum(-1).clamp(min=1).mean().item() / num_experts
 
 
-def tau_of_share(share: float, num_experts: int) -> float:
+def tau_of_share(share: float, num_experts: int, bias: float = 0.0) -> float:
     """The inverse of :func:`share_of_tau`: the tau in (0, 1] at which `share` of the experts is active on average."""
     if share >= 1:
         return 1.0
-    low, high = 0.0, 1.0
-    for _ in range(40):
+    return _bisect(lambda tau: share_of_tau(tau, num_experts, bias) >= share, 1.0)
+
+
+def bias_of_uses(uses: float, share: float, num_experts: int) -> float:
+    """The router bias with which the first half of the experts takes `uses` of all uses, where `share` is active."""
+
+    def enough(bias: float) -> bool:
+        mass, first_half = _ranked(num_experts, bias)
+        active = mass < tau_of_share(share, num_experts, bias)
+        return (active & first_half).sum().item() >= uses * active.sum().item()
+
+    return _bisect(enough, 8.0, steps=12)
+
+
+def _bisect(reached: Callable[[float], bool], high: float, steps: int = 40) -> float:
+    """Where in (0, high] a condition begins to hold."""
+    low = 0.0
+    for _ in range(steps):
         middle = (low + high) / 2
-        low, high = (middle, high) if share_of_tau(middle, num_experts) < share else (low, middle)
+        low, high = (low, middle) if reached(middle) else (middle, high)
     return low or high
 
 

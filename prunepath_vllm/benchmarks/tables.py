@@ -205,6 +205,29 @@ def _tokens_per_second(file: str) -> tuple[float, Curve]:
     return 1000 / dense[0]["decode_step_ms"], points
 
 
+def host_experts(file: str, *, batch: str = "1", base: str) -> str:
+    """Decode steps with experts in host memory: a row a run, a column what is active, with the ratio to one run.
+
+    Args:
+        file: {"runs"}: of each the label, GiB on GPU and host, and rows of label, batch and milliseconds.
+        batch: the batch size.
+        base: label of the run that ratios are to.
+    """
+    runs = _read(file)["runs"]
+    (dense,) = (
+        row["ms"] for run in runs if run["label"] == base for row in run["rows"] if row.get("batch") == int(batch)
+    )
+    columns = [row["label"] for row in runs[-1]["rows"] if row.get("batch") == int(batch)]
+    table = []
+    for run in runs:
+        steps = {row["label"]: row["ms"] for row in run["rows"] if row.get("batch") == int(batch)}
+        values = [steps.get(column, steps.get("dense")) for column in columns[: 1 if "dense" in steps else None]]
+        cells = [f"{value:.3g} ms ({speedup(dense, value)})" for value in values if value is not None]
+        memory = f"{run['gib']['gpu']:.1f}", f"{run['gib']['host']:.1f}" if run["kind"] == "sparse" else ""
+        table.append([run["label"], *memory, *cells, *[""] * (len(columns) - len(cells))])
+    return markdown(["", "GiB on the GPU", "on the host", *columns], table)
+
+
 def unions(file: str, *, taus: str) -> str:
     """``benchmarks.unions``: the share of a layer's experts that a batch reads on real text."""
     result = _read(file)
@@ -233,7 +256,7 @@ def exactness(file: str) -> str:
 
 KINDS: Mapping[str, Callable[..., str]] = {
     function.__name__: function
-    for function in (latency, serve, kernel, perplexity, scores, checkpoint, unions, exactness)
+    for function in (latency, serve, kernel, perplexity, scores, checkpoint, host_experts, unions, exactness)
 }
 
 
