@@ -59,6 +59,8 @@ class Family:
     """Whether attention scores are capped; transformers' sdpa leaves the cap out, eager does not."""
     rope_kinds: tuple[str, ...] = ()
     """Rotary embeddings that engine and transformers compute alike for it; empty for all of ``fields.ROPE_KINDS``."""
+    partial_rope: bool = False
+    """Whether engine and transformers both rotate a part of each head, where partial_rotary_factor says so."""
     rope_by_layer_kind: bool = False
     """Whether each kind of layer has a rotary embedding of its own."""
     one_window: bool = False
@@ -231,7 +233,8 @@ FAMILIES: tuple[Family, ...] = (
         "llama:LlamaMLP",
         merged="model.layers.{}.mlp.gate_up_proj",
         adapted=("qkv_proj", "o_proj"),
-        rope_kinds=("default",),  # transformers takes Phi-3's "yarn" for "longrope"
+        rope_kinds=("default", "longrope", "su"),  # transformers takes Phi-3's "yarn" for "longrope" as well
+        partial_rope=True,
     ),
     _glu("granite", "GraniteForCausalLM", "granite:GraniteMLP"),
     _glu(

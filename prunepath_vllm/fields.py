@@ -4,6 +4,7 @@ A configuration whose function the engine or the transformers model would not re
 conversion begins and again when a checkpoint is read. tests/test_fields.py holds the table against transformers.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +108,7 @@ FIELDS: dict[str, dict[str, Meaning]] = {
         "sliding_window": FOLLOWED,
         "resid_pdrop": NO_EFFECT,
         "embd_pdrop": NO_EFFECT,
-        "original_max_position_embeddings": NO_EFFECT,  # where "longrope" changes its frequencies
+        "original_max_position_embeddings": FOLLOWED,  # with "longrope"
     },
     "granite": _EVERY_FAMILY
     | _GLU
@@ -221,7 +222,7 @@ FOREIGN: dict[str, dict[str, Only]] = {
         "ada_rms_norm_t_cond": Only((None, False), _ENGINE_ALONE),
     },
     "phi3": _FOREIGN_TO_ALL
-    | _FOREIGN_ROPE
+    | {name: rule for name, rule in _FOREIGN_ROPE.items() if name != "partial_rotary_factor"}
     | _NO_BIASES
     | _LLAMA_ENGINE
     | {
@@ -254,9 +255,13 @@ ROPE_KINDS: dict[str, frozenset[str]] = {
     "yarn": _ROPE_BASE
     | {"factor", "original_max_position_embeddings", "attention_factor"}
     | {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"},
+    "longrope": _ROPE_BASE | {"short_factor", "long_factor", "factor", "original_max_position_embeddings"},
 }
-"""Rotary embeddings that engine and transformers compute alike, and their parameters. Not "dynamic" and "longrope":
-transformers chooses the frequencies by each sequence's length, the engine once."""
+ROPE_KINDS["su"] = ROPE_KINDS["longrope"]  # its old name
+"""Rotary embeddings that engine and transformers compute alike, and their parameters. Not "dynamic": transformers
+chooses the frequencies by each sequence's length, the engine once. With "longrope" both take the short factors up to
+the original length, where the engine stops unless told otherwise; beyond, the engine, dense or not, takes the long ones
+for every sequence."""
 
 _LAYER_KINDS = ("full_attention", "sliding_attention")
 
@@ -337,10 +342,11 @@ def _check_rope(family: Family, config: Mapping[str, Any]) -> None:
     for name, rope in ropes.items():
         if not isinstance(rope, Mapping):
             raise ConfigError(f"{name}: {shown(rope)}; expected an object")
-        _check_one_rope(name, rope, family.rope_kinds or tuple(ROPE_KINDS))
+        _check_one_rope(name, rope, family, config)
 
 
-def _check_one_rope(name: str, rope: Mapping[str, Any], kinds: tuple[str, ...]) -> None:
+def _check_one_rope(name: str, rope: Mapping[str, Any], family: Family, config: Mapping[str, Any]) -> None:
+    kinds = family.rope_kinds or tuple(kind for kind in ROPE_KINDS if kind not in ("longrope", "su"))
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = ROPE_KINDS[kind] if isinstance(kind, str) and kind in kinds else None
     if known is None:
@@ -354,9 +360,36 @@ def _check_one_rope(name: str, rope: Mapping[str, Any], kinds: tuple[str, ...]) 
             f"{name}.{unknown[0]}: {shown(rope.get(unknown[0]))}; expected, with rope_type {kind!r}, only "
             f"{', '.join(sorted(known))}"
         )
-    if rope.get("partial_rotary_factor") not in (None, 1):
+    part = rope.get("partial_rotary_factor", config.get("partial_rotary_factor"))
+    if part not in (None, 1) and not family.partial_rope:
+        raise ConfigError(f"{name}.partial_rotary_factor: {shown(part)}; expected 1.0 ({_ENGINE_ALONE})")
+    if part is not None and (not _is_positive(part) or part > 1):
+        raise ConfigError(f"{name}.partial_rotary_factor: {shown(part)}; expected a number in (0, 1]")
+    if kind in ("longrope", "su"):
+        _check_long_rope(name, rope, config, family.hidden_size(config), 1.0 if part is None else part)
+
+
+def _is_positive(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
+
+
+def _check_long_rope(
+    name: str, rope: Mapping[str, Any], config: Mapping[str, Any], hidden_size: int, part: float
+) -> None:
+    """Two lists of factors, one for each pair of rotated channels; and no attention factor but the lengths' own."""
+    length = int(hidden_size // config.get("num_attention_heads", 32) * part) // 2
+    for field in ("short_factor", "long_factor"):
+        factors = rope.get(field)
+        if not isinstance(factors, list) or len(factors) != length or not all(map(_is_positive, factors)):
+            raise ConfigError(f"{name}.{field}: {shown(factors)}; expected {length} positive numbers")
+    original = rope.get("original_max_position_embeddings", config.get("original_max_position_embeddings", 4096))
+    if not _is_positive(original):
+        raise ConfigError(f"{name}.original_max_position_embeddings: {shown(original)}; expected a number of tokens")
+    scale, factor = config.get("max_position_embeddings", 4096) / original, rope.get("factor")
+    if factor is not None and (not _is_positive(factor) or not math.isclose(factor, scale)):
         raise ConfigError(
-            f"{name}.partial_rotary_factor: {shown(rope['partial_rotary_factor'])}; expected 1.0 ({_ENGINE_ALONE})"
+            f"{name}.factor: {shown(factor)}; expected {scale:g}, max_position_embeddings over the original "
+            "(the engine ignores another)"
         )
 
 

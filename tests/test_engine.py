@@ -226,6 +226,7 @@ ROPE = {
     "linear": dict(factor=2),  # a whole number, as many configurations write it
     "llama3": dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
     "yarn": dict(factor=4.0, original_max_position_embeddings=128, attention_factor=1.3, beta_fast=16.0),
+    "longrope": dict(partial_rotary_factor=0.5, short_factor=[3.0, 1.5], long_factor=[9.0, 4.0]),
 }
 FUNCTIONS = {
     "llama-relu": ("llama", dict(hidden_act="relu", attention_bias=True, head_dim=64), "llama3", 512),
@@ -250,6 +251,8 @@ FUNCTIONS = {
         None,
         512,
     ),
+    # As vLLM has it unless told otherwise: up to the original length, where the short factors hold.
+    "phi3": ("phi3", dict(sliding_window=None, original_max_position_embeddings=120), "longrope", 120),
     "roberta": ("roberta", dict(max_position_embeddings=130, hidden_act="relu", layer_norm_eps=0.1), None, 128),
 }
 """Family, configuration, rotary embedding, and how many tokens the engine takes."""

@@ -54,6 +54,9 @@ QWEN_WINDOW: dict[str, list[dict[str, Any]]] = {
     "max_window_layers": [dict(use_sliding_window=True, max_window_layers=LAYERS, sliding_window=8)],
     "layer_types": [dict(use_sliding_window=True, layer_types=["sliding_attention"] * LAYERS, sliding_window=8)],
 }
+SHORT, LONG = [1 + i / 4 for i in range(16)], [9 - i / 4 for i in range(16)]
+LONGROPE = dict(rope_type="longrope", rope_theta=100.0, short_factor=SHORT, long_factor=LONG)
+HALF_LONGROPE = LONGROPE | dict(partial_rotary_factor=0.5, short_factor=SHORT[:8], long_factor=LONG[:8])
 LINEAR = dict(rope_type="linear", rope_theta=10_000.0, factor=8)
 GEMMA = GLU | {
     "tie_word_embeddings": [dict(tie_word_embeddings=False)],
@@ -86,7 +89,15 @@ VARIANTS: dict[str, dict[str, list[dict[str, Any]]]] = {
     | {
         "tie_word_embeddings": [dict(tie_word_embeddings=True)],
         "sliding_window": [dict(sliding_window=5), dict(sliding_window=None)],
-        "rope_parameters": [dict(rope_parameters=dict(rope_type="default", rope_theta=100.0))],
+        "original_max_position_embeddings": [
+            dict(rope_parameters=LONGROPE, max_position_embeddings=512, original_max_position_embeddings=size)
+            for size in (8, 64)  # shorter than the prompt, and longer
+        ],
+        "rope_parameters": [
+            dict(rope_parameters=dict(rope_type="default", rope_theta=100.0)),
+            dict(rope_parameters=dict(rope_type="default", rope_theta=100.0, partial_rotary_factor=0.5)),
+            dict(rope_parameters=HALF_LONGROPE),
+        ],
     },
     "granite": GLU
     | {
@@ -241,9 +252,22 @@ REFUSED = [
     ("qwen2", "layer_types", dict(layer_types=["full_attention"])),
     ("qwen2", "head_dim", dict(head_dim=16)),
     ("mistral", "sliding_window", dict(sliding_window=0)),
-    ("phi3", "rope_parameters.rope_type", dict(rope_scaling=dict(type="longrope", short_factor=[1.0]))),
+    ("phi3", "rope_parameters.short_factor", dict(rope_scaling=dict(type="longrope", short_factor=[1.0]))),
+    ("phi3", "rope_parameters.long_factor", dict(rope_parameters=LONGROPE | dict(long_factor=[1.0] * 15 + [-1.0]))),
+    ("phi3", "rope_parameters.factor", dict(rope_parameters=LONGROPE | dict(factor=3.0))),
+    ("phi3", "rope_parameters.long_mscale", dict(rope_parameters=LONGROPE | dict(long_mscale=1.1))),
+    ("phi3", "rope_parameters.attention_factor", dict(rope_parameters=LONGROPE | dict(attention_factor=1.1))),
+    (
+        "phi3",
+        "rope_parameters.original_max_position_embeddings",
+        dict(rope_parameters=LONGROPE | dict(original_max_position_embeddings=0)),
+    ),
     ("phi3", "rope_parameters.rope_type", dict(rope_scaling=dict(type="yarn", factor=2.0))),
-    ("phi3", "partial_rotary_factor", dict(partial_rotary_factor=0.75)),
+    (
+        "phi3",
+        "rope_parameters.partial_rotary_factor",
+        dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=1.5)),
+    ),
     ("gemma2", "sliding_window", dict(sliding_window=None, layer_types=None)),
     ("gemma2", "layer_types", dict(sliding_window=None)),
     ("gemma2", "layer_types", dict(layer_types=["chunked_attention"] * LAYERS)),
