@@ -226,7 +226,7 @@ ROPE = {
     "linear": dict(factor=2),  # a whole number, as many configurations write it
     "llama3": dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32),
     "yarn": dict(factor=4.0, original_max_position_embeddings=128, attention_factor=1.3, beta_fast=16.0),
-    "longrope": dict(partial_rotary_factor=0.5, short_factor=[3.0, 1.5], long_factor=[9.0, 4.0]),
+    "longrope": dict(partial_rotary_factor=0.5, short_factor=[3 - i / 4 for i in range(8)], long_factor=[9.0] * 8),
 }
 FUNCTIONS = {
     "llama-relu": ("llama", dict(hidden_act="relu", attention_bias=True, head_dim=64), "llama3", 512),

@@ -145,24 +145,29 @@ def test_a_server_takes_adapters_at_start_and_later_and_refuses_others(
     bad = save_adapter(checkpoint, tmp_path / "bad", ".self_attn.", ".up_proj.")
     monkeypatch.setenv("VLLM_ALLOW_RUNTIME_LORA_UPDATING", "1")
     flags = ["--enable-lora", "--max-loras", "2", "--max-lora-rank", "8", "--lora-modules", f"a={adapters['a']}"]
-    server = serve(checkpoint, *flags)
+    policy = {"prunepath": {"default_tau_by_model": {"a": 0.3}}}
+    server = serve(checkpoint, *flags, "--additional-config", json.dumps(policy))
     assert server.post("/v1/load_lora_adapter", dict(lora_name="b", lora_path=str(adapters["b"]))).status_code == 200
     refused = server.post("/v1/load_lora_adapter", dict(lora_name="bad", lora_path=str(bad)))
     assert refused.status_code >= 400
     assert "model.layers.0.mlp.up_proj.lora_A.weight" in refused.json()["error"]["message"]
     assert "PrunePath models take adapters of attention alone" in refused.json()["error"]["message"]
 
-    def complete(name: str, tau: float) -> list[int]:
-        body = dict(model=name, prompt=PROMPTS[1], max_tokens=10, temperature=0, tau=tau)
+    def complete(name: str, tau: float | None) -> list[int]:
+        body = dict(model=name, prompt=PROMPTS[1], max_tokens=10, temperature=0)
+        if tau is not None:
+            body["tau"] = tau
         answer = server.post("/v1/completions", {**body, "ignore_eos": True, "return_token_ids": True})
         assert answer.status_code == 200, answer.text
         return answer.json()["choices"][0]["token_ids"]
 
     asked = [(name, tau) for name in (MODEL, "a", "b") for tau in TAUS[:3]]
+    asked += [("a", None), ("b", None)]
+    defaults = {"a": 0.3, "b": 0.6}
     with concurrent.futures.ThreadPoolExecutor(len(asked)) as pool:
         answers = list(pool.map(complete, *zip(*asked, strict=True)))
     paths = {name: merged(checkpoint, path, tmp_path / f"merged-{name}") for name, path in adapters.items()}
     prompt = build_tokenizer()(PROMPTS[1])["input_ids"]
     models = {name: load_naive(path) for name, path in {MODEL: checkpoint, **paths}.items()}
     for (name, tau), answer in zip(asked, answers, strict=True):
-        assert answer == naive_generate(models[name], prompt, tau, 10), (name, tau)
+        assert answer == naive_generate(models[name], prompt, tau or defaults[name], 10), (name, tau)

@@ -124,6 +124,10 @@ def test_a_default_for_a_name_that_is_not_served_stops_the_server():
     options = {"prunepath": {"default_tau_by_model": {"fats": 0.5}}}
     with pytest.raises(ConfigError, match="default_tau_by_model: 'fats' is not served; expected one of fast, best"):
         expect_served_names(SimpleNamespace(additional_config=options, served_model_name=["fast", "best"], model="m"))
+    adapters = [SimpleNamespace(name="fats", path="somewhere")]
+    expect_served_names(
+        SimpleNamespace(additional_config=options, served_model_name=None, model="m", lora_modules=adapters)
+    )
 
 
 @pytest.mark.parametrize(

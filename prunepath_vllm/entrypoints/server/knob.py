@@ -78,7 +78,8 @@ def expect_served_names(args: Any) -> None:
         ConfigError: names the name.
     """
     options = (args.additional_config or {}).get("prunepath", {})
-    served = args.served_model_name or [args.model]
+    adapters = [module.name for module in getattr(args, "lora_modules", None) or ()]
+    served = [*(args.served_model_name or [args.model]), *adapters]
     if unknown := set(options.get("default_tau_by_model", {})) - set(served):
         raise ConfigError(
             f"additional_config.prunepath.default_tau_by_model: {min(unknown)!r} is not served; "
