@@ -6,6 +6,7 @@ import itertools
 import re
 import shutil
 import sys
+from dataclasses import replace
 from types import SimpleNamespace
 
 import naive
@@ -24,9 +25,9 @@ from prunepath_vllm.conversion.cold import record_usage
 from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.entrypoints import cli
 from prunepath_vllm.errors import ConfigError, TauError, UnsupportedFeatureError, UsageError
-from prunepath_vllm.kernels import split_memory
+from prunepath_vllm.kernels import ffn, split_memory
 from prunepath_vllm.kernels.host_experts import HostExperts
-from prunepath_vllm.kernels.layer import Weights
+from prunepath_vllm.kernels.layer import LayerSpec, Weights
 from prunepath_vllm.kernels.split_memory import GRAIN, Grains, Range, Staging, resident_grains, split_range
 from prunepath_vllm.modeling import load_tokenizer
 
@@ -295,6 +296,16 @@ def test_other_ways_of_moving_weights_are_refused_by_name(monkeypatch, prunepath
     change(config)
     with pytest.raises(UnsupportedFeatureError, match=re.escape(said)):
         engine_config._refuse_with_host_experts(config)
+
+
+def test_small_layers_stay_sparse_where_what_they_read_comes_from_the_host():
+    spec = LayerSpec(512, 64, 32, torch.bfloat16)
+    assert spec.weight_bytes < ffn.SMALL_LAYER
+    paths = [
+        [ffn.load_tuning("a GPU without a table", one).choice(tokens).path for tokens in (1, 4, 16, 8192)]
+        for one in (spec, replace(spec, resident=32))
+    ]
+    assert paths == [["dense"] * 4, ["fused", "split", "dense", "grouped"]]
 
 
 def test_a_memory_target_becomes_a_share():

@@ -37,7 +37,8 @@ class TokenTaus:
         values: float32 [max_num_batched_tokens] on the model's device.
         dense_step: bool scalar on the host: every token of this step uses every expert.
         counts: what the layers count.
-        spec: the routed layers, all alike but for the experts that each keeps, which it does not tell.
+        spec: the routed layers, all alike but for the experts that each keeps, and of those has on the GPU: here it is
+            as if all were kept.
         host: where the experts lie that are not in GPU memory; None where all are.
     """
 
@@ -61,7 +62,10 @@ class TokenTaus:
         kept = round(self.prunepath.kept_share * num_layers * self.prunepath.num_experts)
         share = policy.host_share(kept * expert_bytes // get_pp_group().world_size)
         self.host = HostExperts(share) if share else None
-        host_bytes = 0 if self.host is None else expert_bytes
+        host_bytes = 0
+        if self.host is not None:
+            host_bytes = expert_bytes
+            self.spec = replace(self.spec, resident=self.host.resident(self.spec.num_experts))
         self.counts = ExpertCounts(self.prunepath, num_layers, max_tokens, host_bytes)
         _of_configs[id(vllm_config)] = self
 
