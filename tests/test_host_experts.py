@@ -24,6 +24,7 @@ from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.conversion.cold import record_usage
 from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.entrypoints import cli
+from prunepath_vllm.entrypoints.commands import check
 from prunepath_vllm.errors import ConfigError, TauError, UnsupportedFeatureError, UsageError
 from prunepath_vllm.kernels import ffn, split_memory
 from prunepath_vllm.kernels.host_experts import HostExperts
@@ -315,6 +316,25 @@ def test_a_memory_target_becomes_a_share():
     assert policy.host_share(12 << 30) == 0.75
     assert policy.host_share(2 << 30) == 0
     assert OperatorPolicy(default_tau=1.0, full_queue=1, host_experts=0.5).host_share(12 << 30) == 0.5
+
+
+def test_check_says_how_fast_a_gpu_reads_the_host(monkeypatch, tmp_path):
+    for number, (speed, width) in enumerate([("32.0 GT/s PCIe", 16), ("16.0 GT/s PCIe", 8), (None, None)]):
+        bus = f"0000:4{number}:00.0"
+        (tmp_path / "driver" / bus).mkdir(parents=True)
+        (tmp_path / "driver" / bus / "information").write_text("Model: \t NVIDIA H200\n")
+        if speed is not None:
+            (tmp_path / "pci" / bus).mkdir(parents=True)
+            (tmp_path / "pci" / bus / "max_link_speed").write_text(f"{speed}\n")
+            (tmp_path / "pci" / bus / "max_link_width").write_text(f"{width}\n")
+    monkeypatch.setattr(check, "_DRIVER", tmp_path / "driver")
+    monkeypatch.setattr(check, "_PCI", tmp_path / "pci")
+    monkeypatch.setattr(check, "_version", lambda package: "13.0.3")
+    assert check._gpus() == ["NVIDIA H200"] * 3
+    links = "PCIe 32.0 GT/s x16, about 55 GB/s, PCIe 16.0 GT/s x8, about 14 GB/s, PCIe unknown"
+    assert check._host_links() == f"{links} (cuda-bindings 13.0.3)"
+    monkeypatch.setattr(check, "_version", lambda package: check._ABSENT)
+    assert check._host_links() == "not here: cuda-bindings is not installed"
 
 
 def test_the_module_says_what_it_needs(monkeypatch):

@@ -25,6 +25,9 @@ _REQUIRED = ("torch", "transformers", "safetensors", "pydantic", "numpy")
 """Without one of them nothing but this command, --version and --help works."""
 _SETTINGS = ("VLLM_", "PRUNEPATH_", "CUDA_VISIBLE", "TRITON_", "TORCH_", "OMP_NUM_THREADS", "PROMETHEUS_MULTIPROC")
 """Beginnings of the names of environment variables that change what the engine does."""
+_DRIVER, _PCI = Path("/proc/driver/nvidia/gpus"), Path("/sys/bus/pci/devices")
+_OF_LINK = 0.86
+"""Share of a PCIe link's bits that was read as data: 55 GB/s of generation 5's 64 over 16 lanes."""
 _ABSENT = "not installed"
 _NOT_INSTALLED = "not installed as a package: vLLM cannot find the plugin"
 _SECRET = ("KEY", "TOKEN", "SECRET", "PASSWORD", "URL", "HOST")
@@ -66,6 +69,8 @@ def run(args: argparse.Namespace) -> int:
     else:
         gpus = _gpus()
         tell("device", ", ".join(gpus) or f"CPU only, {len(os.sched_getaffinity(0))} cores")
+        if gpus:
+            tell("host experts", _host_links())
         tell("kernels", _triton_table(gpus[0]) if gpus else _native_kernel())
         engine, serves = _installed_engine(missing)
     tell("engine", engine)
@@ -125,9 +130,24 @@ def _environment() -> str:
 
 def _gpus() -> list[str]:
     """Names of NVIDIA GPUs, as their driver tells them in /proc."""
-    files = sorted(Path("/proc/driver/nvidia/gpus").glob("*/information"))
+    files = sorted(_DRIVER.glob("*/information"))
     models = [line for file in files for line in file.read_text().splitlines() if line.startswith("Model:")]
     return [line.removeprefix("Model:").strip() for line in models]
+
+
+def _host_links() -> str:
+    """What experts in host memory need, and how fast each GPU can read them by the most that its PCIe link does."""
+    if (found := _version("cuda-bindings")) == _ABSENT:
+        return "not here: cuda-bindings is not installed"
+    links = []
+    for folder in sorted(one.parent.name.lower() for one in _DRIVER.glob("*/information")):
+        try:
+            speed = (_PCI / folder / "max_link_speed").read_text().split()[0]
+            width = int((_PCI / folder / "max_link_width").read_text())
+            links.append(f"PCIe {speed} GT/s x{width}, about {float(speed) * width / 8 * _OF_LINK:.0f} GB/s")
+        except (OSError, ValueError, IndexError):
+            links.append("PCIe unknown")
+    return f"{', '.join(links)} (cuda-bindings {found})"
 
 
 def _installed_engine(missing: Sequence[str]) -> tuple[str, bool]:
