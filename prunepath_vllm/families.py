@@ -57,8 +57,8 @@ class Family:
     """GLU families: the module of ``vllm.model_executor.models`` with the dense class."""
     caps_attention: bool = False
     """Whether attention scores are capped; transformers' sdpa leaves the cap out, eager does not."""
-    rope_kinds: tuple[str, ...] = ()
-    """Rotary embeddings that engine and transformers compute alike for it; empty for all of ``fields.ROPE_KINDS``."""
+    rope_kinds: tuple[str, ...] = ("default", "linear", "llama3", "yarn")
+    """Rotary embeddings that engine and transformers compute alike for it, of ``fields.ROPE_KINDS``."""
     partial_rope: bool = False
     """Whether engine and transformers both rotate a part of each head, where partial_rotary_factor says so."""
     rope_by_layer_kind: bool = False

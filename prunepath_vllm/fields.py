@@ -346,7 +346,7 @@ def _check_rope(family: Family, config: Mapping[str, Any]) -> None:
 
 
 def _check_one_rope(name: str, rope: Mapping[str, Any], family: Family, config: Mapping[str, Any]) -> None:
-    kinds = family.rope_kinds or tuple(kind for kind in ROPE_KINDS if kind not in ("longrope", "su"))
+    kinds = family.rope_kinds
     kind = rope.get("rope_type", rope.get("type", "default"))
     known = ROPE_KINDS[kind] if isinstance(kind, str) and kind in kinds else None
     if known is None:
@@ -366,22 +366,20 @@ def _check_one_rope(name: str, rope: Mapping[str, Any], family: Family, config: 
     if part is not None and (not _is_positive(part) or part > 1):
         raise ConfigError(f"{name}.partial_rotary_factor: {shown(part)}; expected a number in (0, 1]")
     if kind in ("longrope", "su"):
-        _check_long_rope(name, rope, config, family.hidden_size(config), 1.0 if part is None else part)
+        head = family.hidden_size(config) // config.get("num_attention_heads", 32)
+        _check_long_rope(name, rope, config, int(head * (1.0 if part is None else part)) // 2)
 
 
 def _is_positive(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < math.inf
 
 
-def _check_long_rope(
-    name: str, rope: Mapping[str, Any], config: Mapping[str, Any], hidden_size: int, part: float
-) -> None:
+def _check_long_rope(name: str, rope: Mapping[str, Any], config: Mapping[str, Any], pairs: int) -> None:
     """Two lists of factors, one for each pair of rotated channels; and no attention factor but the lengths' own."""
-    length = int(hidden_size // config.get("num_attention_heads", 32) * part) // 2
     for field in ("short_factor", "long_factor"):
         factors = rope.get(field)
-        if not isinstance(factors, list) or len(factors) != length or not all(map(_is_positive, factors)):
-            raise ConfigError(f"{name}.{field}: {shown(factors)}; expected {length} positive numbers")
+        if not isinstance(factors, list) or len(factors) != pairs or not all(map(_is_positive, factors)):
+            raise ConfigError(f"{name}.{field}: {shown(factors)}; expected {pairs} positive numbers")
     original = rope.get("original_max_position_embeddings", config.get("original_max_position_embeddings", 4096))
     if not _is_positive(original):
         raise ConfigError(f"{name}.original_max_position_embeddings: {shown(original)}; expected a number of tokens")

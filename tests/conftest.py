@@ -84,6 +84,14 @@ def dense_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str]
 
 
 @pytest.fixture(scope="session")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A text file of some sequences of the tiny models."""
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text("".join(f"{i}: the quick brown fox jumps over the lazy dog; " for i in range(40)))
+    return path
+
+
+@pytest.fixture(scope="session")
 def prunepath_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``prunepath_checkpoint(family, **options)``: what ``save_prunepath`` writes, made once per session; read only."""
     from tiny_models import save_prunepath

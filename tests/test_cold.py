@@ -42,13 +42,6 @@ def _registered():
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "fox.txt"
-    path.write_text("".join(f"{i}: the quick brown fox jumps over the lazy dog; " for i in range(40)))
-    return path
-
-
-@pytest.fixture(scope="module")
 def cold(prunepath_checkpoint, text, tmp_path_factory):
     """``cold(family, **options)``: a checkpoint, the pruned one, and the one with zeros that it has to equal."""
     made = {}

@@ -138,7 +138,7 @@ def test_layers_are_brought_whole_in_any_mixture_of_steps(driver, share):
 def test_a_copy_is_begun_once_a_layer_and_a_step(driver, monkeypatch):
     host, begun = HostExperts(0.5), []
     layers = make_layers(host, 3)
-    order = {id(layer): number for number, layer in enumerate(host._layers.values())}
+    order = {id(layer): number for number, layer in enumerate(host._layers)}
     copy = HostExperts._begin_copy
     monkeypatch.setattr(HostExperts, "_begin_copy", staticmethod(lambda *a: begun.append(order[id(a[0])]) or copy(*a)))
     for _ in range(2):
@@ -150,13 +150,6 @@ def test_a_copy_is_begun_once_a_layer_and_a_step(driver, monkeypatch):
 @pytest.fixture(scope="module", autouse=True)
 def _registered():
     prunepath_vllm.register()
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "fox.txt"
-    path.write_text("".join(f"{i}: the quick brown fox jumps over the lazy dog; " for i in range(40)))
-    return path
 
 
 @pytest.fixture(scope="module")

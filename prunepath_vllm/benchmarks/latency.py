@@ -21,7 +21,7 @@ import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from itertools import chain, pairwise, repeat
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -142,16 +142,18 @@ def operating_points(args: argparse.Namespace) -> list[Point]:
     if args.shape:
         config = shapes.dense_config(args.shape)
         num_experts = shapes.shape_family(args.shape).intermediate_size(config) // args.expert_size
-        if args.hottest_half:
-            biases = [shapes.bias_of_uses(args.hottest_half, share, num_experts) for share in args.share]
-            taus = map(shapes.tau_of_share, args.share, repeat(num_experts), biases)
-            points = zip(taus, args.share, biases, strict=False)
-            return [{"tau": tau, "share": share, "bias": bias} for tau, share, bias in points]
         if args.share:
-            return [{"tau": shapes.tau_of_share(share, num_experts), "share": share} for share in args.share]
+            return [_point_of_share(share, num_experts, args.hottest_half) for share in args.share]
         return [{"tau": tau, "share": shapes.share_of_tau(tau, num_experts)} for tau in args.tau or (1.0, 0.8, 0.5)]
     curve = options.causal_checkpoint(args.checkpoint).prunepath.tau_curve
     return [{"tau": tau, "share": shapes.share_on_curve(curve, tau)} for tau in args.tau or (1.0, 0.8, 0.5)]
+
+
+def _point_of_share(share: float, num_experts: int, uses: float | None) -> Point:
+    if uses is None:
+        return {"tau": shapes.tau_of_share(share, num_experts), "share": share}
+    bias = shapes.bias_of_uses(uses, share, num_experts)
+    return {"tau": shapes.tau_of_share(share, num_experts, bias), "share": share, "bias": bias}
 
 
 def start_engine(args: argparse.Namespace, engine: str) -> tuple[LLM, dict[str, Any]]:

@@ -214,15 +214,15 @@ def host_experts(file: str, *, batch: str = "1", base: str) -> str:
         base: label of the run that ratios are to.
     """
     runs = _read(file)["runs"]
-    (dense,) = (
-        row["ms"] for run in runs if run["label"] == base for row in run["rows"] if row.get("batch") == int(batch)
-    )
-    columns = [row["label"] for row in runs[-1]["rows"] if row.get("batch") == int(batch)]
+    steps = {
+        run["label"]: {row["label"]: row["ms"] for row in run["rows"] if row.get("batch") == int(batch)} for run in runs
+    }
+    (reference,) = steps[base].values()
+    columns = list(steps[runs[-1]["label"]])
     table = []
     for run in runs:
-        steps = {row["label"]: row["ms"] for row in run["rows"] if row.get("batch") == int(batch)}
-        values = [steps.get(column, steps.get("dense")) for column in columns[: 1 if "dense" in steps else None]]
-        cells = [f"{value:.3g} ms ({speedup(dense, value)})" for value in values if value is not None]
+        values = list(steps[run["label"]].values())  # of a dense model one, and else one for each column
+        cells = [f"{value:.3g} ms ({speedup(reference, value)})" for value in values]
         memory = f"{run['gib']['gpu']:.1f}", f"{run['gib']['host']:.1f}" if run["kind"] == "sparse" else ""
         table.append([run["label"], *memory, *cells, *[""] * (len(columns) - len(cells))])
     return markdown(["", "GiB on the GPU", "on the host", *columns], table)

@@ -143,8 +143,9 @@ def calibration_sequences(
     *,
     context: int | None = None,
     max_tokens: int = MAX_TOKENS,
+    minimum: int = 2,
 ) -> Tensor:
-    """What routers are fitted to and measured on: at least one sequence for each.
+    """The beginning of a text in sequences that a model takes.
 
     Args:
         model: directory with the tokenizer.
@@ -153,6 +154,7 @@ def calibration_sequences(
         text: as :func:`calibrate` takes it.
         context: tokens per sequence, likewise.
         max_tokens: likewise.
+        minimum: sequences that there must be: what routers are fitted to, and what they are measured on.
 
     Returns:
         int64 [sequences, length].
@@ -163,7 +165,7 @@ def calibration_sequences(
     from prunepath_vllm.modeling import load_tokenizer
 
     length = sequence_length(family, config, context, default=CONTEXT)
-    return read_sequences(load_tokenizer(model), text, length=length, max_tokens=max_tokens, minimum=2)
+    return read_sequences(load_tokenizer(model), text, length=length, max_tokens=max_tokens, minimum=minimum)
 
 
 def sequence_length(family: Family, config: Mapping[str, Any], wanted: int | None = None, *, default: int) -> int:

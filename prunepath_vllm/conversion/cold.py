@@ -22,15 +22,19 @@ from prunepath_vllm.checkpoint import (
     validate_checkpoint,
 )
 from prunepath_vllm.config import ExpertUsage, PrunePathConfig, expected_sparsity, sparsity_curve
-from prunepath_vllm.conversion.calibrate import CONTEXT, in_a_fast_dtype, load_model, sequence_length
+from prunepath_vllm.conversion.calibrate import (
+    CONTEXT,
+    calibration_sequences,
+    in_a_fast_dtype,
+    load_model,
+    sequence_length,
+)
 from prunepath_vllm.conversion.convert import ShardWriter, copy_files
 from prunepath_vllm.conversion.model_card import write_model_card
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
-from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.files import check_absent_or_empty, check_writable, new_directory
-from prunepath_vllm.modeling import load_tokenizer
 from prunepath_vllm.tau import DENSE_TAU, parse_tau
 
 SEQUENCES = 128
@@ -84,9 +88,7 @@ def prune_cold_experts(
         ConfigError, CheckpointError: `src` is not a valid PrunePath checkpoint, or not finite.
     """
     dst = Path(dst)
-    max_tau = parse_tau(max_tau, "max_tau")
-    if max_tau >= DENSE_TAU:
-        raise UsageError(f"max tau: {max_tau}; expected a number in (0, 1): from 1 on a token uses every expert")
+    max_tau = _sparse_tau(max_tau, "max_tau")
     if not 0 <= share < 1:
         raise UsageError(f"share: {share}; expected a number in [0, 1)")
     check_absent_or_empty(dst)
@@ -94,9 +96,7 @@ def prune_cold_experts(
     summary = validate_checkpoint(src, check_values=True)
     refuse_changed(src, summary.prunepath, "pruning", quantised=True)
     length = sequence_length(summary.family, summary.config, default=CONTEXT)
-    tokenizer = load_tokenizer(src)
-    tokens = read_sequences(tokenizer, text, length=length, max_tokens=sequences * length)
-    _refuse_all_dense(src, summary, tokens)
+    tokens = _sequences(src, summary, text, sequences * length)
     check_writable(dst)
 
     counts, counted = count_uses(summary, tokens, max_tau, device)
@@ -143,15 +143,11 @@ def record_usage(
         TauError: `tau` is no tau.
         ConfigError, CheckpointError: not a valid PrunePath checkpoint.
     """
-    tau = parse_tau(tau, "usage tau")
-    if tau >= DENSE_TAU:
-        raise UsageError(f"usage tau: {tau}; expected a number in (0, 1): from 1 on a token uses every expert")
+    tau = _sparse_tau(tau, "usage tau")
     check_device(device)
     summary = validate_checkpoint(checkpoint)
     refuse_changed(checkpoint, summary.prunepath, "measuring uses", quantised=True)
-    length = sequence_length(summary.family, summary.config, default=CONTEXT)
-    tokens = read_sequences(load_tokenizer(checkpoint), text, length=length, max_tokens=max_tokens)
-    _refuse_all_dense(checkpoint, summary, tokens)
+    tokens = _sequences(checkpoint, summary, text, max_tokens)
     check_writable(summary.path)
     counts, counted = count_uses(summary, tokens, tau, device)
     usage = _usage(counts, counted, tau, text)
@@ -159,12 +155,24 @@ def record_usage(
     return usage
 
 
-def _refuse_all_dense(checkpoint: str | Path, summary: CheckpointSummary, tokens: Tensor) -> None:
+def _sparse_tau(value: float, name: str) -> float:
+    tau = parse_tau(value, name)
+    if tau >= DENSE_TAU:
+        raise UsageError(
+            f"{name.replace('_', ' ')}: {tau}; expected a number in (0, 1): from 1 on a token uses every expert"
+        )
+    return tau
+
+
+def _sequences(checkpoint: str | Path, summary: CheckpointSummary, text: str | Path, max_tokens: int) -> Tensor:
+    """Of a text's beginning, int64 [N, S]; some of their tokens choose among experts."""
+    tokens = calibration_sequences(checkpoint, summary.family, summary.config, text, max_tokens=max_tokens, minimum=1)
     if tokens.shape[1] <= summary.prunepath.dense_positions:
         raise UsageError(
             f"{checkpoint}: dense_positions {summary.prunepath.dense_positions}; expected fewer than "
             f"{tokens.shape[1]}, the tokens of a sequence"
         )
+    return tokens
 
 
 def _usage(counts: Tensor, counted: int, tau: float, text: str | Path) -> ExpertUsage:

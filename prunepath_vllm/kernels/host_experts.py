@@ -49,7 +49,8 @@ class HostExperts:
 
     def __init__(self, share: float) -> None:
         self.share = share
-        self._layers: dict[int, _Layer] = {}  # by that address, in the order of the model
+        self._layers: list[_Layer] = []
+        self._numbers: dict[int, int] = {}  # of the layers, by that address
         self._copy_stream: torch.cuda.Stream | None = None
         self._on_its_way: int | None = None
 
@@ -76,11 +77,13 @@ class HostExperts:
         row = shape[1] * dtype.itemsize
         split = split_range(resident_grains(shape[0] * row, parts, resident_rows * row), torch.cuda.current_device())
         weight = split.tensor(shape, dtype)
-        layer = self._layers.setdefault((weight if first is None else first).data_ptr(), _Layer())
-        layer.weights.append(weight)
-        layer.split.append(split)
         if first is None:
             self._by_address[weight.data_ptr()] = self
+            self._numbers[weight.data_ptr()] = len(self._layers)
+            self._layers.append(_Layer())
+        layer = self._layers[self._numbers[(weight if first is None else first).data_ptr()]]
+        layer.weights.append(weight)
+        layer.split.append(split)
         return weight
 
     @classmethod
@@ -97,20 +100,19 @@ class HostExperts:
             weights: the layer's, as they were made.
             ahead: whether the next layer's copy may begin here; not where a captured graph ends before that layer.
         """
-        layers = list(self._layers.values())
+        layers, number = self._layers, self._numbers[weights.w_in.data_ptr()]
         if self._copy_stream is None:
             self._copy_stream = torch.cuda.Stream(weights.w_in.device)
             stagings = [Staging(weights.w_in.device.index) for _ in layers[:2]]
-            for number, layer in enumerate(layers):
-                layer.share(stagings[number % 2])
-        index = list(self._layers).index(weights.w_in.data_ptr())
-        if self._on_its_way != index or index == 0:
-            self._begin_copy(layers[index], self._copy_stream)
+            for turn, layer in enumerate(layers):
+                layer.share(stagings[turn % 2])
+        if self._on_its_way != number or number == 0:
+            self._begin_copy(layers[number], self._copy_stream)
         torch.cuda.current_stream().wait_stream(self._copy_stream)
-        self._on_its_way = index + 1 if ahead and index + 1 < len(layers) else None
+        self._on_its_way = number + 1 if ahead and number + 1 < len(layers) else None
         if self._on_its_way is not None:
-            self._begin_copy(layers[index + 1], self._copy_stream)
-        w_in, w_out_t = layers[index].brought
+            self._begin_copy(layers[self._on_its_way], self._copy_stream)
+        w_in, w_out_t = layers[number].brought
         return replace(weights, w_in=w_in, w_out_t=w_out_t)
 
     @staticmethod

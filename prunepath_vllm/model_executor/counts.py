@@ -14,11 +14,7 @@ import numpy as np
 import torch
 from prometheus_client import Counter
 from torch import Tensor
-from vllm.distributed import (
-    get_pp_group,
-    get_tensor_model_parallel_rank,
-    get_tensor_model_parallel_world_size,
-)
+from vllm.distributed import get_pp_group, get_tensor_model_parallel_rank, get_tensor_model_parallel_world_size
 
 from prunepath_vllm.config import PrunePathConfig, expected_sparsity, sparsity_curve
 from prunepath_vllm.model_executor.compat import async_tensor_h2d

@@ -114,11 +114,11 @@ REACHES = (
         _CONFIG,
         attributes=(
             "dtype",
+            "enable_sleep_mode",
             "get_total_num_hidden_layers",
             "get_vocab_size",
             "hf_config",
             "max_model_len",
-            "enable_sleep_mode",
             "model",
             "original_max_model_len",
             "quantization",

@@ -59,14 +59,12 @@ class TokenTaus:
             quantise_activations=policy.quantise_activations,
         )
         expert_bytes = self.spec.weight_bytes // self.spec.num_kept
-        kept = round(self.prunepath.kept_share * num_layers * self.prunepath.num_experts)
+        kept = sum(map(self.prunepath.kept, range(num_layers)))
         share = policy.host_share(kept * expert_bytes // get_pp_group().world_size)
         self.host = HostExperts(share) if share else None
-        host_bytes = 0
         if self.host is not None:
-            host_bytes = expert_bytes
             self.spec = replace(self.spec, resident=self.host.resident(self.spec.num_experts))
-        self.counts = ExpertCounts(self.prunepath, num_layers, max_tokens, host_bytes)
+        self.counts = ExpertCounts(self.prunepath, num_layers, max_tokens, 0 if self.host is None else expert_bytes)
         _of_configs[id(vllm_config)] = self
 
     @classmethod

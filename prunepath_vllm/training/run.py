@@ -44,7 +44,7 @@ from prunepath_vllm.training.measure import Batch, Point, measure
 from prunepath_vllm.training.model import TrainingModel, family_of_model
 from prunepath_vllm.training.recipe import Conversion, Recipe, save_recipe
 from prunepath_vllm.training.reports import LOG_FILE, Reports
-from prunepath_vllm.training.sharding import check_processes, check_sharding, is_sharded, whole_parameters
+from prunepath_vllm.training.sharding import check_processes, check_sharding, fill, is_sharded, whole_parameters
 from prunepath_vllm.training.targets import SEQUENCES, LayerCosts, layer_costs
 from prunepath_vllm.training.trainer import PARTIAL, PrunePathTrainer, checkpoints, routing_of
 
@@ -179,7 +179,7 @@ def _gathered(trainer: PrunePathTrainer, start: Path, tokenizer: PreTrainedToken
     known = {} if whole is None else dict(whole.named_parameters())
     for name, tensor in whole_parameters(trainer.training.model):
         if main:
-            known[name].data.copy_(tensor)
+            fill(known[name], tensor)
     return whole
 
 

@@ -22,6 +22,7 @@ from transformers import (
     TrainerState,
     TrainingArguments,
 )
+from transformers.trainer import SCHEDULER_NAME
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from prunepath_vllm.checkpoint import read_tensor_header, read_tensor_index, stream_tensors
@@ -46,8 +47,6 @@ PARTIAL = ".partial"
 CLOCK_FILE = "clock.json"
 TRAINED_FILE = "trained.safetensors"
 """Of a low-rank run's checkpoints: what is trained, and nothing else."""
-SCHEDULER_FILE = "scheduler.pt"
-"""The Trainer's name for it."""
 ENDLESS = 10**9
 """Optimizer steps of a run that the clock ends."""
 
@@ -251,13 +250,13 @@ class PrunePathTrainer(Trainer):
             return super()._save_optimizer_and_scheduler(output_dir)
         save_optimizer(self.training, self.optimizer, Path(output_dir))
         if self.args.should_save:
-            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_FILE)
+            torch.save(self.lr_scheduler.state_dict(), Path(output_dir) / SCHEDULER_NAME)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         if not self.sharded or checkpoint is None:
             return super()._load_optimizer_and_scheduler(checkpoint)
         load_optimizer(self.training, self.optimizer, Path(checkpoint))
-        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_FILE, weights_only=True))
+        self.lr_scheduler.load_state_dict(torch.load(Path(checkpoint) / SCHEDULER_NAME, weights_only=True))
         for group, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr(), strict=True):
             group["lr"] = rate
 

@@ -128,10 +128,14 @@ def _environment() -> str:
     return " ".join(f"{name}={value}" for name, value in shown.items()) or "nothing that concerns the engine"
 
 
+def _gpu_files() -> list[Path]:
+    """What the driver tells of each GPU, in a folder named by its place on the bus."""
+    return sorted(_DRIVER.glob("*/information"))
+
+
 def _gpus() -> list[str]:
     """Names of NVIDIA GPUs, as their driver tells them in /proc."""
-    files = sorted(_DRIVER.glob("*/information"))
-    models = [line for file in files for line in file.read_text().splitlines() if line.startswith("Model:")]
+    models = [line for file in _gpu_files() for line in file.read_text().splitlines() if line.startswith("Model:")]
     return [line.removeprefix("Model:").strip() for line in models]
 
 
@@ -140,10 +144,11 @@ def _host_links() -> str:
     if (found := _version("cuda-bindings")) == _ABSENT:
         return "not here: cuda-bindings is not installed"
     links = []
-    for folder in sorted(one.parent.name.lower() for one in _DRIVER.glob("*/information")):
+    for file in _gpu_files():
+        device = _PCI / file.parent.name.lower()
         try:
-            speed = (_PCI / folder / "max_link_speed").read_text().split()[0]
-            width = int((_PCI / folder / "max_link_width").read_text())
+            speed = (device / "max_link_speed").read_text().split()[0]
+            width = int((device / "max_link_width").read_text())
             links.append(f"PCIe {speed} GT/s x{width}, about {float(speed) * width / 8 * _OF_LINK:.0f} GB/s")
         except (OSError, ValueError, IndexError):
             links.append("PCIe unknown")

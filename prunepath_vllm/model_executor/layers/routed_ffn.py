@@ -50,6 +50,7 @@ class _ExpertShard:
         self.expert_size = prunepath.expert_size // self.world
         self.neurons = self.num_experts * self.expert_size
         self.order = prunepath.order_by_use(layer)
+        self.stored = prunepath.expert_dtype
 
     def rows(self, weight: Tensor) -> Tensor:
         """The rank's rows of a [d_ff, ...] tensor, the most used experts first."""
@@ -61,24 +62,17 @@ class _ExpertShard:
         return experts.narrow(1, self.rank * self.expert_size, self.expert_size).flatten(0, 1)
 
     def weight(
-        self,
-        hidden_size: int,
-        prunepath: PrunePathConfig,
-        host: HostExperts | None,
-        *,
-        parts: int = 1,
-        first: Tensor | None = None,
+        self, hidden_size: int, host: HostExperts | None, *, parts: int = 1, first: Tensor | None = None
     ) -> tuple[nn.Parameter, nn.Parameter | None]:
         """An uninitialised [parts * F, H] weight in the checkpoint's dtype, and its scales where it is quantised.
 
         Args:
             hidden_size: H.
-            prunepath: says the dtype.
             host: where some of the model's experts lie, or None.
             parts: of the rows, each of F.
             first: the layer's first weight, for its second.
         """
-        stored, rows = prunepath.expert_dtype, parts * self.neurons
+        stored, rows = self.stored, parts * self.neurons
         dtype = torch.get_default_dtype() if stored is None else getattr(torch, stored)
         if host is not None:
             resident = host.resident(self.num_experts) * self.expert_size
@@ -136,7 +130,7 @@ class ExpertInputs(nn.Module):
         self._glu = glu
         parts = 2 if glu else 1
         rows = self._shard.neurons * parts
-        self.weight, self.weight_scale = self._shard.weight(hidden_size, prunepath, host, parts=parts)
+        self.weight, self.weight_scale = self._shard.weight(hidden_size, host, parts=parts)
         for parameter in (self.weight, self.weight_scale):
             if parameter is not None:
                 set_weight_attrs(parameter, {"weight_loader": self._load})
@@ -172,7 +166,7 @@ class ExpertOutputs(nn.Module):
         super().__init__()
         self._shard = _ExpertShard(prunepath, layer)
         first = None if inputs is None else inputs.weight
-        self.weight, self.weight_scale = self._shard.weight(hidden_size, prunepath, host, first=first)
+        self.weight, self.weight_scale = self._shard.weight(hidden_size, host, first=first)
         set_weight_attrs(self.weight, {"weight_loader": self._load_weight})
         if self.weight_scale is not None:
             set_weight_attrs(self.weight_scale, {"weight_loader": self._load_weight})
