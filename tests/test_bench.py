@@ -42,6 +42,7 @@ def test_vllms_own_offload_is_the_dense_engines_beside_experts_in_host_memory():
     args = latency.parse(["--shape", "smollm2", "--share", "0.2", "--additional-config", policy])
     assert latency.has_host_experts(args.additional_config)
     assert not latency.has_host_experts({"prunepath": {"min_tau": 0.5}})
+    assert not latency.has_host_experts({"prunepath": {"host_experts": 0}})
     with pytest.raises(UsageError, match=r"--hottest-half 0\.8: expected with --share"):
         latency.parse(["--shape", "smollm2", "--hottest-half", "0.8"])
 

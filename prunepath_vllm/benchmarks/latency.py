@@ -134,7 +134,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 def has_host_experts(additional_config: Any) -> bool:
     """Whether the operator's policy leaves experts in host memory."""
     policy = (additional_config or {}).get("prunepath") or {}
-    return isinstance(policy, dict) and bool({"host_experts", "gpu_expert_gib"} & policy.keys())
+    return isinstance(policy, dict) and bool(policy.get("host_experts") or policy.get("gpu_expert_gib"))
 
 
 def operating_points(args: argparse.Namespace) -> list[Point]:
