@@ -17,7 +17,7 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from prunepath_vllm.activations import Activation
-from prunepath_vllm.kernels import common, decode, ffn, quantised
+from prunepath_vllm.kernels import common, decode, ffn, float8, quantised
 from prunepath_vllm.kernels.dense import gated_activation
 from prunepath_vllm.kernels.expand import expand_taus
 from prunepath_vllm.kernels.ffn import Tuning, heuristic_tuning, load_tuning, route_ahead, routed_ffn
@@ -83,7 +83,7 @@ def main(capability: int) -> None:
     driver.set_active(NoDevice(capability))
     decode.num_sms = lambda device: 132
     ffn.default_pdl = lambda device: int(capability >= 90)
-    common.converts_float8 = lambda device: capability >= 89
+    common.converts_float8 = float8.converts_float8 = lambda device: capability >= 89
     quantised.num_sms = lambda device: 132
     run = JITFunction.run
 
@@ -139,11 +139,12 @@ def compile_layer(spec: LayerSpec, tuning: Tuning) -> None:
             route(x, tau, router, gated.rule, config=choice.router, want_flags=False, every=True, pdl=0)
         else:
             routed_ffn(x, tau, router, weights, gated, tuning=Tuning(((1, choice),)))
-    gated_activation(empty(256, spec.input_rows), spec)
+    gated_activation(empty(256, spec.input_rows), weights, spec)
     counts = torch.empty(256, dtype=torch.int32, device="meta"), torch.empty(1, dtype=torch.int64, device="meta")
     tau = torch.empty(256, device="meta")
-    gated_activation(empty(256, spec.input_rows), spec, experts_read=counts[1], tau=tau, active_counts=counts[0])
-    gated_activation(empty(256, spec.input_rows), spec, torch.empty(256, spec.num_experts, device="meta"))
+    given = dict(experts_read=counts[1], tau=tau, active_counts=counts[0])
+    gated_activation(empty(256, spec.input_rows), weights, spec, **given)
+    gated_activation(empty(256, spec.input_rows), weights, spec, torch.empty(256, spec.num_experts, device="meta"))
 
 
 def compile_sparse_paths(spec: LayerSpec, *batches: int) -> None:
@@ -158,7 +159,7 @@ def compile_sparse_paths(spec: LayerSpec, *batches: int) -> None:
         if num_tokens <= 8 and spec.expert_size == AHEAD_SIZE:
             ahead = route_ahead(x, tau, router, spec, tuning=tuning)
             routed_ffn(x, tau, router, weights, spec, tuning=tuning, router_input=x, routing=ahead)
-    gated_activation(empty(8, spec.input_rows), spec, torch.empty(8, spec.num_experts, device="meta"))
+    gated_activation(empty(8, spec.input_rows), weights, spec, torch.empty(8, spec.num_experts, device="meta"))
 
 
 def compile_quantised(stored: torch.dtype) -> None:
@@ -166,22 +167,25 @@ def compile_quantised(stored: torch.dtype) -> None:
 
     int8 takes the tiles of float8 and is widened in fewer registers: two layers.
     """
-    float8 = stored == torch.float8_e4m3fn
-    for spec in SPECS if float8 else (SPECS[0], SPECS[2]):
+    is_float8 = stored == torch.float8_e4m3fn
+    for spec in SPECS if is_float8 else (SPECS[0], SPECS[2]):
         spec = replace(spec, expert_dtype=stored)
         compile_layer(spec, heuristic_tuning(spec))
     compile_sparse_paths(LayerSpec(1024, 128, 32, torch.float16, expert_dtype=stored), 8, 64)
     for spec in (replace(spec, expert_dtype=stored) for spec in (SPECS[0], SPECS[2])):
         _, weights = layer_of(spec)
-        for num_tokens in (1, 17, 33, 65, 129, 257, 513) if float8 and spec.glu else (1, 65, 513):
+        for num_tokens in (1, 17, 33, 65, 129, 257, 513) if is_float8 and spec.glu else (1, 65, 513):
             exact = replace(spec, quantise_activations=False)
-            neurons = gated_activation(empty(num_tokens, spec.input_rows), spec, scale_out=weights.scale_out)
+            neurons = gated_activation(empty(num_tokens, spec.input_rows), weights, spec)
             quantised.first_linear(empty(num_tokens, spec.hidden), weights, exact)
             quantised.second_linear(neurons, weights, exact)
     for size in QUANTISED_SIZES:
         compile_sparse_paths(LayerSpec(256, 8, size, torch.bfloat16, expert_dtype=stored), SIZES[size])
     if common.converts_float8(torch.device("cuda")):
-        quantised.quantise_tokens(empty(8, 18944))
+        float8.quantise_tokens(empty(8, 18944))
+        for spec in (replace(spec, expert_dtype=stored) for spec in (SPECS[0], SPECS[2])):
+            x_scale = empty(8, 1, dtype=torch.float32)
+            gated_activation(empty(8, spec.input_rows), layer_of(spec)[1], spec, x_scale=x_scale)
     quantised.transposed(empty(18944, 3584, dtype=stored))
 
 

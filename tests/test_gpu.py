@@ -240,7 +240,7 @@ def test_quantised_weights_on_every_path(num_tokens, stored, glu):
             if any(used):
                 assert 1e-2 < (want - exact).norm() / exact.norm() < 8e-2
     float8 = stored == torch.float8_e4m3fn and torch.cuda.get_device_capability() >= (8, 9)
-    assert float8_inputs(spec, layer.weights, num_tokens, "dense") == (float8, float8 and num_tokens > 512)
+    assert float8_inputs(spec, layer.weights, num_tokens, "dense") == (float8, float8 and num_tokens > 128)
 
 
 @pytest.mark.parametrize("stored", EXPERT_DTYPES)
@@ -325,6 +325,32 @@ def test_layers_split_between_gpu_and_host_give_the_same_bits(share, stored):
     del layers, host, w_in, w_out, run
     gc.collect()
     assert [Grains.held(on_host=kind) for kind in (True, False)] == before
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize(
+    ("family", "stored", "policy"),
+    [
+        ("llama", None, {}),
+        ("qwen2", None, {"host_experts": 1.0}),
+        ("llama", "float8_e4m3fn", {"quantise_activations": False}),
+        ("llama", "float8_e4m3fn", {"quantise_activations": False, "host_experts": 1.0}),
+        ("gpt2", "int8", {"host_experts": 1.0}),
+    ],
+    ids=str,
+)
+def test_two_gpus_give_the_tokens_of_one(prunepath_checkpoint, tmp_path, family, stored, policy):
+    """Tensor parallel, in float32. CPU counterpart: test_engine.py and test_quantize.py in two processes."""
+    checkpoint = prunepath_checkpoint(family, default_tau=0.6)
+    if stored:
+        quantize(checkpoint, tmp_path / "quantised", stored)
+        checkpoint = tmp_path / "quantised"
+    one, two = (
+        run_engine("decoder", checkpoint, "cuda", eager=False, policy=policy, engine={"tensor_parallel_size": size})
+        for size in (1, 2)
+    )
+    for kind in ("mixed", "lone", "shared_prefix"):
+        assert [row["tokens"] for row in two[kind]] == [row["tokens"] for row in one[kind]]
 
 
 def test_too_little_host_memory_is_one_error():

@@ -46,7 +46,7 @@ def check_compiled(capability: int, cache: Path) -> None:
     names = {k["kernel"] for k in kernels}
     expected = {"router_logits_kernel_gemv", "router_logits_kernel_dot", "select_pairwise_kernel", "reduce_kernel"}
     expected |= {"select_radix_kernel", "fused_decode_kernel", "up_kernel", "down_kernel", "list_tokens_kernel"}
-    expected |= {"grouped_up_kernel", "gated_activation_kernel", "expand_taus_kernel"}
+    expected |= {"grouped_up_kernel", "gated_activation_kernel", "expand_taus_kernel", "down_words_kernel"}
     assert names >= expected
     for kernel in kernels:
         assert kernel["spilled"] <= 8, kernel  # ptxas parks a value once rather than take a 65th register

@@ -11,10 +11,10 @@ from prunepath_vllm.kernels.layer import LayerSpec, Weights, dequantise
 from prunepath_vllm.kernels.reference import scale_neurons
 
 
-def through_float8(x: Tensor) -> Tensor:
-    """x [T, K] as a product in float8 sees it: a scale per token, its largest value 448; float32."""
+def float8_values(x: Tensor) -> tuple[Tensor, Tensor]:
+    """x [T, K] as a product in float8 takes it, each token's largest value 448; and the scales [T, 1]; float32."""
     scale = x.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
-    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float() * scale
+    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float(), scale
 
 
 def layer_output(
@@ -33,11 +33,19 @@ def layer_output(
     Returns:
         float32 [T, H].
     """
-    w_in = dequantise(weights.w_in, weights.scale_in, torch.float32).float()
-    inputs = through_float8(x) if float8_inputs[0] else x.float()
-    pre = F.linear(inputs, w_in, None if weights.b_in is None else weights.b_in.float())
-    if any(float8_inputs):
-        pre = pre.to(spec.dtype).float()
+    from prunepath_vllm.kernels.quantised import UNSCALED_TOKENS
+
+    inputs, scale = float8_values(x) if float8_inputs[0] else (x.float(), None)
+    bias = None if weights.b_in is None else weights.b_in.float()
+    if scale is not None and len(x) <= UNSCALED_TOKENS:
+        assert weights.scale_in is not None
+        pre = F.linear(inputs, weights.w_in.float()).bfloat16().float() * (scale * weights.scale_in)
+        pre = pre if bias is None else pre + bias
+    else:
+        w_in = dequantise(weights.w_in, weights.scale_in, torch.float32).float()
+        pre = F.linear(inputs if scale is None else inputs * scale, w_in, bias)
+        if any(float8_inputs):
+            pre = pre.to(spec.dtype).float()
     if spec.glu:
         gate, up = pre.chunk(2, dim=-1)
         neurons = spec.activate(gate) * up
@@ -46,7 +54,8 @@ def layer_output(
     neurons = scale_neurons(neurons, gates)
     if float8_inputs[1]:
         assert weights.scale_out is not None
-        y = through_float8((neurons * weights.scale_out).to(spec.dtype)) @ weights.w_out_t.float()
+        values, scale = float8_values((neurons * weights.scale_out).to(spec.dtype))
+        y = values * scale @ weights.w_out_t.float()
     else:
         y = neurons @ dequantise(weights.w_out_t, weights.scale_out, torch.float32).float()
     return y if weights.b_out is None else y + weights.b_out.float()

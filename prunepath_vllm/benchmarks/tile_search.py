@@ -35,9 +35,10 @@ from prunepath_vllm.kernels.ffn import (
     shape_key,
     tuning_to_json,
 )
+from prunepath_vllm.kernels.float8 import quantise_tokens, quantises_activations
 from prunepath_vllm.kernels.grouped import GroupedConfig
 from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, RoutingRule, Weights, dtype_name
-from prunepath_vllm.kernels.quantised import float8_product, quantises_activations
+from prunepath_vllm.kernels.quantised import UNSCALED_TOKENS, float8_product, unscaled_product
 from prunepath_vllm.kernels.routing import LIBRARY_TOKENS, RouterConfig
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 256, 2048, 8192)
@@ -112,9 +113,17 @@ def plain_dense(x: Tensor, layer: Layer, spec: LayerSpec) -> Tensor:
     """What a dense engine runs: two linears in their usual layouts around one activation kernel."""
 
     def linear(inputs: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None) -> Tensor:
-        return F.linear(inputs, weight, bias) if scale is None else float8_product(inputs, weight, scale, bias)
+        if scale is None:
+            return F.linear(inputs, weight, bias)
+        if len(inputs) > UNSCALED_TOKENS:
+            return float8_product(inputs, weight, scale, bias)
+        # The faster product, and its scales afterwards.
+        values, token_scale = quantise_tokens(inputs)
+        y = (unscaled_product(values, weight) * (token_scale * scale)).to(inputs.dtype)
+        return y if bias is None else y + bias
 
-    neurons = gated_activation(linear(x, *layer.dense_in, layer.weights.b_in), spec)
+    unscaled = replace(layer.weights, scale_in=None, scale_out=None)
+    neurons = gated_activation(linear(x, *layer.dense_in, layer.weights.b_in), unscaled, spec)
     return linear(neurons, *layer.dense_out, layer.weights.b_out)
 
 
@@ -197,6 +206,10 @@ DOWN = [
         (64, 128, 5, 4, 7),
     ]
 ]  # fmt: skip
+UP_QUANTISED = [UpConfig(*c) for c in [(64, 128, 4, 4, 3), (64, 128, 4, 3, 3), (64, 256, 4, 3, 2), (128, 128, 8, 5, 2)]]
+DOWN_QUANTISED = [
+    DownConfig(*c) for c in [(256, 128, 9, 4, 5), (128, 128, 9, 4, 5), (128, 128, 9, 4, 3), (128, 64, 18, 4, 5)]
+]
 GROUPED = [
     GroupedConfig(*c)
     for c in [
@@ -221,8 +234,8 @@ def variants(num_tokens: int, path: str, *, quantised: bool = False) -> Iterator
     values: dict[str, list[Any]] = {
         "router": routers,
         "fused": FUSED_QUANTISED if quantised else FUSED,
-        "up": UP,
-        "down": DOWN,
+        "up": [*UP, *UP_QUANTISED] if quantised else UP,
+        "down": [*DOWN, *DOWN_QUANTISED] if quantised else DOWN,
         "grouped": GROUPED,
     }
     for name in reversed(PATHS[path]):

@@ -14,28 +14,44 @@ import triton.language as tl
 from torch import Tensor
 
 from prunepath_vllm.kernels import quantised
-from prunepath_vllm.kernels.common import FOLDED, activate
+from prunepath_vllm.kernels.common import activate
+from prunepath_vllm.kernels.decode import fold
 from prunepath_vllm.kernels.layer import LayerSpec, Weights
 
 
 @triton.jit
 def gated_activation_kernel(
-    pre, gates, scale_out, out, experts_read, tau, active_counts, F: tl.constexpr, E: tl.constexpr,
-    GLU: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, BLOCK: tl.constexpr,
+    pre, x_scale, scale_in, b_in, gates, scale_out, out, experts_read, tau, active_counts, F: tl.constexpr,
+    E: tl.constexpr, GLU: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, FOLD: tl.constexpr,
+    BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """out [T, F] = gate of the neuron's expert * act(pre[:, :F]) (* pre[:, F:] for a GLU) (* scale_out * FOLDED)."""
+    """out [T, F] = gate of the neuron's expert * act(pre[:, :F]) (* pre[:, F:] for a GLU) (* scale_out * FOLD).
+
+    With x_scale [T], pre lacks it, scale_in and b_in.
+    """
     token = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = i < F
     row = pre + token * (2 * F if GLU else F)
-    h = activate(tl.load(row + i, mask=mask, other=0.0).to(tl.float32), ACTIVATION)
+    h = tl.load(row + i, mask=mask, other=0.0).to(tl.float32)
+    if x_scale is not None:
+        s = tl.load(x_scale + token)
+        h *= s * tl.load(scale_in + i, mask=mask, other=0.0)
+        if b_in is not None:
+            h += tl.load(b_in + i, mask=mask, other=0.0).to(tl.float32)
+    h = activate(h, ACTIVATION)
     if GLU:
-        h *= tl.load(row + F + i, mask=mask, other=0.0).to(tl.float32)
+        u = tl.load(row + F + i, mask=mask, other=0.0).to(tl.float32)
+        if x_scale is not None:
+            u *= s * tl.load(scale_in + F + i, mask=mask, other=0.0)
+            if b_in is not None:
+                u += tl.load(b_in + F + i, mask=mask, other=0.0).to(tl.float32)
+        h *= u
     if GATED:
         gate = tl.load(gates + token * E + i // (F // E), mask=mask, other=0.0)
         h = tl.where(gate != 0.0, h * gate, 0.0)
     if scale_out is not None:
-        h *= tl.load(scale_out + i, mask=mask, other=0.0) * FOLDED
+        h *= tl.load(scale_out + i, mask=mask, other=0.0) * FOLD
     tl.store(out + token * F + i, h, mask=mask)
     if experts_read is not None:
         tl.atomic_add(experts_read, E, mask=(tl.program_id(0) == 0) & (tl.program_id(1) == 0), sem="relaxed")
@@ -47,24 +63,26 @@ def gated_activation_kernel(
 
 def gated_activation(
     pre: Tensor,
+    weights: Weights,
     spec: LayerSpec,
     gates: Tensor | None = None,
     experts_read: Tensor | None = None,
     *,
+    x_scale: Tensor | None = None,
     tau: Tensor | None = None,
     active_counts: Tensor | None = None,
-    scale_out: Tensor | None = None,
 ) -> Tensor:
     """Neurons [T, F] of the first linear's output `pre` [T, F or 2 F], multiplied by their experts' gates [T, E].
 
-    With `scale_out`, float32 [F], they are multiplied by it and ``common.FOLDED`` too, as quantised weights want them.
-    The other arguments are those of :func:`dense_ffn`.
+    Those of quantised weights are multiplied by scale_out and ``decode.fold`` too. pre and x_scale are what
+    :func:`first_linear` returns; the other arguments are those of :func:`dense_ffn`.
     """
     neurons = torch.empty(pre.shape[0], spec.neurons, dtype=pre.dtype, device=pre.device)
     block = 1024
     gated_activation_kernel[(pre.shape[0], triton.cdiv(spec.neurons, block))](
-        pre, gates, scale_out, neurons, experts_read, tau, active_counts, spec.neurons, spec.num_experts,
-        GLU=spec.glu, GATED=gates is not None, ACTIVATION=spec.activation.value, BLOCK=block, num_warps=4,
+        pre, x_scale, weights.scale_in, weights.b_in, gates, weights.scale_out, neurons, experts_read, tau,
+        active_counts, spec.neurons, spec.num_experts, GLU=spec.glu, GATED=gates is not None,
+        ACTIVATION=spec.activation.value, FOLD=fold(spec, weights, pre.shape[0]), BLOCK=block, num_warps=4,
     )  # fmt: skip
     return neurons
 
@@ -92,9 +110,9 @@ def dense_ffn(
     Returns:
         [T, H] in x's dtype.
     """
-    pre = first_linear(x, weights, spec)
+    pre, x_scale = first_linear(x, weights, spec)
     neurons = gated_activation(
-        pre, spec, gates, experts_read, tau=tau, active_counts=active_counts, scale_out=weights.scale_out
+        pre, weights, spec, gates, experts_read, x_scale=x_scale, tau=tau, active_counts=active_counts
     )
     return second_linear(neurons, weights, spec)
 
@@ -108,19 +126,21 @@ def routed_dense_ffn(
     """
     with beside_main_stream(x.device):
         gates = route()
-    pre = first_linear(x, weights, spec)
+    pre, x_scale = first_linear(x, weights, spec)
     join_side_stream(x.device)
-    neurons = gated_activation(pre, spec, gates, experts_read, scale_out=weights.scale_out)
+    neurons = gated_activation(pre, weights, spec, gates, experts_read, x_scale=x_scale)
     return second_linear(neurons, weights, spec)
 
 
-def first_linear(x: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
-    """x [T, H] @ w_in^T + b_in."""
-    return quantised.first_linear(x, weights, spec) if weights.quantised else F.linear(x, weights.w_in, weights.b_in)
+def first_linear(x: Tensor, weights: Weights, spec: LayerSpec) -> tuple[Tensor, Tensor | None]:
+    """x [T, H] @ w_in^T + b_in, or what ``quantised.first_linear`` returns."""
+    if weights.quantised:
+        return quantised.first_linear(x, weights, spec)
+    return F.linear(x, weights.w_in, weights.b_in), None
 
 
 def second_linear(neurons: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
-    """neurons [T, F] @ w_out_t + b_out; neurons for quantised weights carry scale_out: see ``quantised``."""
+    """neurons [T, F] @ w_out_t + b_out; those for quantised weights carry scale_out: see ``decode.fold``."""
     if weights.quantised:
         return quantised.second_linear(neurons, weights, spec)
     if weights.b_out is None:

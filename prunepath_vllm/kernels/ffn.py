@@ -25,6 +25,7 @@ from prunepath_vllm.kernels.decode import (
 )
 from prunepath_vllm.kernels.dense import beside_main_stream, dense_ffn, join_side_stream, routed_dense_ffn
 from prunepath_vllm.kernels.expand import expand_taus
+from prunepath_vllm.kernels.float8 import quantise_tokens
 from prunepath_vllm.kernels.grouped import GroupedConfig, grouped_ffn
 from prunepath_vllm.kernels.layer import NO_COUNTERS, Counters, LayerSpec, RouterWeights, Weights, dtype_name
 from prunepath_vllm.kernels.quantised import WIDENED_TOKENS, float8_inputs
@@ -255,6 +256,9 @@ def routed_ffn(
         return routed_dense_ffn(x, weights, spec, lambda: gates().gates, read)
     if choice.path == "grouped":
         return grouped_ffn(x, weights, find_routing(want_flags=False, pdl=0), spec, choice.grouped, read)
+    inputs, x_scale = x, None
+    if float8_inputs(spec, weights, x.shape[0], choice.path)[0]:
+        inputs, x_scale = quantise_tokens(x)
     if routing is None:
         routing = find_routing(pdl=pdl)
     else:
@@ -263,7 +267,7 @@ def routed_ffn(
     if choice.path == "fused":
         partial = fused_partials(x, weights, routing, spec, choice.fused, pdl, read)
     else:
-        neurons, experts = up(x, weights, routing, spec, choice.up, pdl, read)
+        neurons, experts = up(inputs, weights, routing, spec, choice.up, pdl, read, x_scale)
         partial = down_partials(neurons, experts, weights, spec, choice.down, pdl)
     return reduce_partials(partial, weights.b_out, x.dtype, pdl)
 

@@ -12,7 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunepath_vllm.kernels.common import FOLDED, activate, readable, widen
+from prunepath_vllm.kernels.common import activate, readable, widen
+from prunepath_vllm.kernels.decode import fold
 from prunepath_vllm.kernels.dense import second_linear
 from prunepath_vllm.kernels.layer import LayerSpec, Weights
 from prunepath_vllm.kernels.routing import Routing
@@ -65,11 +66,11 @@ def list_tokens_kernel(
 def grouped_up_kernel(
     x, w_in, b_in, scale_in, scale_out, gates, tokens, counts, neurons, num_tokens, tiles, E: tl.constexpr,
     D: tl.constexpr, H: tl.constexpr, GLU: tl.constexpr, BIAS: tl.constexpr, ACTIVATION: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, FOLD: tl.constexpr,
 ):  # fmt: skip
     """neurons [T, F], zero elsewhere: one expert's neurons of BLOCK_M of its tokens, gated.
 
-    With scales they carry scale_out * FOLDED too.
+    With scales they carry scale_out * FOLD too.
     """
     pid = tl.program_id(0)
     first_tile = pid // (E * GROUP) * GROUP
@@ -107,7 +108,7 @@ def grouped_up_kernel(
         gate = tl.load(gates + token * E + expert, mask=m < count, other=0.0)
         d = tl.arange(0, BLOCK_D)
         if scale_out is not None:
-            h *= tl.load(scale_out + expert * D + d, mask=d < D, other=0.0)[None, :] * FOLDED
+            h *= tl.load(scale_out + expert * D + d, mask=d < D, other=0.0)[None, :] * FOLD
         out = neurons + token[:, None] * (E * D) + expert * D + d[None, :]
         tl.store(out, h * gate[:, None], mask=(m < count)[:, None] & (d < D)[None, :])
 
@@ -122,7 +123,7 @@ def grouped_neurons(
 ) -> Tensor:
     """Gated neurons [T, F] in x's dtype, zero where a token does not use the neuron's expert. x: [T, H].
 
-    With quantised weights each is multiplied by its scale_out and ``common.FOLDED``.
+    With quantised weights each is multiplied by its scale_out and ``decode.fold``.
     """
     num_tokens, num_experts = x.shape[0], spec.num_experts
     neurons = torch.zeros(num_tokens, spec.neurons, dtype=x.dtype, device=x.device)
@@ -139,7 +140,8 @@ def grouped_neurons(
         neurons, num_tokens, tiles, num_experts, spec.expert_size, spec.hidden, GLU=spec.glu,
         BIAS=weights.b_in is not None, ACTIVATION=spec.activation.value, BLOCK_M=config.block_m,
         BLOCK_D=max(8 if spec.glu else 16, triton.next_power_of_2(spec.expert_size)), BLOCK_K=config.block_k,
-        GROUP=config.group, num_warps=config.num_warps, num_stages=config.num_stages,
+        GROUP=config.group, FOLD=fold(spec, weights, num_tokens), num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )  # fmt: skip
     return neurons
 

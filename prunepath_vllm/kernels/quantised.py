@@ -3,7 +3,7 @@
 W8A16: weights are widened in registers, inputs stay as they are; any GPU and dtype. W8A8: inputs are quantised too, to
 float8 with a scale per token, and the library multiplies float8 by float8; bfloat16, from compute capability 8.9 on.
 
-Shapes: T tokens, H hidden size, F neurons. Neurons that the second linear gets carry scale_out * FOLDED.
+Shapes: T tokens, H hidden size, F neurons. Neurons that the second linear gets carry scale_out * ``decode.fold``.
 """
 
 import torch
@@ -11,16 +11,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunepath_vllm.kernels.common import FOLDED, converts_float8, num_sms, readable, widen
-from prunepath_vllm.kernels.decode import reduce_partials
+from prunepath_vllm.kernels.common import FOLDED, num_sms, readable, widen
+from prunepath_vllm.kernels.decode import DownConfig, down_words, reads_words, reduce_partials
+from prunepath_vllm.kernels.float8 import quantise_tokens, quantises_activations
 from prunepath_vllm.kernels.layer import LayerSpec, Weights
 
-FLOAT8_MAX = 448.0
-"""The largest float8_e4m3fn."""
+WIDENED_TOKENS = 128
+"""Up to this many tokens the second linear is W8A16 on any GPU. Float8 tensor cores want its weights [H, F], not [F, H]
+as they lie; above it, transposing them first pays (Qwen2-7B on an H200: 63 us against 94 with 128 tokens, 216 against
+110 with 512)."""
 
-WIDENED_TOKENS = 512
-"""Up to this many tokens the second linear is W8A16 on any GPU. Its product takes as long as reading the weights does,
-and float8 tensor cores want them [H, F], not [F, H] as they lie; above it, transposing them first pays."""
+UNSCALED_TOKENS = 2048
+"""Up to this many tokens the first W8A8 product leaves scales to what follows it: the library's product with scales per
+row is slower (Qwen2-7B on an H200: 59 us against 39 with 4 tokens, 413 against 396 with 2,048, not so with 8,192)."""
 
 MAX_SPLITS = 8
 
@@ -96,33 +99,6 @@ def product(x: Tensor, weight: Tensor, scale: Tensor | None, bias: Tensor | None
 
 
 @triton.jit
-def quantise_kernel(x, out, scale, K: tl.constexpr, MAX: tl.constexpr, BLOCK: tl.constexpr):
-    """One token: scale = max |x| / MAX, out = x / scale in out's dtype."""
-    token = tl.program_id(0).to(tl.int64)
-    i = tl.arange(0, BLOCK)
-    most = tl.zeros([BLOCK], dtype=tl.float32)
-    for k0 in range(0, K, BLOCK):
-        v = tl.load(x + token * K + k0 + i, mask=k0 + i < K, other=0.0).to(tl.float32)
-        most = tl.maximum(most, tl.abs(v))
-    s = tl.maximum(tl.max(most, axis=0), 1e-12) / MAX
-    tl.store(scale + token, s)
-    for k0 in range(0, K, BLOCK):
-        v = tl.load(x + token * K + k0 + i, mask=k0 + i < K, other=0.0).to(tl.float32) / s
-        v = tl.minimum(tl.maximum(v, -MAX), MAX)  # beyond it lies NaN
-        tl.store(out + token * K + k0 + i, v.to(out.dtype.element_ty), mask=k0 + i < K)
-
-
-def quantise_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x [T, K] in float8_e4m3fn, and the float32 scales [T, 1] that give it back."""
-    num_tokens, inputs = x.shape
-    out = torch.empty(num_tokens, inputs, dtype=torch.float8_e4m3fn, device=x.device)
-    scale = torch.empty(num_tokens, 1, dtype=torch.float32, device=x.device)
-    block = min(4096, triton.next_power_of_2(inputs))
-    quantise_kernel[(num_tokens,)](x, out, scale, inputs, MAX=FLOAT8_MAX, BLOCK=block, num_warps=8)
-    return out, scale
-
-
-@triton.jit
 def transpose_kernel(source, out, ROWS: tl.constexpr, COLS: tl.constexpr, BLOCK: tl.constexpr):
     """out [COLS, ROWS] = source [ROWS, COLS] transposed, of bytes."""
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -142,21 +118,11 @@ def transposed(weight: Tensor) -> Tensor:
     return out.view(weight.dtype)
 
 
-def quantises_activations(spec: LayerSpec, weights: Weights) -> bool:
-    """Whether dense products are W8A8: the layer allows it, and the GPU and the library do it for these shapes."""
-    return (
-        spec.quantise_activations
-        and weights.w_in.dtype == torch.float8_e4m3fn
-        and spec.dtype == torch.bfloat16  # all that the library gives with scales per row on every such GPU
-        and spec.hidden % 16 == spec.neurons % 16 == 0
-        and converts_float8(weights.w_in.device)
-    )
-
-
 def float8_inputs(spec: LayerSpec, weights: Weights, num_tokens: int, path: str) -> tuple[bool, bool]:
     """Whether a path of ``ffn.PATHS`` gives the first linear, and the second, inputs in float8 at this batch size."""
     allowed = weights.quantised and quantises_activations(spec, weights)
-    return allowed and path == "dense", allowed and path in ("dense", "grouped") and num_tokens > WIDENED_TOKENS
+    first = allowed and path in ("split", "dense")
+    return first, allowed and path in ("dense", "grouped") and num_tokens > WIDENED_TOKENS
 
 
 def float8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
@@ -177,17 +143,37 @@ def float8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None
     )
 
 
-def first_linear(x: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
-    """x [T, H] to [T, F], or [T, 2 F] of a GLU, in x's dtype."""
+def unscaled_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x weight^T in bfloat16, [T, N], of float8_e4m3fn [T, K] and [N, K] as they are: their scales come later."""
+    one = torch.ones((), dtype=torch.float32, device=x.device)
+    return torch._scaled_mm(x, weight.t(), scale_a=one, scale_b=one, out_dtype=torch.bfloat16)
+
+
+def first_linear(x: Tensor, weights: Weights, spec: LayerSpec) -> tuple[Tensor, Tensor | None]:
+    """x [T, H] to [T, F], or [T, 2 F] of a GLU, in x's dtype.
+
+    Returns:
+        The product, and None; or a product that is still to be multiplied by scale_in and the second tensor, float32
+        [T, 1], before the bias is added.
+    """
+    if not quantises_activations(spec, weights):
+        return product(x, weights.w_in, weights.scale_in, weights.b_in), None
+    if x.shape[0] <= UNSCALED_TOKENS:
+        inputs, x_scale = quantise_tokens(x)
+        return unscaled_product(inputs, weights.w_in), x_scale
     assert weights.scale_in is not None
-    if quantises_activations(spec, weights):
-        return float8_product(x, weights.w_in, weights.scale_in, weights.b_in)
-    return product(x, weights.w_in, weights.scale_in, weights.b_in)
+    return float8_product(x, weights.w_in, weights.scale_in, weights.b_in), None
 
 
 def second_linear(neurons: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
-    """Neurons [T, F] times scale_out * FOLDED to [T, H], in the same dtype."""
-    if neurons.shape[0] > WIDENED_TOKENS and quantises_activations(spec, weights):
+    """Neurons [T, F] times scale_out * ``decode.fold`` to [T, H], in the same dtype."""
+    num_tokens = neurons.shape[0]
+    if num_tokens > WIDENED_TOKENS and quantises_activations(spec, weights):
         unfold = torch.full((spec.hidden,), 1 / FOLDED.value, dtype=torch.float32, device=neurons.device)
         return float8_product(neurons, transposed(weights.w_out_t), unfold, weights.b_out)
+    if reads_words(spec, weights, num_tokens):
+        tiles = triton.cdiv(spec.hidden, 128)
+        config = DownConfig(128, 128, max(1, min(32, 2 * num_sms(neurons.device) // tiles)), 4, 4)
+        partial = down_words(neurons, None, weights, spec, config, pdl=0)
+        return reduce_partials(partial, weights.b_out, neurons.dtype, pdl=0)
     return product(neurons, weights.w_out_t, None, weights.b_out)
