@@ -4,12 +4,14 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from vllm import envs
 
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.errors import ConfigError, UnsupportedFeatureError
 from prunepath_vllm.families import family_of
 from prunepath_vllm.fields import usable_positions
+from prunepath_vllm.linears import METHOD, linear_dtype
 from prunepath_vllm.model_executor.compat import VerifyAndUpdateConfig, VllmConfig, current_platform
 from prunepath_vllm.model_executor.engine_core import install_in_engine_core
 from prunepath_vllm.model_executor.operator_policy import operator_policy
@@ -110,7 +112,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     refused = {
         # Its own would take the requests' tau past every check, which goes by it.
         "another model_type (--hf-overrides)": not is_prunepath(vllm_config.model_config.hf_config),
-        "quantization": vllm_config.model_config.quantization is not None,
+        "quantization": not _as_stored(vllm_config.model_config),
         f"LoRA adapters (--enable-lora) for {family.name}": vllm_config.lora_config is not None and not family.adapted,
         "dual-batch overlap (--enable-dbo)": parallel.enable_dbo or getattr(parallel, "ubatch_size", 0) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
@@ -120,6 +122,39 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     for feature, used in refused.items():
         if used:
             raise UnsupportedFeatureError(f"PrunePath models do not support {feature}; expected it to be off")
+
+
+def _as_stored(model_config: Any) -> bool:
+    """Whether vLLM quantises nothing, or no more than what ``prunepath quantize --linears`` has stored.
+
+    Raises:
+        ConfigError: ``quantization_config`` is another, by --hf-overrides; names the field.
+    """
+    if model_config.quantization is None:
+        return True
+    config = model_config.hf_config
+    if model_config.quantization != METHOD or not is_prunepath(config):
+        return False
+    content = config.to_dict()
+    stored = linear_dtype(content, family_of(content, converted=True), config.prunepath)
+    if stored == "int8" and current_platform.device_type == "cpu":
+        _check_int8_products()
+    return stored is not None
+
+
+def _check_int8_products() -> None:
+    """Refuse a processor on which vLLM's int8 products are wrong: oneDNN's sums of pairs saturate without VNNI.
+
+    Raises:
+        ConfigError: it is an x86 without these instructions.
+    """
+    can = torch.cpu.get_capabilities()
+    if can.get("architecture") == "x86_64" and not (can.get("avx512_vnni") or can.get("avx_vnni")):
+        raise ConfigError(
+            "quantization_config.format: 'int-quantized' on a processor without VNNI, where vLLM's int8 products "
+            "saturate; expected 'float-quantized' (prunepath quantize --linears float8_e4m3fn) or linears that are not "
+            "quantised"
+        )
 
 
 def _refuse_with_host_experts(vllm_config: VllmConfig) -> None:
