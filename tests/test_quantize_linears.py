@@ -356,9 +356,11 @@ def test_int8_is_not_loaded_again_on_a_cpu(quantised):
     assert result["after"] == result["before"]
 
 
-def test_a_processor_whose_products_saturate_is_refused_by_name(quantised, monkeypatch):
+def test_what_a_device_does_not_compute_is_refused_by_name(quantised, monkeypatch):
     from vllm.engine.arg_utils import EngineArgs
 
+    with pytest.raises(ValueError, match=r"'int-quantized' with LoRA adapters \(--enable-lora\) on a CPU; expected"):
+        EngineArgs(str(quantised("llama", "int8")), enable_lora=True).create_engine_config()
     can = torch.cpu.get_capabilities()
     without = can | dict(architecture="x86_64", avx512_vnni=False, avx_vnni=False)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: without)

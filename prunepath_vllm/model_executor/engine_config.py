@@ -112,7 +112,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     refused = {
         # Its own would take the requests' tau past every check, which goes by it.
         "another model_type (--hf-overrides)": not is_prunepath(vllm_config.model_config.hf_config),
-        "quantization": not _as_stored(vllm_config.model_config),
+        "quantization": not _as_stored(vllm_config),
         f"LoRA adapters (--enable-lora) for {family.name}": vllm_config.lora_config is not None and not family.adapted,
         "dual-batch overlap (--enable-dbo)": parallel.enable_dbo or getattr(parallel, "ubatch_size", 0) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
@@ -124,12 +124,14 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
             raise UnsupportedFeatureError(f"PrunePath models do not support {feature}; expected it to be off")
 
 
-def _as_stored(model_config: Any) -> bool:
+def _as_stored(vllm_config: VllmConfig) -> bool:
     """Whether vLLM quantises nothing, or no more than what ``prunepath quantize --linears`` has stored.
 
     Raises:
-        ConfigError: ``quantization_config`` is another, by --hf-overrides; names the field.
+        ConfigError: this device does not compute these linears; or ``quantization_config`` is another, by
+            --hf-overrides. Names the field.
     """
+    model_config = vllm_config.model_config
     if model_config.quantization is None:
         return True
     config = model_config.hf_config
@@ -138,22 +140,31 @@ def _as_stored(model_config: Any) -> bool:
     content = config.to_dict()
     stored = linear_dtype(content, family_of(content, converted=True), config.prunepath)
     if stored == "int8" and current_platform.device_type == "cpu":
-        _check_int8_products()
+        _check_int8_on_cpu(vllm_config)
+    if stored is not None and current_platform.device_type == "cuda" and model_config.dtype == torch.float32:
+        raise ConfigError(
+            "dtype: float32; expected bfloat16 or float16, in which vLLM's products of quantised linears are on a GPU"
+        )
     return stored is not None
 
 
-def _check_int8_products() -> None:
-    """Refuse a processor on which vLLM's int8 products are wrong: oneDNN's sums of pairs saturate without VNNI.
+def _check_int8_on_cpu(vllm_config: VllmConfig) -> None:
+    """Refuse what vLLM's int8 linears cannot do on a CPU.
 
     Raises:
-        ConfigError: it is an x86 without these instructions.
+        ConfigError: the processor is an x86 on which oneDNN's sums of pairs saturate, or there are LoRA adapters, whose
+            layers look for the weights that oneDNN has packed.
     """
     can = torch.cpu.get_capabilities()
+    found = None
     if can.get("architecture") == "x86_64" and not (can.get("avx512_vnni") or can.get("avx_vnni")):
+        found = "on a processor without VNNI, where vLLM's int8 products saturate"
+    elif vllm_config.lora_config is not None:
+        found = "with LoRA adapters (--enable-lora) on a CPU"
+    if found is not None:
         raise ConfigError(
-            "quantization_config.format: 'int-quantized' on a processor without VNNI, where vLLM's int8 products "
-            "saturate; expected 'float-quantized' (prunepath quantize --linears float8_e4m3fn) or linears that are not "
-            "quantised"
+            f"quantization_config.format: 'int-quantized' {found}; expected 'float-quantized' (prunepath quantize "
+            "--linears float8_e4m3fn), or none"
         )
 
 
