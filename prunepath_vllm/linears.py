@@ -84,7 +84,10 @@ def linear_dtype(config: Mapping[str, Any], family: Family, prunepath: PrunePath
     dtypes = {f"{_TYPES[dtype]}-quantized": dtype for dtype in LINEAR_DTYPES}
     if (form := found.get("format")) not in dtypes:
         raise ConfigError(f"quantization_config.format: {shown(form)}; expected {' or '.join(map(repr, dtypes))}")
-    _expect_same(found, standard_form(family, family.num_layers(config), dtypes[form]), "quantization_config")
+    layers, ignored = family.num_layers(config), found.get("ignore")
+    if not isinstance(ignored, list) or len(ignored) < layers:  # before anything is made for each layer
+        raise ConfigError(f"quantization_config.ignore: {shown(ignored)}; expected names in each of {layers} layers")
+    _expect_same(found, standard_form(family, layers, dtypes[form]), "quantization_config")
     return dtypes[form]
 
 
