@@ -82,7 +82,8 @@ def linear_dtype(config: Mapping[str, Any], family: Family, prunepath: PrunePath
         raise ConfigError(f"quantization_config: {shown(method)}; expected none {where}")
     _expect_same(method, METHOD, "quantization_config.quant_method")
     dtypes = {f"{_TYPES[dtype]}-quantized": dtype for dtype in LINEAR_DTYPES}
-    if (form := found.get("format")) not in dtypes:
+    form = found.get("format")
+    if not isinstance(form, str) or form not in dtypes:
         raise ConfigError(f"quantization_config.format: {shown(form)}; expected {' or '.join(map(repr, dtypes))}")
     layers, ignored = family.num_layers(config), found.get("ignore")
     if not isinstance(ignored, list) or len(ignored) < layers:  # before anything is made for each layer

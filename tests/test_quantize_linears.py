@@ -117,6 +117,7 @@ def in_group(part, **changes):
 OTHER_FORMS = {
     "fp8": (settings(quant_method="fp8"), "quantization_config.quant_method: 'fp8'; expected 'compressed-tensors'"),
     "packed": (settings(format="pack-quantized"), "quantization_config.format: 'pack-quantized'; expected "),
+    "list": (settings(format=["int-quantized"]), r"quantization_config.format: \['int-quantized'\]; expected "),
     "cache": (settings(kv_cache_scheme=dict(num_bits=8)), "kv_cache_scheme: .*; expected none"),
     "groups": (settings(config_groups={}), "config_groups.group_0: None; expected an object"),
     "bits": (in_group("weights", num_bits=4), r"group_0.weights.num_bits: 4; expected 8"),
