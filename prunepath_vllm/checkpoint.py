@@ -14,10 +14,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from prunepath_vllm.config import PrunePathConfig, check_quantization_config
+from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
 from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.fields import check_fields
+from prunepath_vllm.linears import attention_linears, linear_dtype
 from prunepath_vllm.tau import shown
 
 WEIGHTS_FILE = "model.safetensors"
@@ -55,6 +56,8 @@ class CheckpointSummary:
     tensors: dict[str, TensorInfo]
     router_bias: bool
     """Whether every router has a bias; otherwise none has."""
+    linear_dtype: str | None = None
+    """What the attention's linears are stored in, where config.json has a ``quantization_config``."""
 
     @property
     def num_layers(self) -> int:
@@ -106,11 +109,11 @@ def load_prunepath_config(path: str | Path) -> tuple[Family, PrunePathConfig, di
     config = read_config(path)
     try:
         family = family_of(config, converted=True)
-        check_quantization_config(config)
         prunepath = PrunePathConfig.parse(config.get("prunepath_config"))
         prunepath.check_intermediate_size(family.intermediate_size(config))
         prunepath.check_router(family.hidden_size(config))
         prunepath.check_layers(family.num_layers(config))
+        linear_dtype(config, family, prunepath)
         check_fields(family, config)
     except ConfigError as error:
         raise ConfigError(f"{Path(path) / 'config.json'}: {error}") from None
@@ -219,6 +222,11 @@ def ffn_tensor_shapes(
     return shapes
 
 
+def linear_tensors(family: Family, layer: int) -> dict[str, str]:
+    """The weights of a layer that ``quantization_config`` is about -> their scales, float32 [outputs, 1]."""
+    return {f"{linear}.weight": f"{linear}.{SCALE}" for linear in attention_linears(family, layer)}
+
+
 def quantised_tensors(family: Family, layer: int) -> dict[str, str]:
     """The weights of a layer that ``expert_dtype`` is about -> their scales, float32 [d_ff]."""
     linears = [*family.inputs(layer), family.output(layer)]
@@ -288,8 +296,9 @@ def refuse_changed(where: object, prunepath: PrunePathConfig | None, before: str
 def validate_checkpoint(path: str | Path, *, check_values: bool = False) -> CheckpointSummary:
     """Check that a directory is a PrunePath checkpoint that keeps what its configuration promises.
 
-    Feed-forward and router tensors are checked for presence, shape and dtype, none may be unknown, and the embedding's
-    and the head's are checked too; other tensors are left to the loaders. Reads headers only, unless `check_values`.
+    Feed-forward and router tensors are checked for presence, shape and dtype, none may be unknown, and the embedding's,
+    the head's and the quantised linears' are checked too; other tensors are left to the loaders. Reads headers only,
+    unless `check_values`.
 
     Args:
         path: checkpoint directory.
@@ -317,6 +326,16 @@ def validate_checkpoint(path: str | Path, *, check_values: bool = False) -> Chec
         )
     expected: dict[str, tuple[int, ...]] = {}
     dtypes: dict[str, str] = {}
+    stored = linear_dtype(config, family, prunepath)
+    for layer in layers if stored is not None else ():
+        for weight, scale in linear_tensors(family, layer).items():
+            info = tensors.get(weight)
+            if info is None or len(info.shape) != 2:
+                found = "is missing" if info is None else f"has shape {list(info.shape)}"
+                raise CheckpointError(f"{path}: tensor {weight} {found}; expected [outputs, inputs] in {stored}")
+            # How many outputs there are is left to the loaders, which know the heads.
+            expected |= {weight: info.shape, scale: (info.shape[0], 1)}
+            dtypes |= {weight: QUANTISED_DTYPES[str(stored)], scale: "F32"}
     for layer in layers:
         expected.update(ffn_tensor_shapes(family, config, layer, prunepath))
         if prunepath.expert_dtype is not None:
@@ -332,6 +351,12 @@ def validate_checkpoint(path: str | Path, *, check_values: bool = False) -> Chec
                 f"{path}: tensor {name} is unexpected; expected only this family's feed-forward linears"
                 f"{', their scales' if prunepath.expert_dtype else ''} and routers in layers 0 to {len(layers) - 1}"
             )
+    for name in tensors:
+        if name.endswith(f".{SCALE}") and name not in expected:
+            raise CheckpointError(
+                f"{path}: tensor {name} is unexpected; expected scales only of what expert_dtype and "
+                "quantization_config are about"
+            )
     vocabulary = config.get("vocab_size")
     if not isinstance(vocabulary, int):
         raise ConfigError(f"{path / 'config.json'}: vocab_size: expected a positive integer, got {vocabulary!r}")
@@ -345,7 +370,7 @@ def validate_checkpoint(path: str | Path, *, check_values: bool = False) -> Chec
                 check_finite(name, tensor)
             except CheckpointError as error:
                 raise CheckpointError(f"{path / tensors[name].file}: {error}") from None
-    return CheckpointSummary(path, family, prunepath, config, tensors, router_bias=bool(with_bias))
+    return CheckpointSummary(path, family, prunepath, config, tensors, router_bias=bool(with_bias), linear_dtype=stored)
 
 
 def _ffn_pattern(family: Family) -> re.Pattern[str]:

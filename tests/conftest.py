@@ -33,6 +33,7 @@ SLOWEST = (
     "test_real_model.py",
     "test_server.py",
     "test_quantize.py",
+    "test_quantize_linears.py",
     "test_hardening.py",
     "test_examples.py",
     "test_cli.py",

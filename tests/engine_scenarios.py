@@ -410,6 +410,21 @@ def reload():
     return {"rows": results, "refused": refused}
 
 
+def reload_refused():
+    """Tokens before and after weights were not loaded again, and why."""
+    llm = engine(enforce_eager=True, enable_prefix_caching=False)
+    results = []
+    refused = ""
+    for _ in range(2):
+        outputs = llm.generate(PROMPTS[:2], [params(0.6)] * 2, use_tqdm=False)
+        results.append([row(output, 0.6) for output in outputs])
+        try:
+            llm.collective_rpc("reload_weights")
+        except ValueError as error:
+            refused = str(error)
+    return {"before": results[0], "after": results[1], "refused": refused}
+
+
 def send_weights(worker, checkpoint):
     """What vLLM's weight transfer engines do with a trainer's tensors: one call of load_weights for each."""
     from pathlib import Path

@@ -143,6 +143,8 @@ def widened(tensor: Tensor, scales: Tensor | None) -> Tensor:
     """A weight of quantised experts, one scale a neuron; others as they are. Neurons are more than the width."""
     if scales is None:
         return tensor
+    if scales.dim() == 2:  # of the attention, one scale an output
+        return tensor.float() * scales
     assert len(scales) == max(tensor.shape) > min(tensor.shape)
     shape = [-1 if size == len(scales) else 1 for size in tensor.shape]
     return tensor.float() * scales.view(shape)

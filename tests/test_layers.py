@@ -17,7 +17,7 @@ ROOMS = [
     ["errors", "activations", "version", "cpu_wheel"],
     ["tau", "arguments", "devices", "files", "engine_version"],
     ["config", "families", "engine_environment"],
-    ["fields"],
+    ["fields", "linears"],
     ["checkpoint"],
     ["kernels", "sources"],
     ["modeling"],

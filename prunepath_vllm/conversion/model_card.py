@@ -7,6 +7,7 @@ from typing import Any
 
 from prunepath_vllm.checkpoint import load_prunepath_config, read_json
 from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.linears import linear_dtype
 from prunepath_vllm.tau import MAX_TAU
 
 CARD_FILE = "README.md"
@@ -28,6 +29,7 @@ def write_model_card(path: str | Path) -> Path:
     path = Path(path)
     family, prunepath, config = load_prunepath_config(path)
     base = prunepath.base_model or f"a {family.dense_architecture} model"
+    linears = linear_dtype(config, family, prunepath)
     causal = family.auto_class == "AutoModelForCausalLM"
     card = "\n\n".join(
         [
@@ -36,10 +38,10 @@ def write_model_card(path: str | Path) -> Path:
             f"{base}, its feed-forward layers cut into experts that are routed per token. A request chooses how many "
             f"run with `tau`: {_range(prunepath)}. The method is "
             "[PrunePath](https://arxiv.org/abs/2605.28283).",
-            _facts(prunepath, family.num_layers(config), family.model_type),
+            _facts(prunepath, family.num_layers(config), family.model_type, linears),
             "## Quality and sparsity\n\n" + (_quality(path, prunepath) or _curve(prunepath)),
             "## Use\n\n" + _usage(prunepath, causal),
-            "## Limits\n\n" + _limits(prunepath, config.get(SOURCE_WEIGHTS)),
+            "## Limits\n\n" + _limits(prunepath, config.get(SOURCE_WEIGHTS), linears),
         ]
     )
     (path / CARD_FILE).write_text(card + "\n", encoding="utf-8")
@@ -58,7 +60,7 @@ def _front_matter(prunepath: PrunePathConfig, causal: bool) -> str:
     return "\n".join([*lines, "tags:", "- prunepath", "- sparsity", "- vllm", "---"])
 
 
-def _facts(prunepath: PrunePathConfig, layers: int, model_type: str) -> str:
+def _facts(prunepath: PrunePathConfig, layers: int, model_type: str, linears: str | None) -> str:
     split = prunepath.split
     source = f" of {split.source}" if split.source else ""
     rows = [
@@ -69,6 +71,7 @@ def _facts(prunepath: PrunePathConfig, layers: int, model_type: str) -> str:
         ("gate", prunepath.gate),
         *([("experts kept", _kept(prunepath))] if prunepath.kept_experts is not None else []),
         *([("expert weights", f"{prunepath.expert_dtype}, a scale per neuron")] if prunepath.expert_dtype else []),
+        *([("attention weights", f"{linears}, a scale per output channel")] if linears else []),
         ("dense positions", str(prunepath.dense_positions)),
         ("default tau", f"{prunepath.default_tau:g}"),
     ]
@@ -169,7 +172,7 @@ def _least_sparsity(prunepath: PrunePathConfig) -> float:
     return curve[-1][1] if curve and prunepath.max_tau is not None else 0
 
 
-def _limits(prunepath: PrunePathConfig, source_weights: object) -> str:
+def _limits(prunepath: PrunePathConfig, source_weights: object, linears: str | None) -> str:
     lines = [
         "- Loads only where prunepath-vllm is installed: its `model_type` is its own, so that no engine serves it as a "
         "dense model by mistake.",
@@ -185,6 +188,11 @@ def _limits(prunepath: PrunePathConfig, source_weights: object) -> str:
         )
     if prunepath.expert_dtype is not None:
         lines.append(f"- Its experts are quantised to {prunepath.expert_dtype} and were not trained so.")
+    if linears is not None:
+        lines.append(
+            f"- Its attention's linears are quantised to {linears} and were not trained so; vLLM quantises what they "
+            "multiply, too."
+        )
     if not prunepath.tau_curve:
         lines.append(
             "- Routers that were never calibrated or trained rank experts arbitrarily: use tau 1 until they are."

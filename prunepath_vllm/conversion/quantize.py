@@ -1,10 +1,10 @@
-"""Experts in int8 or float8: a PrunePath checkpoint in, one of half the size or less out, its routers as they were.
+"""Experts, and the attention's linears, in int8 or float8: a PrunePath checkpoint in, one of half the size or less out.
 
 Shapes: T tokens, H hidden size, F neurons.
 """
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from prunepath_vllm.activations import ACTIVATIONS
 from prunepath_vllm.checkpoint import (
     CheckpointSummary,
     ffn_tensor_shapes,
+    linear_tensors,
     quantised_tensors,
     stream_tensors,
     validate_checkpoint,
@@ -22,15 +23,31 @@ from prunepath_vllm.checkpoint import (
 from prunepath_vllm.config import EXPERT_DTYPES, PrunePathConfig
 from prunepath_vllm.conversion.convert import ShardWriter, copy_files
 from prunepath_vllm.conversion.model_card import write_model_card
-from prunepath_vllm.conversion.rounding import quantise_weight
+from prunepath_vllm.conversion.rounding import quantise_weight, quantised_product
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.files import check_absent_or_empty, check_writable, new_directory
 from prunepath_vllm.kernels import cpu
 from prunepath_vllm.kernels.layer import LayerSpec, RouterWeights, Weights
+from prunepath_vllm.linears import LINEAR_DTYPES, attention_linears, standard_form
 from prunepath_vllm.tau import DENSE_TAU
 
 TOKENS = 64
 """Random ones that a layer's function is measured on."""
+
+
+@dataclass(frozen=True)
+class LinearError:
+    """What quantisation changed in one linear, as shares like those of :class:`LayerError`.
+
+    Attributes:
+        name: of the linear.
+        weights: of its weight.
+        function: of its outputs, its activations being quantised too.
+    """
+
+    name: str
+    weights: float
+    function: float
 
 
 @dataclass(frozen=True)
@@ -41,15 +58,23 @@ class LayerError:
         layer: its number.
         weights: of all feed-forward weights together.
         function: of the outputs with every expert.
+        linears: the attention's, where they are quantised.
     """
 
     layer: int
     weights: float
     function: float
+    linears: list[LinearError] = field(default_factory=list)
 
 
 def quantize(
-    src: str | Path, dst: str | Path, expert_dtype: str, *, inputs: Tensor | None = None, seed: int = 0
+    src: str | Path,
+    dst: str | Path,
+    expert_dtype: str,
+    *,
+    linears: str | None = None,
+    inputs: Tensor | None = None,
+    seed: int = 0,
 ) -> list[LayerError]:
     """Write a checkpoint whose feed-forward weights are int8 or float8, with a float32 scale per neuron.
 
@@ -60,6 +85,7 @@ def quantize(
         src: PrunePath checkpoint directory.
         dst: directory to create; may exist if empty.
         expert_dtype: "int8" or "float8_e4m3fn".
+        linears: the same, for the attention's linears, in the form of :func:`linears.standard_form`; None leaves them.
         inputs: [T, H] in any float dtype, what each layer's function is measured on; None draws normal ones.
         seed: of those.
 
@@ -67,16 +93,24 @@ def quantize(
         The error of every layer.
 
     Raises:
-        UsageError: another dtype, `dst` is there, cannot be made, or `src` is quantised already.
+        UsageError: another dtype, `dst` is there, cannot be made, or `src` is quantised already or of a family without
+            such linears.
         ConfigError, CheckpointError: `src` is not a valid PrunePath checkpoint, or not finite.
     """
     dst = Path(dst)
     if expert_dtype not in EXPERT_DTYPES:
         raise UsageError(f"expert dtype: {expert_dtype!r}; expected one of {', '.join(EXPERT_DTYPES)}")
+    if linears is not None and linears not in LINEAR_DTYPES:
+        raise UsageError(f"linears: {linears!r}; expected one of {', '.join(LINEAR_DTYPES)}")
     check_absent_or_empty(dst)
     summary = validate_checkpoint(src, check_values=True)
     if (already := summary.prunepath.expert_dtype) is not None:
         raise UsageError(f"{src}: expert_dtype {already!r}: already quantised; expected a checkpoint that is not")
+    if linears is not None and not attention_linears(summary.family, 0):
+        raise UsageError(
+            f"{src}: linears: {linears!r} for {summary.family.name}; expected no such option, or a family whose "
+            "attention has q_proj, k_proj, v_proj and o_proj"
+        )
     if inputs is None:
         inputs = torch.randn(TOKENS, summary.hidden_size, generator=torch.Generator().manual_seed(seed))
     elif inputs.dim() != 2 or inputs.shape[1] != summary.hidden_size:
@@ -85,10 +119,12 @@ def quantize(
 
     block = summary.prunepath.to_json() | dict(format_version=2, expert_dtype=expert_dtype)
     config = summary.config | {"prunepath_config": PrunePathConfig.parse(block).to_json()}
+    if linears is not None:
+        config["quantization_config"] = standard_form(summary.family, summary.num_layers, linears)
     with new_directory(dst) as staging:
         copy_files(summary.path, staging)
         (staging / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        errors = _write_weights(summary, staging, expert_dtype, inputs.float())
+        errors = _write_weights(summary, staging, expert_dtype, linears, inputs.float())
         validate_checkpoint(staging)
         write_model_card(staging)
     return errors
@@ -102,12 +138,15 @@ def quantised_weights(weights: Weights, expert_dtype: str) -> Weights:
     return Weights(w_in, weights.b_in, w_out_t, weights.b_out, scale_in, scale_out)
 
 
-def _write_weights(summary: CheckpointSummary, staging: Path, expert_dtype: str, inputs: Tensor) -> list[LayerError]:
+def _write_weights(
+    summary: CheckpointSummary, staging: Path, expert_dtype: str, linears: str | None, inputs: Tensor
+) -> list[LayerError]:
     path, family, tensors = summary.path, summary.family, summary.tensors
     layers = [
         list(ffn_tensor_shapes(family, summary.config, layer, summary.prunepath)) for layer in range(summary.num_layers)
     ]
-    ours = {name for names in layers for name in names}
+    attention = [linear_tensors(family, layer) if linears is not None else {} for layer in range(summary.num_layers)]
+    ours = {name for names in (*layers, *attention) for name in names}
     writer, errors = ShardWriter(staging), []
     with tqdm(total=len(tensors), desc="quantising", unit="tensor") as progress:
         for name, tensor in stream_tensors(path, tensors, [name for name in tensors if name not in ours]):
@@ -123,8 +162,27 @@ def _write_weights(summary: CheckpointSummary, staging: Path, expert_dtype: str,
             for name, tensor in after.items():
                 writer.add(name, tensor)
             progress.update(len(names))
+            for name, tensor in stream_tensors(path, tensors, attention[layer]):
+                assert linears is not None
+                narrow, steps = quantise_weight(tensor, 0, linears)
+                errors[-1].linears.append(_linear_error(name.removesuffix(".weight"), tensor, narrow, steps, inputs))
+                writer.add(name, narrow)
+                writer.add(attention[layer][name], steps.unsqueeze(1))
+                progress.update()
         writer.finish()
     return errors
+
+
+def _linear_error(name: str, before: Tensor, weight: Tensor, scale: Tensor, inputs: Tensor) -> LinearError:
+    was = before.float()
+    # The last linear of an attention may have other inputs than the model's width.
+    x = inputs.repeat(1, -(-was.shape[1] // inputs.shape[1]))[:, : was.shape[1]]
+    function = _share(quantised_product(x, weight, scale), x @ was.T)
+    return LinearError(name, _share(weight.float() * scale.unsqueeze(1), was), function)
+
+
+def _share(got: Tensor, right: Tensor) -> float:
+    return float((got - right).norm() / right.norm().clamp(min=torch.finfo(torch.float32).tiny))
 
 
 def _error(
@@ -138,8 +196,7 @@ def _error(
         square += float(was.square().sum())
         difference += float((after[weight].float() * after[scale].unsqueeze(1 - axis) - was).square().sum())
     right, got = (_function(summary, layer, tensors, inputs) for tensors in (before, after))
-    function = float((got - right).norm() / right.norm().clamp(min=torch.finfo(torch.float32).tiny))
-    return LayerError(layer, (difference / square) ** 0.5 if square else 0.0, function)
+    return LayerError(layer, (difference / square) ** 0.5 if square else 0.0, _share(got, right))
 
 
 def _function(summary: CheckpointSummary, layer: int, tensors: dict[str, Tensor], inputs: Tensor) -> Tensor:

@@ -1,6 +1,6 @@
-"""A linear's weight in int8 or float8, with a scale per neuron.
+"""A linear's weight in int8 or float8, with a scale per neuron or output.
 
-Shapes: F neurons.
+Shapes: F neurons or outputs, I inputs, T tokens.
 """
 
 import torch
@@ -27,3 +27,16 @@ def quantise_weight(weight: Tensor, axis: int, expert_dtype: str) -> tuple[Tenso
     scale = torch.where(amax == 0, 1.0, (amax / largest).clamp(min=torch.finfo(torch.float32).tiny))
     narrow = (wide / scale.unsqueeze(1 - axis)).clamp(-largest, largest)
     return (narrow.round() if expert_dtype == "int8" else narrow).to(getattr(torch, expert_dtype)), scale
+
+
+def quantised_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
+    """What a linear whose activations are quantised too, each token by its largest value, gives: float32 [T, F].
+
+    Args:
+        x: float32 [T, I].
+        weight: [F, I], and
+        scale: float32 [F], of :func:`quantise_weight`.
+    """
+    name = str(weight.dtype).removeprefix("torch.")
+    narrow, tokens = quantise_weight(x, 0, name)
+    return (narrow.float() @ weight.float().T) * scale * tokens.unsqueeze(1)

@@ -125,8 +125,9 @@ def checkpoint() -> str:
             ("`<ffn>.router.bias`", "[num_experts]", "optional"),
         )
         + "\n\n`<ffn>` is `model.layers.N.mlp` (GLU families), `transformer.h.N.mlp` (GPT-2) or "
-        "`roberta.encoder.layer.N.intermediate` (RoBERTa). Missing, extra, mis-shaped or non-finite tensors, and a "
-        "`format_version` that is not known, are refused by name.\n"
+        "`roberta.encoder.layer.N.intermediate` (RoBERTa). With `expert_dtype` config.json may have a "
+        "`quantization_config`, that of docs/quantisation.md: the attention's linears are quantised then. Missing, "
+        "extra, mis-shaped or non-finite tensors, and a `format_version` that is not known, are refused by name.\n"
     )
 
 

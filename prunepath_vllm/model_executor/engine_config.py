@@ -4,12 +4,14 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from vllm import envs
 
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.errors import ConfigError, UnsupportedFeatureError
 from prunepath_vllm.families import family_of
 from prunepath_vllm.fields import usable_positions
+from prunepath_vllm.linears import METHOD, linear_dtype
 from prunepath_vllm.model_executor.compat import VerifyAndUpdateConfig, VllmConfig, current_platform
 from prunepath_vllm.model_executor.engine_core import install_in_engine_core
 from prunepath_vllm.model_executor.operator_policy import operator_policy
@@ -110,7 +112,7 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     refused = {
         # Its own would take the requests' tau past every check, which goes by it.
         "another model_type (--hf-overrides)": not is_prunepath(vllm_config.model_config.hf_config),
-        "quantization": vllm_config.model_config.quantization is not None,
+        "quantization": not _as_stored(vllm_config),
         f"LoRA adapters (--enable-lora) for {family.name}": vllm_config.lora_config is not None and not family.adapted,
         "dual-batch overlap (--enable-dbo)": parallel.enable_dbo or getattr(parallel, "ubatch_size", 0) > 1,
         "prefill context parallelism": getattr(parallel, "prefill_context_parallel_size", 1) > 1,
@@ -120,6 +122,50 @@ def _refuse_unsupported(vllm_config: VllmConfig) -> None:
     for feature, used in refused.items():
         if used:
             raise UnsupportedFeatureError(f"PrunePath models do not support {feature}; expected it to be off")
+
+
+def _as_stored(vllm_config: VllmConfig) -> bool:
+    """Whether vLLM quantises nothing, or no more than what ``prunepath quantize --linears`` has stored.
+
+    Raises:
+        ConfigError: this device does not compute these linears; or ``quantization_config`` is another, by
+            --hf-overrides. Names the field.
+    """
+    model_config = vllm_config.model_config
+    if model_config.quantization is None:
+        return True
+    config = model_config.hf_config
+    if model_config.quantization != METHOD or not is_prunepath(config):
+        return False
+    content = config.to_dict()
+    stored = linear_dtype(content, family_of(content, converted=True), config.prunepath)
+    if stored == "int8" and current_platform.device_type == "cpu":
+        _check_int8_on_cpu(vllm_config)
+    if stored is not None and current_platform.device_type == "cuda" and model_config.dtype == torch.float32:
+        raise ConfigError(
+            "dtype: float32; expected bfloat16 or float16, in which vLLM's products of quantised linears are on a GPU"
+        )
+    return stored is not None
+
+
+def _check_int8_on_cpu(vllm_config: VllmConfig) -> None:
+    """Refuse what vLLM's int8 linears cannot do on a CPU.
+
+    Raises:
+        ConfigError: the processor is an x86 on which oneDNN's sums of pairs saturate, or there are LoRA adapters, whose
+            layers look for the weights that oneDNN has packed.
+    """
+    can = torch.cpu.get_capabilities()
+    found = None
+    if can.get("architecture") == "x86_64" and not (can.get("avx512_vnni") or can.get("avx_vnni")):
+        found = "on a processor without VNNI, where vLLM's int8 products saturate"
+    elif vllm_config.lora_config is not None:
+        found = "with LoRA adapters (--enable-lora) on a CPU"
+    if found is not None:
+        raise ConfigError(
+            f"quantization_config.format: 'int-quantized' {found}; expected 'float-quantized' (prunepath quantize "
+            "--linears float8_e4m3fn), or none"
+        )
 
 
 def _refuse_with_host_experts(vllm_config: VllmConfig) -> None:

@@ -568,6 +568,12 @@ REACHES = (
         )
     ),
     Reach(
+        "vllm.model_executor.layers.attention",
+        "Attention",
+        "its parameters, where linears are quantised, are scales of keys and values, which no checkpoint has to have",
+        "find what a compressed-tensors model adds to its attention layers: load_weights must not miss it",
+    ),
+    Reach(
         "vllm.model_executor.models.utils",
         "extract_layer_index",
         "a layer's number, from its prefix",

@@ -55,8 +55,10 @@ class PrunePathWorkerMixin(_Worker):
 
         Raises:
             CheckpointError, ConfigError: the checkpoint is not one that the running model can become; it is as before.
+            UnsupportedFeatureError: this model cannot be loaded again; it is as before.
         """
         model: Any = self.model_runner.get_model()
+        model.refuse_loading_again()
         path = weights_path or self.vllm_config.model_config.model
         if weights_iterator is None and (weights_path is not None or os.path.isdir(path)):
             model.expect_reloadable(path, TokenTaus.of(self.get_model()).prunepath)

@@ -2,9 +2,10 @@
 
 from typing import Any, ClassVar, Self
 
-from prunepath_vllm.config import PrunePathConfig, check_quantization_config
+from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.families import FAMILIES
+from prunepath_vllm.linears import linear_dtype
 
 
 class PrunePathConfigMixin:
@@ -49,10 +50,11 @@ class PrunePathConfigMixin:
 
         Raises:
             ConfigError: ``prunepath_config`` is absent or does not describe this model, or ``quantization_config`` is
-                no object.
+                not what ``prunepath quantize`` writes.
         """
-        check_quantization_config(config_dict)
-        PrunePathConfig.parse(config_dict.get("prunepath_config"))
+        block = PrunePathConfig.parse(config_dict.get("prunepath_config"))
+        # transformers and vLLM look into it unasked, and would fail in their own words.
+        linear_dtype(config_dict, next(family for family in FAMILIES if family.model_type == cls.model_type), block)
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
 
     @property

@@ -8,14 +8,16 @@ import sys
 from importlib import import_module
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from prunepath_vllm.families import FAMILIES, Family
+from prunepath_vllm.linears import attention_linears
 from prunepath_vllm.modeling.inference import RoutedFeedForward
 from prunepath_vllm.modeling.modeling_utils import ROUTING_OUTPUTS, Instead, RoutedCausalLM, RoutedDecoder
-from prunepath_vllm.modeling.quantised import expert_linear
+from prunepath_vllm.modeling.quantised import expert_linear, quantise_attention
 from prunepath_vllm.modeling.routing import Router
 
 
@@ -99,9 +101,13 @@ class RoutedGLUForCausalLM(RoutedCausalLM):
 
     backbone: type[RoutedGLUModel]
 
-    def __init__(self, config: Any, *, router_bias: bool = False) -> None:
+    def __init__(self, config: Any, *, router_bias: bool = False, linear_dtype: str | None = None) -> None:
         super().__init__(config)
         self.model = self.backbone(config, router_bias=router_bias)
+        if linear_dtype is not None:
+            family = self.backbone.decoder_layer.family
+            names = [name for layer in range(config.num_hidden_layers) for name in attention_linears(family, layer)]
+            quantise_attention(self, names, getattr(torch, linear_dtype))
         self.post_init()
 
 

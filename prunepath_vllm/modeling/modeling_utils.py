@@ -1,5 +1,6 @@
 """What every PrunePath model shares: loading that refuses bad checkpoints, ``tau``, and routing statistics."""
 
+import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 from huggingface_hub import snapshot_download
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast, SequenceClassifierOutput
 from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import OutputRecorder
@@ -198,6 +199,12 @@ class RoutedModel(PreTrainedModel):
             ConfigError: config.json does not describe a PrunePath model.
         """
         checkpoint = validate_checkpoint(checkpoint_directory(pretrained_model_name_or_path, kwargs))
+        quantization = None
+        if checkpoint.linear_dtype is not None:
+            # Not for transformers' own support: it needs another package, rounds the scales to the model's dtype, and
+            # after a forward saves what no reader takes.
+            quantization, kwargs = _without_quantization(cls.config_class, checkpoint.path, kwargs)
+            kwargs["linear_dtype"] = checkpoint.linear_dtype
         model, info = super().from_pretrained(
             pretrained_model_name_or_path,
             *model_args,
@@ -207,6 +214,8 @@ class RoutedModel(PreTrainedModel):
             **kwargs,
         )
         check_loaded(model, info, ignore_mismatched_sizes=ignore_mismatched_sizes)
+        if quantization is not None:
+            model.config.quantization_config = quantization
         return (model, info) if output_loading_info else model
 
 
@@ -331,6 +340,31 @@ def checkpoint_directory(name_or_path: str | os.PathLike[str], options: Mapping[
     hub_options = {name: options[name] for name in names if options.get(name) is not None}
     snapshot = snapshot_download(str(name_or_path), allow_patterns=["*.json", "*.safetensors"], **hub_options)
     return Path(snapshot, subfolder)
+
+
+def _without_quantization(
+    config_class: Any, path: Path, options: Mapping[str, Any]
+) -> tuple[Mapping[str, Any], dict[str, Any]]:
+    """Take ``quantization_config`` out of the configuration that from_pretrained will see.
+
+    Args:
+        config_class: the model's.
+        path: the checkpoint's directory.
+        options: from_pretrained's keyword arguments; those that are fields of the configuration change it.
+
+    Returns:
+        What was taken out, and the keyword arguments with the configuration.
+    """
+    rest = dict(options)
+    config = rest.pop("config", None)
+    if isinstance(config, PreTrainedConfig):
+        config = copy.deepcopy(config)
+    else:
+        config = config_class.from_pretrained(config or path)
+        for name in (rest.keys() & config.to_dict().keys()) - {"dtype", "quantization_config"}:
+            setattr(config, name, rest.pop(name))
+    quantization, config.quantization_config = config.quantization_config, None
+    return quantization, rest | {"config": config}
 
 
 def check_loaded(model: PreTrainedModel, info: Mapping[str, Any], *, ignore_mismatched_sizes: bool) -> None:

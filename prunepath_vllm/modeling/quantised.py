@@ -1,4 +1,4 @@
-"""Feed-forward linears whose weights are int8 or float8, with a scale per neuron.
+"""Linears whose weights are int8 or float8: feed-forward ones with a scale per neuron, others with one per output.
 
 Shapes: H hidden size, F neurons.
 """
@@ -73,6 +73,26 @@ class QuantisedLinear(nn.Module):
             if (cast := getattr(self, name)).dtype != before.dtype:
                 setattr(self, name, before.to(cast.device))
         return self
+
+
+class OutputScaledLinear(QuantisedLinear):
+    """A linear of the attention, whose ``weight_scale`` is [outputs, 1], as compressed-tensors stores it."""
+
+    def __init__(self, inputs: int, outputs: int, dtype: torch.dtype, *, bias: bool) -> None:
+        super().__init__(inputs, outputs, dtype, bias=bias)
+        self.weight_scale = self.weight_scale.unsqueeze(1)
+
+    def dequantised(self, dtype: torch.dtype = torch.float32) -> Tensor:
+        """See the base class."""
+        return dequantise(self.weight, self.weight_scale.squeeze(1), dtype)
+
+
+def quantise_attention(model: nn.Module, names: list[str], dtype: torch.dtype) -> None:
+    """Put an :class:`OutputScaledLinear`, not loaded yet, in the place of each linear of `names`."""
+    for name in names:
+        linear: Any = model.get_submodule(name)
+        quantised = OutputScaledLinear(linear.in_features, linear.out_features, dtype, bias=linear.bias is not None)
+        model.set_submodule(name, quantised)
 
 
 def expert_linear(

@@ -55,6 +55,7 @@ def describe(summary: "CheckpointSummary") -> dict[str, Any]:
         **summary.prunepath.to_json(),
         "router": summary.prunepath.router.model_dump(),
         "expert_dtype": summary.prunepath.expert_dtype,
+        "linear_dtype": summary.linear_dtype,
         "kept_share": summary.prunepath.kept_share,
         "max_tau": summary.prunepath.max_tau,
     }
@@ -90,6 +91,7 @@ def _table(facts: dict[str, Any]) -> str:
         ("selection", selection),
         ("gate", facts["gate"]),
         ("expert dtype", f"{facts['expert_dtype']}, a scale per neuron" if facts["expert_dtype"] else "not quantised"),
+        ("attention", f"{facts['linear_dtype']}, a scale per output" if facts["linear_dtype"] else "not quantised"),
         ("dense positions", str(facts["dense_positions"])),
         ("default tau", f"{facts['default_tau']:g}"),
         ("tau curve", "not measured" if curve is None else f"{len(curve)} points: tau -> FFN sparsity"),

@@ -8,13 +8,15 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
+from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
 
 from prunepath_vllm.checkpoint import check_finite, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
-from prunepath_vllm.errors import CheckpointError, ConfigError
+from prunepath_vllm.errors import CheckpointError, ConfigError, UnsupportedFeatureError
 from prunepath_vllm.families import family_of
-from prunepath_vllm.model_executor.compat import VllmConfig, moved
+from prunepath_vllm.linears import linear_dtype
+from prunepath_vllm.model_executor.compat import VllmConfig, current_platform, moved
 from prunepath_vllm.model_executor.layers.routed_ffn import (
     ExpertInputs,
     ExpertOutputs,
@@ -48,10 +50,14 @@ class PrunePathModelMixin(_Model):
     Attributes:
         token_taus: what the model's routed layers read. Not in the engine's ``static_forward_context``, whose values
             vLLM takes for layers of its own.
+        linear_dtype: what the attention's linears are stored in, where they are quantised.
     """
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         self.token_taus = TokenTaus(vllm_config)  # before the layers; nn.Module's own __init__ leaves it
+        content = vllm_config.model_config.hf_config.to_dict()
+        family = family_of(content, converted=True)
+        self.linear_dtype = linear_dtype(content, family, vllm_config.model_config.hf_config.prunepath)
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def get_model_state_cls(self) -> type:
@@ -71,14 +77,17 @@ class PrunePathModelMixin(_Model):
 
         Raises:
             CheckpointError: a tensor holds NaN or infinity, or one is missing from the first call.
+            UnsupportedFeatureError: see :meth:`refuse_loading_again`.
         """
+        if self.checkpoint_names:
+            self.refuse_loading_again()
         names: set[str] = set()
         loaded = super().load_weights(_finite(weights, names))
         if self.checkpoint_names:
             return loaded
         router_biases = {name for name, _ in self.named_parameters() if name.endswith(".router.bias")}
         missing = {name for name, _ in self.named_parameters()} - loaded
-        missing -= _tied_to(self, loaded)
+        missing -= _tied_to(self, loaded) | _cache_scales(self)
         if getattr(getattr(self, "config", None), "method", None) is not None:  # --hf-overrides of a reranker
             missing -= {"score.weight"}  # made of rows of the head, after this
         if router_biases <= missing:  # a checkpoint without router biases leaves them zero
@@ -88,6 +97,18 @@ class PrunePathModelMixin(_Model):
             raise CheckpointError(f"{min(missing)}: not in the checkpoint ({len(missing)} missing in all)")
         self.checkpoint_names = frozenset(names)
         return loaded
+
+    def refuse_loading_again(self) -> None:
+        """Refuse to load a second time what vLLM has packed where its reloading does not find it.
+
+        Raises:
+            UnsupportedFeatureError: the attention's linears are int8, on a CPU.
+        """
+        if self.linear_dtype == "int8" and current_platform.device_type == "cpu":
+            raise UnsupportedFeatureError(
+                "vLLM does not load int8 linears again on a CPU, and would compute with other weights; expected a new "
+                "engine, or linears in float8_e4m3fn"
+            )
 
     def pack_head_again(self) -> None:
         """Make vLLM's packed copy of the head, on a CPU, that of its weight.
@@ -116,6 +137,11 @@ class PrunePathModelMixin(_Model):
                 raise ConfigError(
                     f"{path}: prunepath_config.{name} is {found!r}; the engine was built for {expected!r}"
                 )
+        if summary.linear_dtype != self.linear_dtype:
+            raise ConfigError(
+                f"{path}: quantization_config says {summary.linear_dtype!r}; the engine was built for "
+                f"{self.linear_dtype!r}"
+            )
         biases = {name for name in self.checkpoint_names if name.endswith(".router.bias")}
         if missing := self.checkpoint_names - biases - set(summary.tensors):
             raise CheckpointError(f"{path}: tensor {min(missing)} is missing ({len(missing)} in all)")
@@ -226,6 +252,12 @@ def _finite(weights: Iterable[tuple[str, Tensor]], names: set[str]) -> Iterator[
         check_finite(name, tensor)
         names.add(name)
         yield name, tensor
+
+
+def _cache_scales(model: nn.Module) -> set[str]:
+    """Names of the scales of keys and values, which vLLM makes where linears are quantised, and sets itself."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, Attention)]
+    return {f"{layer}.{name}" for layer, module in layers for name, _ in module.named_parameters()}
 
 
 def _tied_to(model: nn.Module, loaded: set[str]) -> set[str]:
