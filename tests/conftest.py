@@ -1,7 +1,10 @@
 """Fixtures shared by all tests."""
 
+import gc
 import os
 import sys
+
+gc.disable()  # a third of the time of an import of vLLM is a search for garbage; until all tests are collected, below
 
 # Several workers: before torch is imported, and for every process that a test starts.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -66,6 +69,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files in the order of SLOWEST, then the others; a file's tests stay together and in their order."""
     ranks = {name: rank for rank, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
+def pytest_collection_finish() -> None:
+    gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> None:
+    """What is left when a file's tests begin are modules and what lives as long: no collection looks through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")
