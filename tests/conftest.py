@@ -4,7 +4,8 @@ import gc
 import os
 import sys
 
-gc.disable()  # a third of the time of an import of vLLM is a search for garbage; until all tests are collected, below
+if gc.isenabled():
+    gc.disable()  # else a third of an import's time is a search for garbage; until all tests are collected, below
 
 # Several workers: before torch is imported, and for every process that a test starts.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -77,7 +78,7 @@ def pytest_collection_finish() -> None:
 
 @pytest.fixture(scope="module", autouse=True)
 def imports_are_no_garbage() -> None:
-    """What is left when a file's tests begin are modules and what lives as long: no collection looks through it again."""
+    """What is left when a file's tests begin are modules and what lives as long: nothing looks through it again."""
     gc.collect()
     gc.freeze()
 
