@@ -1,5 +1,6 @@
 """Compiles kernels for a GPU that is not there, and reads registers and spills; run by test_kernels_compiled*.py."""
 
+import gc
 import json
 import re
 import subprocess
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import torch
 import triton
+from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import CUDABackend
 from triton.runtime import driver
@@ -89,12 +91,14 @@ def main(capability: int) -> None:
 
     def compile_only(self, *args, grid=None, warmup=False, **kwargs):
         kernel = run(self, *args, grid=grid, warmup=True, **kwargs)
-        found = resources(kernel.asm["ptx"], capability)
+        found = resources(kernel.asm["cubin"].decode(), capability)
         print(json.dumps({"kernel": self.fn.__name__, "shared": kernel.metadata.shared, **found}), flush=True)
         return kernel
 
     JITFunction.run = compile_only
     CUDABackend.make_cubin = lambda self, ptx, *rest: ptx.encode()  # ptxas runs once, for its figures
+    knobs.compilation.store_binary_only = True  # nobody reads the stages before
+    gc.disable()  # a search of everything imported, time and again; kernels leave little
     for spec in SPECS:
         compile_layer(spec, load_tuning("NVIDIA H200", spec) if capability == 90 else heuristic_tuning(spec))
     for size, batch in SIZES.items():

@@ -1,7 +1,11 @@
 """Fixtures shared by all tests."""
 
+import gc
 import os
 import sys
+
+if gc.isenabled():
+    gc.disable()  # else a third of an import's time is a search for garbage; until all tests are collected, below
 
 # Several workers: before torch is imported, and for every process that a test starts.
 if "PYTEST_XDIST_WORKER" in os.environ:
@@ -67,6 +71,19 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Files in the order of SLOWEST, then the others; a file's tests stay together and in their order."""
     ranks = {name: rank for rank, name in enumerate(SLOWEST)}
     items.sort(key=lambda item: ranks.get(item.path.name, len(ranks)))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtestloop() -> None:
+    """In every worker after its collection, and in the process that only hands tests out."""
+    gc.enable()
+
+
+@pytest.fixture(scope="module", autouse=True)
+def imports_are_no_garbage() -> None:
+    """What is left when a file's tests begin are modules and what lives as long: nothing looks through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session")

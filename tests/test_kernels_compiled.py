@@ -14,9 +14,14 @@ import pytest
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024}
 MANY_SMALL_BLOCKS = ":".join(
     f"glibc.malloc.{name}={value}"
-    for name, value in dict(tcache_count=65535, mxfast=0, top_pad=1 << 26, trim_threshold=1 << 30).items()
+    for name, value in dict(
+        tcache_count=65535, mxfast=0, top_pad=1 << 26, trim_threshold=1 << 30, mmap_threshold=1 << 30
+    ).items()
 )
-"""For glibc's allocator, a fifth of the time of MLIR and LLVM without: small blocks that are free stay in a list."""
+"""For glibc's allocator, a fifth of the time of MLIR and LLVM without: small blocks that are free stay in a list.
+
+Large ones stay with the process: the system would fill each with zeros again.
+"""
 
 
 @pytest.mark.timeout(1800)
