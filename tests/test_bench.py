@@ -191,11 +191,11 @@ def test_a_bad_tau_or_checkpoint_is_named_before_anything_starts(tmp_path, capsy
 @pytest.mark.parametrize(("error", "dtype"), [(2e-2, "bfloat16"), (2e-3, "float32"), (math.inf, "float16")])
 def test_a_wrong_layer_gives_no_speed(error, dtype):
     with pytest.raises(BenchmarkError, match="no speed is reported"):
-        report.judge_layer([[1e-4, dtype], None, [error, dtype]])
+        report.judge_layer([[[1e-4, dtype]], None, [[1e-2, "float8"], [error, dtype]]])
 
 
 def test_the_worst_worker_counts():
-    assert report.judge_layer([[1e-4, "float32"], [3e-4, "float32"]]) == 3e-4
+    assert report.judge_layer([[[1e-4, "float32"]], [[3e-4, "float32"]]]) == 3e-4
     assert report.judge_layer([None]) is None
 
 

@@ -39,6 +39,7 @@ from prunepath_vllm.arguments import OneLineErrors, check_output_file, number, w
 from prunepath_vllm.benchmarks import options, report, shapes
 from prunepath_vllm.engine_environment import runs_on_cpu, set_server_defaults
 from prunepath_vllm.errors import UsageError
+from prunepath_vllm.linears import LINEAR_DTYPES
 
 TEXT_CHARACTERS = 1 << 20
 """Of --text, that are tokenised."""
@@ -74,6 +75,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         "--router-input", choices=("ffn", "attention"), default="ffn", help="with --shape: what its routers read"
     )
     options.add_expert_dtype(parser)
+    parser.add_argument(
+        "--linears", choices=LINEAR_DTYPES, help="with --expert-dtype: attention's linears too (as quantize --linears)"
+    )
     parser.add_argument(
         "--dense-quantization", metavar="METHOD",
         help="vLLM's quantization of the dense engine, such as fp8_per_channel (float8, with a scale per neuron)",
@@ -114,6 +118,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError(f"--hottest-half {args.hottest_half:g}: expected with --share")
     if args.expert_dtype and not args.shape:
         raise UsageError("--expert-dtype: expected with --shape; a checkpoint is made by `prunepath quantize`")
+    if args.linears and (not args.expert_dtype or runs_on_cpu()):
+        raise UsageError("--linears: expected with --expert-dtype, on a GPU; `prunepath quantize` makes a checkpoint")
     if args.dense_quantization and not (args.shape or args.dense):
         raise UsageError("--dense-quantization: expected with --shape or --dense")
     if args.dense and args.shape:
@@ -175,7 +181,7 @@ def start_engine(args: argparse.Namespace, engine: str) -> tuple[LLM, dict[str, 
         if args.shape:
             path = shapes.write_config(
                 args.shape, Path(folder) / "model", sparse=engine == "sparse", expert_size=args.expert_size,
-                router_input=args.router_input, expert_dtype=args.expert_dtype,
+                router_input=args.router_input, expert_dtype=args.expert_dtype, linears=args.linears,
             )  # fmt: skip
             args.skip_tokenizer_init = True
             args.max_model_len = args.max_model_len or max(1024, args.input_len + args.output_len, args.prefill + 1)
@@ -186,7 +192,8 @@ def start_engine(args: argparse.Namespace, engine: str) -> tuple[LLM, dict[str, 
         else:
             path = args.checkpoint if engine == "sparse" else args.dense
         if engine == "sparse" and has_host_experts(args.additional_config):
-            args.cpu_offload_gb = args.offload_group_size = 0  # vLLM's own way is the dense engine's alone
+            # vLLM's own way is the dense engine's alone.
+            args.cpu_offload_gb, args.offload_group_size, args.offload_backend = 0, 0, "auto"
         if engine == "dense" and args.dense_quantization:
             args.quantization = args.dense_quantization
         args.model, args.worker_extension_cls, args.disable_log_stats = str(path), report.PROBE, True
@@ -377,6 +384,7 @@ def run(argv: Sequence[str]) -> int:
         "output_len": args.output_len,
         "text": args.text,
         "expert_dtype": args.expert_dtype,
+        "linears": args.linears,
         "dense_quantization": args.dense_quantization,
         **measured,
         "versions": report.versions(),

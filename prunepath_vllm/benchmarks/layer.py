@@ -15,7 +15,7 @@ from torch import Tensor
 from prunepath_vllm.activations import ACTIVATIONS
 from prunepath_vllm.benchmarks import shapes
 from prunepath_vllm.benchmarks.float32 import layer_output
-from prunepath_vllm.benchmarks.report import BenchmarkError
+from prunepath_vllm.benchmarks.report import FLOAT8_TOLERANCE, BenchmarkError
 from prunepath_vllm.benchmarks.tile_search import Bench, graph_of
 from prunepath_vllm.checkpoint import load_prunepath_config
 from prunepath_vllm.families import Family
@@ -29,10 +29,6 @@ TOLERANCE = 8e-3
 """Relative RMS error against float32 arithmetic on the same bf16 inputs. Rounding alone reaches 5.2e-3 where each token
 has one expert of four neurons: too few for their errors to average out. One of E experts left out makes about E^-0.5:
 4e-2 with qwen2-7b's 592, 1.5e-2 with the 4,736 that experts of four would give it."""
-
-FLOAT8_TOLERANCE = 2e-2
-"""The same where the second product's inputs are in float8: a sum added in another order puts some on the other side of
-the edge between two of its values, a sixteenth apart."""
 
 
 def check(bench: Bench, num_tokens: int, share: float, choice: Choice, gate: str = "sigmoid") -> dict[str, Any]:

@@ -41,13 +41,14 @@ class BenchmarkProbe:
                 module.bias[: len(module.bias) // 2] = bias
 
     @torch.inference_mode()
-    def prunepath_check_layer(self) -> list[float | str] | None:
-        """Relative RMS error of the first routed layer against float32 arithmetic, the worst of several batch sizes.
+    def prunepath_check_layer(self) -> list[list[float | str]] | None:
+        """Relative RMS errors of the first routed layer against float32 arithmetic, the worst of several batch sizes.
 
         Returns:
-            the error and the layer's dtype; None where the model has no routed layer.
+            [error, dtype] pairs, what neurons are in at these sizes being the layer's dtype or float8; None where the
+            model has no routed layer.
         """
-        return check_first_layer(self.get_model())  # a list: what goes over HTTP as it is
+        return check_first_layer(self.get_model())  # lists: what goes over HTTP as it is
 
     def prunepath_peak_gib(self) -> float:
         """Most memory this worker has held so far, GiB: reserved on its GPU, or resident where it runs on a CPU."""
@@ -56,7 +57,7 @@ class BenchmarkProbe:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def check_first_layer(model: nn.Module) -> list[float | str] | None:
+def check_first_layer(model: nn.Module) -> list[list[float | str]] | None:
     """See :meth:`BenchmarkProbe.prunepath_check_layer`. Tokens of one batch have taus of their own."""
     layer = first_layer(model)
     if not layer:
@@ -65,7 +66,7 @@ def check_first_layer(model: nn.Module) -> list[float | str] | None:
     saved, weight = ffn.tau.clone(), inputs.weight
     weights = Weights(weight, inputs.bias, outputs.weight, outputs.bias, inputs.weight_scale, outputs.weight_scale)
     generator = torch.Generator(weight.device).manual_seed(0)
-    worst = 0.0
+    worst: dict[str, float] = {}
     for tokens in sorted({min(tokens, len(ffn.tau)) for tokens in CHECKED_TOKENS}):
         x = torch.randn(tokens, weight.shape[1], generator=generator, device=weight.device).to(ffn.spec.dtype)
         taus = torch.tensor(CHECKED_TAUS, device=weight.device).repeat(1 + tokens // len(CHECKED_TAUS))[:tokens]
@@ -73,16 +74,18 @@ def check_first_layer(model: nn.Module) -> list[float | str] | None:
         ffn.dense_step.fill_(False)
         logits = reference.router_logits(x, router.weight, router.bias, router.down and router.down.weight)
         gates = reference.expert_weights(logits, taus, **asdict(ffn.spec.rule))
-        expected = layer_output(x, gates, weights, ffn.spec, _float8_inputs(ffn.spec, weights, tokens))
+        float8 = _float8_inputs(ffn.spec, weights, tokens)
+        expected = layer_output(x, gates, weights, ffn.spec, float8)
+        kind = "float8" if float8[1] else dtype_name(ffn.spec.dtype)
         if ffn.world > 1:
             expected = tensor_model_parallel_all_reduce(expected)
         for is_ahead in {False, router.routes_by_attention}:
             ahead = ffn.route_ahead(x, router) if is_ahead else None
             y = ffn(x, router, inputs, outputs, ahead).float()
             error = ((y - expected).norm() / expected.norm().clamp(min=1e-30)).item()
-            worst = max(worst, error if error == error else float("inf"))
+            worst[kind] = max(worst.get(kind, 0.0), error if error == error else float("inf"))
     ffn.tau.copy_(saved)
-    return [worst, dtype_name(ffn.spec.dtype)]
+    return [[error, kind] for kind, error in worst.items()]
 
 
 def _float8_inputs(spec: LayerSpec, weights: Weights, num_tokens: int) -> tuple[bool, bool]:

@@ -15,6 +15,7 @@ from prunepath_vllm.config import expected_sparsity
 from prunepath_vllm.conversion.rounding import quantise_weight
 from prunepath_vllm.families import FAMILIES, Family, family_of
 from prunepath_vllm.kernels.layer import dtype_name
+from prunepath_vllm.linears import standard_form
 
 SHAPES: dict[str, dict[str, Any]] = {
     "qwen2-7b": dict(
@@ -82,8 +83,12 @@ def write_config(
     expert_size: int = 32,
     router_input: str = "ffn",
     expert_dtype: str | None = None,
+    linears: str | None = None,
 ) -> Path:
-    """A checkpoint directory with a configuration and no weights: the engine's dummy format loads it."""
+    """A checkpoint directory with a configuration and no weights: the engine's dummy format loads it.
+
+    linears: of a sparse one, what ``prunepath quantize --linears`` stores attention's weights in.
+    """
     config = dense_config(shape)
     if sparse:
         family = family_of(config, converted=False)
@@ -97,6 +102,8 @@ def write_config(
                 tau_curve=None, split=dict(method="random", seed=0, source=None), base_model=shape,
             ),
         )  # fmt: skip
+        if linears:
+            config["quantization_config"] = standard_form(family, family.num_layers(config), linears)
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(config))
     return folder
