@@ -271,6 +271,19 @@ INLINE const Stored* whole_block(const Stored* from, int64_t count, Stored* to) 
     return to;
 }
 
+// How many rows are read side by side for one token, and where what is read next is brought. AVX-512 computes faster than
+// memory answers, and fewer rows at once leave more of its bandwidth. Qwen2.5-1.5B's layer on one Zen 5 core, every expert:
+// bfloat16 3.4 ms with eight rows, 2.3 with one; int8 1.4 ms with eight, 1.25 with four, 2.1 with one.
+#if defined(__AVX512F__)
+template <class Type>
+constexpr int SIDE_BY_SIDE = sizeof(typename Type::Stored) == 1 ? 4 : 1;
+constexpr int ONCE = 0;  // past the larger caches: no row is read again soon
+#else
+template <class Type>
+constexpr int SIDE_BY_SIDE = 8;
+constexpr int ONCE = 3;
+#endif
+
 // `ahead` are the rows that will be read next. Experts lie apart, which the processor's own prefetching cannot foresee.
 template <class Type, int ROWS, int TOKENS>
 INLINE void dot_tile(const void* const* rows, const void* const* ahead, const void* const* inputs, int64_t hidden,
@@ -288,7 +301,7 @@ INLINE void dot_tile(const void* const* rows, const void* const* ahead, const vo
             for (int r = 0; r < ROWS; r++) {
                 typename Fetched<Input>::Array w;
                 fetch<Type>(w, from[r] + i);
-                __builtin_prefetch((const Stored*)ahead[r] + i);
+                __builtin_prefetch((const Stored*)ahead[r] + i, 0, ONCE);
 #pragma GCC unroll 4
                 for (int t = 0; t < TOKENS; t++) acc[r][t] = multiply<Type>(acc[r][t], w, (const Input*)inputs[t] + i);
             }
@@ -305,7 +318,8 @@ INLINE void dot_tile(const void* const* rows, const void* const* ahead, const vo
 template <class Type, int TOKENS>
 INLINE void dot_tokens(const void* const* rows, const void* const* ahead, int num_rows, const void* const* inputs,
                        int64_t hidden, float* out, int stride) {
-    constexpr int ROWS = 8 / TOKENS;  // eight sums at once, for which every processor has the registers
+    // At most eight sums at once, for which every processor has the registers.
+    constexpr int ROWS = TOKENS == 1 ? SIDE_BY_SIDE<Type> : 8 / TOKENS;
     int r = 0;
     for (; r + ROWS <= num_rows; r += ROWS)
         dot_tile<Type, ROWS, TOKENS>(rows + r, ahead + r, inputs, hidden, out + r * stride, stride);
@@ -339,7 +353,7 @@ INLINE void add_tile(const void* const* rows, const void* const* ahead, const fl
 #pragma GCC unroll 4
             for (int r = 0; r < ROWS; r++) {
                 Type::widen(from[r] + i, w[r][0], w[r][1]);
-                __builtin_prefetch((const Stored*)ahead[r] + i);
+                __builtin_prefetch((const Stored*)ahead[r] + i, 0, ONCE);
             }
             for (int t = 0; t < num_tokens; t++) {
                 Floats a = load<Floats>(out[t] + i), b = load<Floats>(out[t] + i + WIDTH);
@@ -363,9 +377,11 @@ INLINE void add_tile(const void* const* rows, const void* const* ahead, const fl
 template <class Type>
 void add(const void* const* rows, const void* const* ahead, int num_rows, const float* factors, int num_tokens,
          float* const* out, int64_t begin, int64_t end) {
+    constexpr int LONE = SIDE_BY_SIDE<Type> < 4 ? SIDE_BY_SIDE<Type> : 4;
+    for (; num_tokens == 1 && num_rows >= LONE; num_rows -= LONE, rows += LONE, ahead += LONE, factors += LONE)
+        add_tile<Type, LONE>(rows, ahead, factors, 1, out, begin, end);
     for (; num_rows >= 4; num_rows -= 4, rows += 4, ahead += 4, factors += 4 * num_tokens)
-        num_tokens == 1 ? add_tile<Type, 4>(rows, ahead, factors, 1, out, begin, end)
-                        : add_tile<Type, 4>(rows, ahead, factors, num_tokens, out, begin, end);
+        add_tile<Type, 4>(rows, ahead, factors, num_tokens, out, begin, end);
     for (; num_rows; num_rows--, rows++, ahead++, factors += num_tokens)
         add_tile<Type, 1>(rows, ahead, factors, num_tokens, out, begin, end);
 }
