@@ -1,7 +1,7 @@
 # Two commands: `make serve` and `make test`. Both may be run again; what exists is not redone.
 VENV := .venv
 BIN := $(VENV)/bin
-# What `make serve` serves: smollm2 (in minutes), or qwen2.5-coder-1.5b (1.1 GB to fetch, then most of an hour, once).
+# What `make serve` serves: smollm2 (in minutes), or qwen2.5-coder-1.5b (1.1 GB to fetch, then ten minutes to an hour, once).
 MODEL ?= smollm2
 HOST ?= 127.0.0.1
 PORT ?= 8000

@@ -271,18 +271,36 @@ INLINE const Stored* whole_block(const Stored* from, int64_t count, Stored* to) 
     return to;
 }
 
-// How many rows are read side by side for one token, and where what is read next is brought. AVX-512 computes faster than
-// memory answers, and fewer rows at once leave more of its bandwidth. Qwen2.5-1.5B's layer on one Zen 5 core, every expert:
-// bfloat16 3.4 ms with eight rows, 2.3 with one; int8 1.4 ms with eight, 1.25 with four, 2.1 with one.
+// Tokens that are computed together, rows that are read side by side for so many, and where what is read next is
+// brought. AVX-512 computes faster than memory answers, and fewer rows at once leave more of its bandwidth.
+// Qwen2.5-1.5B's layer on one Zen 5 core, one token, every expert: bfloat16 3.4 ms with eight rows, 2.3 with one; int8
+// 1.4 ms with eight, 1.2 with four, 2.1 with one.
 #if defined(__AVX512F__)
-template <class Type>
-constexpr int SIDE_BY_SIDE = sizeof(typename Type::Stored) == 1 ? 4 : 1;
+constexpr int MOST_TOKENS = 8;
 constexpr int ONCE = 0;  // past the larger caches: no row is read again soon
+template <class Type, int TOKENS>
+constexpr int SIDE_BY_SIDE = sizeof(typename Type::Stored) == 1 && TOKENS <= 4 ? 4 : 1;
 #else
-template <class Type>
-constexpr int SIDE_BY_SIDE = 8;
+constexpr int MOST_TOKENS = 4;
 constexpr int ONCE = 3;
+template <class Type, int TOKENS>
+constexpr int SIDE_BY_SIDE = 8 / TOKENS;  // eight sums at once, for which every processor has the registers
 #endif
+
+// f(Index<0>), f(Index<1>), ... f(Index<N - 1>): a loop that is gone before the compiler decides what lies in registers.
+// GCC 12 unrolls others only afterwards, and keeps arrays that they index in memory.
+template <int I>
+struct Index {
+    static constexpr int value = I;
+};
+template <int N, class F>
+INLINE void repeat(const F& f) {
+    if constexpr (N > 0) {
+        repeat<N - 1>(f);
+        f(Index<N - 1>{});
+    }
+}
+#define EACH(i) [&](auto i) __attribute__((always_inline))
 
 // `ahead` are the rows that will be read next. Experts lie apart, which the processor's own prefetching cannot foresee.
 template <class Type, int ROWS, int TOKENS>
@@ -291,39 +309,43 @@ INLINE void dot_tile(const void* const* rows, const void* const* ahead, const vo
     using Stored = typename Type::Stored;
     using Input = typename Type::Input;
     Floats acc[ROWS][TOKENS] = {};
-    const Stored* from[ROWS];
-    for (int r = 0; r < ROWS; r++) from[r] = (const Stored*)rows[r];
-    Stored rest[ROWS][BLOCK];
+    const Stored *from[ROWS], *next[ROWS];
+    const Input* x[TOKENS];
+    repeat<ROWS>(EACH(r) {
+        from[r.value] = (const Stored*)rows[r.value];
+        next[r.value] = (const Stored*)ahead[r.value];
+    });
+    repeat<TOKENS>(EACH(t) { x[t.value] = (const Input*)inputs[t.value]; });
+    auto block = [&](int64_t i) __attribute__((always_inline)) {
+        repeat<ROWS>(EACH(r) {
+            typename Fetched<Input>::Array w;
+            fetch<Type>(w, from[r.value] + i);
+            __builtin_prefetch(next[r.value] + i, 0, ONCE);
+            repeat<TOKENS>(EACH(t) {
+                acc[r.value][t.value] = multiply<Type>(acc[r.value][t.value], w, x[t.value] + i);
+            });
+        });
+    };
     int64_t i = 0;
-    for (int64_t end = hidden / BLOCK * BLOCK;; end = hidden) {  // whole blocks, then the rest
-        for (; i < end; i += BLOCK) {
-#pragma GCC unroll 8
-            for (int r = 0; r < ROWS; r++) {
-                typename Fetched<Input>::Array w;
-                fetch<Type>(w, from[r] + i);
-                __builtin_prefetch((const Stored*)ahead[r] + i, 0, ONCE);
-#pragma GCC unroll 4
-                for (int t = 0; t < TOKENS; t++) acc[r][t] = multiply<Type>(acc[r][t], w, (const Input*)inputs[t] + i);
-            }
-        }
-        if (i >= hidden) break;
-        for (int r = 0; r < ROWS; r++) from[r] = whole_block(from[r] + i, hidden - i, rest[r]) - i;
+    for (; i + BLOCK <= hidden; i += BLOCK) block(i);
+    if (i < hidden) {
+        Stored rest[ROWS][BLOCK];
+        repeat<ROWS>(EACH(r) { from[r.value] = whole_block(from[r.value] + i, hidden - i, rest[r.value]) - i; });
+        block(i);
     }
-#pragma GCC unroll 8
-    for (int r = 0; r < ROWS; r++)
-#pragma GCC unroll 4
-        for (int t = 0; t < TOKENS; t++) out[r * stride + t] = sum(acc[r][t]);
+    repeat<ROWS>(EACH(r) {
+        repeat<TOKENS>(EACH(t) { out[r.value * stride + t.value] = sum(acc[r.value][t.value]); });
+    });
 }
 
 template <class Type, int TOKENS>
 INLINE void dot_tokens(const void* const* rows, const void* const* ahead, int num_rows, const void* const* inputs,
                        int64_t hidden, float* out, int stride) {
-    // At most eight sums at once, for which every processor has the registers.
-    constexpr int ROWS = TOKENS == 1 ? SIDE_BY_SIDE<Type> : 8 / TOKENS;
+    constexpr int ROWS = SIDE_BY_SIDE<Type, TOKENS>;
     int r = 0;
     for (; r + ROWS <= num_rows; r += ROWS)
         dot_tile<Type, ROWS, TOKENS>(rows + r, ahead + r, inputs, hidden, out + r * stride, stride);
-    for (; r < num_rows; r++)
+    for (; ROWS > 1 && r < num_rows; r++)
         dot_tile<Type, 1, TOKENS>(rows + r, ahead + r, inputs, hidden, out + r * stride, stride);
 }
 
@@ -332,6 +354,8 @@ template <class Type>
 void dot(const void* const* rows, const void* const* ahead, int num_rows, const void* const* inputs, int num_tokens,
          int64_t hidden, float* out) {
     int t = 0;
+    for (; MOST_TOKENS == 8 && t + 8 <= num_tokens; t += 8, ahead = rows)
+        dot_tokens<Type, MOST_TOKENS>(rows, ahead, num_rows, inputs + t, hidden, out + t, num_tokens);
     for (; t + 4 <= num_tokens; t += 4, ahead = rows)
         dot_tokens<Type, 4>(rows, ahead, num_rows, inputs + t, hidden, out + t, num_tokens);
     for (; t + 2 <= num_tokens; t += 2, ahead = rows)
@@ -340,8 +364,8 @@ void dot(const void* const* rows, const void* const* ahead, int num_rows, const 
 }
 
 template <class Type, int ROWS>
-INLINE void add_tile(const void* const* rows, const void* const* ahead, const float* factors, int num_tokens, float* const* out, int64_t begin,
-                     int64_t end) {
+INLINE void add_tile(const void* const* rows, const void* const* ahead, const float* factors, int num_tokens,
+                     float* const* out, int64_t begin, int64_t end) {
     using Stored = typename Type::Stored;
     const Stored* from[ROWS];
     for (int r = 0; r < ROWS; r++) from[r] = (const Stored*)rows[r];
@@ -377,7 +401,7 @@ INLINE void add_tile(const void* const* rows, const void* const* ahead, const fl
 template <class Type>
 void add(const void* const* rows, const void* const* ahead, int num_rows, const float* factors, int num_tokens,
          float* const* out, int64_t begin, int64_t end) {
-    constexpr int LONE = SIDE_BY_SIDE<Type> < 4 ? SIDE_BY_SIDE<Type> : 4;
+    constexpr int LONE = SIDE_BY_SIDE<Type, 1> < 4 ? SIDE_BY_SIDE<Type, 1> : 4;
     for (; num_tokens == 1 && num_rows >= LONE; num_rows -= LONE, rows += LONE, ahead += LONE, factors += LONE)
         add_tile<Type, LONE>(rows, ahead, factors, 1, out, begin, end);
     for (; num_rows >= 4; num_rows -= 4, rows += 4, ahead += 4, factors += 4 * num_tokens)

@@ -1,0 +1,47 @@
+#!/usr/bin/env bash
+# Measures what the documentation publishes of a GPU:  scripts/gpu_tables.sh OUT GROUP...
+#   float8   Qwen2-7B's shape: bfloat16, float8, float8 with the attention's linears      (110 GB of GPU memory)
+#   families Qwen3-8B's shape                                                             (40 GB)
+#   host     experts in host memory beside vLLM's offloading, Qwen2-7B and 32B            (130 GB, and 90 GB of host memory)
+# A group's engines start together, which takes three minutes or so, and are measured one at a time.
+set -euo pipefail
+out=$(realpath -m "$1"); shift
+mkdir -p "$out"
+cd "$(dirname "$0")/.."
+
+measure() { # NAME ARGUMENTS...
+    local name=$1; shift
+    # vLLM looks whether so much of the GPU is free when it starts; what it takes is the cache's size beside the weights.
+    python3 -m prunepath_vllm.entrypoints.cli bench latency "$@" --num-iters 0 --gpu-memory-utilization 0.05 \
+        --kv-cache-memory-bytes 1610612736 --lock "$out/lock" --output "$out/$name.json" >"$out/$name.log" 2>&1 &
+}
+
+steps="--share 1.0,0.5,0.2,0.1 --batch-size 1,4,16,64 --prefill 8192"
+skewed="--share 1.0,0.2,0.1 --hottest-half 0.78 --batch-size 1 --output-len 17"
+for group in "$@"; do
+    case $group in
+    float8)
+        measure bfloat16 --shape qwen2-7b $steps
+        measure float8 --shape qwen2-7b --expert-dtype float8_e4m3fn --dense-quantization fp8_per_channel $steps
+        measure float8_linears --shape qwen2-7b --expert-dtype float8_e4m3fn --linears float8_e4m3fn \
+            --router-input attention --dense-quantization fp8_per_channel $steps
+        ;;
+    families)
+        measure qwen3-8b --shape qwen3-8b --share 1.0,0.5,0.2,0.1 --batch-size 1,4
+        ;;
+    host)
+        measure host_half --shape qwen2-7b $skewed --offload-group-size 2 --offload-num-in-group 1 \
+            --additional-config '{"prunepath": {"host_experts": 0.5}}'
+        measure host_three_quarters --shape qwen2-7b $skewed --cpu-offload-gb 7.9 \
+            --additional-config '{"prunepath": {"host_experts": 0.75}}'
+        measure host_32b --shape qwen2.5-32b $skewed --repeats 1 --prefill 2048 --cpu-offload-gb 29.3 \
+            --additional-config '{"prunepath": {"gpu_expert_gib": 23}}'
+        ;;
+    *) echo "gpu_tables.sh: $group: expected float8, families or host" >&2; exit 2 ;;
+    esac
+    wait
+done
+for file in "$out"/*.log; do
+    echo "== $(basename "$file" .log)"
+    grep -A 12 "^ *dense\|^prunepath bench" "$file" || tail -3 "$file"
+done
