@@ -58,16 +58,17 @@ def latency(file: str, *, batch: str = "1", prefill: str = "", base: str = "") -
         file: its --output.
         batch: batch sizes.
         prefill: "yes" for a last column, a prompt's time.
-        base: the file whose dense model the ratios are to, where it is not this one's.
+        base: the file whose dense model the ratios are to, where it is not this one's, which may then have none.
     """
     result = _read(file)
+    parts = [part for part in ("dense", "sparse") if part in result]
     sizes = [int(size) for size in batch.split(",")]
     reference = _read(base or file)["dense"]
     dense = {row["batch_size"]: row["decode_step_ms"] for row in reference["rows"]}
     dense_prompt = next((row["prefill_ms"] for row in reference["prefill"]), None)
-    prompts = {row["share"]: row["prefill_ms"] for part in ("dense", "sparse") for row in result[part]["prefill"]}
+    prompts = {row["share"]: row["prefill_ms"] for part in parts for row in result[part]["prefill"]}
     rows = []
-    shares = list(dict.fromkeys(row["share"] for part in ("dense", "sparse") for row in result[part]["rows"]))
+    shares = list(dict.fromkeys(row["share"] for part in parts for row in result[part]["rows"]))
     for one in shares:
         part = result["dense" if one is None else "sparse"]["rows"]
         steps = {row["batch_size"]: row["decode_step_ms"] for row in part if row["share"] == one}
@@ -77,7 +78,7 @@ def latency(file: str, *, batch: str = "1", prefill: str = "", base: str = "") -
             cells.append(_milliseconds(prompts[one], None if plain else dense_prompt))
         rows.append([share(one), *cells])
     header = ["active", *(f"batch {size}" for size in sizes)]
-    return markdown([*header, f"prefill of {result['dense']['prefill'][0]['tokens']:,}"] if prefill else header, rows)
+    return markdown([*header, f"prefill of {result['sparse']['prefill'][0]['tokens']:,}"] if prefill else header, rows)
 
 
 def _milliseconds(value: float, dense: float | None) -> str:
