@@ -61,7 +61,9 @@ def make_checkpoint(shape: str, folder: Path, tokenizer: Path, layers: int | Non
 
 def write_recipe(work: Path, name: str, model: str, steps: int, length: int, **runtime: Any) -> Path:
     """A recipe of one stage with every GPU's memory holding its share."""
-    runtime |= dict(device="auto", bf16=True, sharding="full", gradient_checkpointing=True, log_steps=1, keep=9)
+    runtime |= dict(
+        device="auto" if ON_GPU else "cpu", bf16=True, sharding="full", gradient_checkpointing=True, log_steps=1, keep=9
+    )
     recipe = dict(
         output=str(work / name),
         model=dict(path=str(work / model)),
