@@ -208,7 +208,7 @@ def test_float8_products(float8_products, monkeypatch, glu, gated, unscaled):
     rows = 96 * (1 + glu)
     assert float8_products == [(48, rows, 1, 1) if unscaled else (48, rows, 20, rows), (96, 48, 20, 48)]
     gates = gates if gated else torch.ones_like(gates)
-    want = float32.layer_output(x, gates, weights, spec, (True, True))
+    want = float32.layer_output(x, gates, weights, spec, (True, True, True))
     assert error(y, want) < 1e-2
     # It is another function than that of the inputs as they are, by about what the inputs' rounding makes.
     assert 0.01 < error(want, reference_ffn(x, gates, weights, "silu", glu)) < 0.08
@@ -223,7 +223,7 @@ def test_float8_products_of_few_experts(glu, num_tokens):
     gates = expected_gates(x, tau, router, RoutingRule(gate="sigmoid"))
     gated = replace(spec, rule=RoutingRule(gate="sigmoid"))
     y = routed_ffn(x, tau, router, weights, gated, tuning=NO_TUNING["split"])
-    want = float32.layer_output(x, gates, weights, spec, (True, False))
+    want = float32.layer_output(x, gates, weights, spec, (True, False, False))
     assert error(y, want) < 5e-3
     assert 0.005 < error(want, reference_ffn(x, gates, weights, "silu", glu)) < 0.08
 
@@ -233,19 +233,19 @@ def test_where_activations_are_quantised(monkeypatch):
     spec = LayerSpec(48, 12, 8, torch.bfloat16, expert_dtype=torch.float8_e4m3fn)
     weights = quantised_weights(Weights(torch.ones(192, 48), None, torch.ones(96, 48), None), "float8_e4m3fn")
     for path, tokens, expected in (
-        ("fused", 1, (False, False)),
-        ("split", 8, (True, False)),
-        ("dense", 16, (True, False)),
-        ("dense", 128, (True, False)),
-        ("dense", 129, (True, True)),
-        ("grouped", 5000, (False, True)),
+        ("fused", 1, (False, False, False)),
+        ("split", 8, (True, False, False)),
+        ("dense", 16, (True, False, True)),
+        ("dense", 128, (True, False, True)),
+        ("dense", 129, (True, True, True)),
+        ("grouped", 5000, (False, True, False)),
     ):
         assert quantised.float8_inputs(spec, weights, tokens, path) == expected
     for changes in (
         dict(quantise_activations=False), dict(dtype=torch.float16), dict(dtype=torch.float32), dict(hidden=40),
         dict(expert_size=2),
     ):  # fmt: skip
-        assert quantised.float8_inputs(replace(spec, **changes), weights, 5000, "dense") == (False, False)
+        assert quantised.float8_inputs(replace(spec, **changes), weights, 5000, "dense") == (False, False, False)
     weights = quantised_weights(Weights(torch.ones(192, 48), None, torch.ones(96, 48), None), "int8")
     assert not float8.quantises_activations(spec, weights)
     monkeypatch.setattr(float8, "converts_float8", lambda device: False)

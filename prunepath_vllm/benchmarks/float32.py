@@ -18,7 +18,11 @@ def float8_values(x: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def layer_output(
-    x: Tensor, gates: Tensor, weights: Weights, spec: LayerSpec, float8_inputs: tuple[bool, bool] = (False, False)
+    x: Tensor,
+    gates: Tensor,
+    weights: Weights,
+    spec: LayerSpec,
+    float8_inputs: tuple[bool, bool, bool] = (False, False, False),
 ) -> Tensor:
     """Eq. 10.
 
@@ -26,33 +30,37 @@ def layer_output(
         x: [T, H].
         gates: what each expert's output is multiplied by, float32 [T, E].
         weights, spec: the layer, or one rank's part of it.
-        float8_inputs: whether the inputs of the first linear, and of the second, are in float8
-            (``kernels.quantised.float8_inputs``). What lies between them is then rounded to the layer's dtype, as it is
-            in the kernels: otherwise other values would be at the edge between two of float8's.
+        float8_inputs: ``kernels.quantised.float8_inputs``: whether the inputs of the first linear, and of the second,
+            are in float8, and whether what the first gives is rounded. It is then rounded here as it is in the kernels:
+            otherwise other values would be at the edge between two of float8's.
 
     Returns:
         float32 [T, H].
     """
-    from prunepath_vllm.kernels.quantised import UNSCALED_TOKENS
-
-    inputs, scale = float8_values(x) if float8_inputs[0] else (x.float(), None)
+    first, second, rounded = float8_inputs
     bias = None if weights.b_in is None else weights.b_in.float()
-    if scale is not None and len(x) <= UNSCALED_TOKENS:
+    if first:
+        from prunepath_vllm.kernels.quantised import UNSCALED_TOKENS
+
         assert weights.scale_in is not None
-        pre = F.linear(inputs, weights.w_in.float()).bfloat16().float() * (scale * weights.scale_in)
+        values, scale = float8_values(x)
+        pre = F.linear(values, weights.w_in.float())
+        before_scales = len(x) <= UNSCALED_TOKENS
+        if rounded and before_scales:
+            pre = pre.bfloat16().float()
+        pre = pre * (scale * weights.scale_in)
         pre = pre if bias is None else pre + bias
-    else:
-        w_in = dequantise(weights.w_in, weights.scale_in, torch.float32).float()
-        pre = F.linear(inputs if scale is None else inputs * scale, w_in, bias)
-        if any(float8_inputs):
+        if rounded and not before_scales:
             pre = pre.to(spec.dtype).float()
+    else:
+        pre = F.linear(x.float(), dequantise(weights.w_in, weights.scale_in, torch.float32).float(), bias)
     if spec.glu:
         gate, up = pre.chunk(2, dim=-1)
         neurons = spec.activate(gate) * up
     else:
         neurons = spec.activate(pre)
     neurons = scale_neurons(neurons, gates)
-    if float8_inputs[1]:
+    if second:
         assert weights.scale_out is not None
         values, scale = float8_values((neurons * weights.scale_out).to(spec.dtype))
         y = values * scale @ weights.w_out_t.float()

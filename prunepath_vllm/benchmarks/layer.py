@@ -60,7 +60,7 @@ def check(bench: Bench, num_tokens: int, share: float, choice: Choice, gate: str
         gates = reference.expert_weights(logits, taus[i], selection="cumulative_mass", threshold=None, gate=gate)
         weights = bench.layers[i].weights
         float8 = float8_inputs(bench.spec, weights, num_tokens, choice.path)
-        tolerance = FLOAT8_TOLERANCE if float8[1] else TOLERANCE
+        tolerance = FLOAT8_TOLERANCE if float8.second else TOLERANCE
         y = layer_output(xs[i], gates, weights, bench.spec, float8)
         difference = float((first[i].float() - y).norm() / y.norm())
         error = max(error, difference) if difference == difference else float("inf")

@@ -88,10 +88,10 @@ def check_first_layer(model: nn.Module) -> list[list[float | str]] | None:
     return [[error, kind] for kind, error in worst.items()]
 
 
-def _float8_inputs(spec: LayerSpec, weights: Weights, num_tokens: int) -> tuple[bool, bool]:
+def _float8_inputs(spec: LayerSpec, weights: Weights, num_tokens: int) -> tuple[bool, bool, bool]:
     """See ``kernels.quantised.float8_inputs``; on a CPU, or without Triton, there are none."""
     kernels = triton_kernels()
     if kernels is None or not weights.w_in.is_cuda:
-        return False, False
+        return False, False, False
     choice = kernels.load_tuning(torch.cuda.get_device_name(weights.w_in.device), spec).choice(num_tokens)
     return kernels.float8_inputs(spec, weights, num_tokens, choice.path)

@@ -257,7 +257,7 @@ def routed_ffn(
     if choice.path == "grouped":
         return grouped_ffn(x, weights, find_routing(want_flags=False, pdl=0), spec, choice.grouped, read)
     inputs, x_scale = x, None
-    if float8_inputs(spec, weights, x.shape[0], choice.path)[0]:
+    if float8_inputs(spec, weights, x.shape[0], choice.path).first:
         inputs, x_scale = quantise_tokens(x)
     if routing is None:
         routing = find_routing(pdl=pdl)

@@ -6,6 +6,8 @@ float8 with a scale per token, and the library multiplies float8 by float8; bflo
 Shapes: T tokens, H hidden size, F neurons. Neurons that the second linear gets carry scale_out * ``decode.fold``.
 """
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -118,11 +120,20 @@ def transposed(weight: Tensor) -> Tensor:
     return out.view(weight.dtype)
 
 
-def float8_inputs(spec: LayerSpec, weights: Weights, num_tokens: int, path: str) -> tuple[bool, bool]:
-    """Whether a path of ``ffn.PATHS`` gives the first linear, and the second, inputs in float8 at this batch size."""
-    allowed = weights.quantised and quantises_activations(spec, weights)
-    first = allowed and path in ("split", "dense")
-    return first, allowed and path in ("dense", "grouped") and num_tokens > WIDENED_TOKENS
+class Float8Inputs(NamedTuple):
+    """Which linears get their inputs in float8, and whether what the first then gives is rounded to half precision."""
+
+    first: bool = False
+    second: bool = False
+    rounded: bool = False
+
+
+def float8_inputs(spec: LayerSpec, weights: Weights, num_tokens: int, path: str) -> Float8Inputs:
+    """What a path of ``ffn.PATHS`` does at this batch size."""
+    if not (weights.quantised and quantises_activations(spec, weights)):
+        return Float8Inputs()
+    second = path in ("dense", "grouped") and num_tokens > WIDENED_TOKENS
+    return Float8Inputs(path in ("split", "dense"), second, path == "dense")
 
 
 def float8_product(x: Tensor, weight: Tensor, scale: Tensor, bias: Tensor | None) -> Tensor:
