@@ -258,6 +258,7 @@ def routed_ffn(
         return grouped_ffn(x, weights, find_routing(want_flags=False, pdl=0), spec, choice.grouped, read)
     inputs, x_scale = x, None
     if float8_inputs(spec, weights, x.shape[0], choice.path).first:
+        # Before the routing, whose kernels wait for one another: between it and the product it would add to both.
         inputs, x_scale = quantise_tokens(x)
     if routing is None:
         routing = find_routing(pdl=pdl)
