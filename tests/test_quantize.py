@@ -254,12 +254,12 @@ def test_the_errors_on_given_inputs(prunepath_checkpoint, tmp_path):
 
 
 def test_shards(prunepath_checkpoint, quantised, tmp_path, monkeypatch):
+    whole = load_file(quantised("llama", "int8") / "model.safetensors")
     monkeypatch.setattr(convert_module, "MAX_SHARD_BYTES", 100_000)
     quantize(prunepath_checkpoint("llama"), tmp_path / "out", "int8")
     files = {info.file for info in validate_checkpoint(tmp_path / "out", check_values=True).tensors.values()}
     assert len(files) > 2
     assert (tmp_path / "out" / INDEX_FILE).exists()
-    whole = load_file(quantised("llama", "int8") / "model.safetensors")
     parts = {name: one for file in files for name, one in load_file(tmp_path / "out" / file).items()}
     assert whole.keys() == parts.keys()
     assert all(torch.equal(whole[name], parts[name]) for name in whole)
