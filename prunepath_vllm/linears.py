@@ -12,10 +12,10 @@ from prunepath_vllm.families import Family
 from prunepath_vllm.tau import shown
 
 METHOD = "compressed-tensors"
-LINEAR_DTYPES = ("float8_e4m3fn", "int8")
+_TYPES = {"float8_e4m3fn": "float", "int8": "int"}
+LINEAR_DTYPES = tuple(_TYPES)
 """What their weights are stored in, as PyTorch names it."""
 
-_TYPES = {"float8_e4m3fn": "float", "int8": "int"}
 _WITHOUT_EFFECT = (
     "version",
     "quantization_status",

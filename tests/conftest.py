@@ -109,6 +109,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="module")
+def registered() -> None:
+    """What ``prunepath_vllm.register`` registers."""
+    import prunepath_vllm
+
+    prunepath_vllm.register()
+
+
 @pytest.fixture(scope="session")
 def prunepath_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """``prunepath_checkpoint(family, **options)``: what ``save_prunepath`` writes, made once per session; read only."""
@@ -120,6 +128,26 @@ def prunepath_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[.
         key = repr((family, sorted(options.items())))
         if key not in made:
             made[key] = save_prunepath(family, tmp_path_factory.mktemp("prunepath") / family, **options)
+        return made[key]
+
+    return get
+
+
+@pytest.fixture(scope="session")
+def quantised(
+    prunepath_checkpoint: Callable[..., Path], tmp_path_factory: pytest.TempPathFactory
+) -> Callable[..., Path]:
+    """``quantised(family, expert_dtype, **options)``: a ``prunepath_checkpoint``, quantised, made once; read only."""
+    from prunepath_vllm.conversion.quantize import quantize
+
+    made: dict[str, Path] = {}
+
+    def get(family: str, expert_dtype: str, linears: str | None = None, **options) -> Path:
+        key = repr((family, expert_dtype, linears, sorted(options.items())))
+        if key not in made:
+            path = tmp_path_factory.mktemp("quantised") / family
+            quantize(prunepath_checkpoint(family, **options), path, expert_dtype, linears=linears)
+            made[key] = path
         return made[key]
 
     return get

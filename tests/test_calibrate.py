@@ -12,7 +12,6 @@ from safetensors.torch import load_file, save_file
 from tiny_models import ENGINE_FAMILY_NAMES, FAMILY_NAMES, build_dense, save_prunepath
 from transformers import AutoTokenizer
 
-import prunepath_vllm
 from prunepath_vllm.checkpoint import load_prunepath_config, read_tensor_index, validate_checkpoint
 from prunepath_vllm.conversion import rewrite
 from prunepath_vllm.conversion.calibrate import calibrate, fit_router, load_model
@@ -21,13 +20,10 @@ from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.entrypoints.cli import main
 from prunepath_vllm.errors import UsageError
 
+pytestmark = pytest.mark.usefixtures("registered")
+
 CONTEXT = 64
 TOKENS = 40 * CONTEXT
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered():
-    prunepath_vllm.register()
 
 
 @pytest.fixture(scope="module")

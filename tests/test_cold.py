@@ -20,7 +20,6 @@ from test_engine import assert_naive, run_engine
 from tiny_models import LAYERS, block, block_fields, tokens
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import prunepath_vllm
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.conversion.cold import prune_cold_experts
@@ -31,14 +30,11 @@ from prunepath_vllm.families import FAMILIES
 from prunepath_vllm.kernels import cpu, native
 from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, Weights
 
+pytestmark = pytest.mark.usefixtures("registered")
+
 SIZE, EXPERTS, MAX_TAU, SHARE = 16, 16, 0.6, 0.25
 TAUS = (0.6, 0.3, 0.05)
 CURVE = ((0.2, 0.9), (0.5, 0.6), (0.7, 0.4), (1.0, 0.0))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered():
-    prunepath_vllm.register()
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,6 @@ from safetensors.torch import load_file, save_file
 from tiny_models import HIDDEN, INTERMEDIATE, LAYERS, block, build_dense, build_tokenizer
 from torch import Tensor
 
-import prunepath_vllm
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.conversion import convert as convert_module
 from prunepath_vllm.conversion.convert import convert
@@ -19,6 +18,8 @@ from prunepath_vllm.conversion.quantize import quantize
 from prunepath_vllm.entrypoints import cli
 from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
 from prunepath_vllm.families import FAMILIES
+
+pytestmark = pytest.mark.usefixtures("registered")
 
 TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs.\n" * 20
 LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "gate_proj", "up_proj", "gate_up_proj", "down_proj")
@@ -71,11 +72,6 @@ FORMS: dict[str, tuple[dict, str, torch.dtype]] = {
     ),
 }
 """quantization_config, what scales are called, and their dtype."""
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered():
-    prunepath_vllm.register()
 
 
 def quantised(weight: Tensor, form: str) -> tuple[Tensor, Tensor, Tensor]:

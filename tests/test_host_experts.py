@@ -18,7 +18,6 @@ from safetensors.torch import load_file
 from test_engine import assert_naive, run_engine
 from tiny_models import LAYERS, block
 
-import prunepath_vllm
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.conversion.cold import record_usage
@@ -31,6 +30,8 @@ from prunepath_vllm.kernels.host_experts import HostExperts
 from prunepath_vllm.kernels.layer import LayerSpec, Weights
 from prunepath_vllm.kernels.split_memory import GRAIN, Grains, Range, Staging, resident_grains, split_range
 from prunepath_vllm.modeling import load_tokenizer
+
+pytestmark = pytest.mark.usefixtures("registered")
 
 SIZE, EXPERTS, TAU = 16, 16, 0.3
 
@@ -145,11 +146,6 @@ def test_a_copy_is_begun_once_a_layer_and_a_step(driver, monkeypatch):
         for weights, _ in layers:
             host.bring(weights, ahead=True)
     assert begun == [0, 1, 2] * 2
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered():
-    prunepath_vllm.register()
 
 
 @pytest.fixture(scope="module")

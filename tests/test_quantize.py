@@ -13,7 +13,6 @@ from test_engine import assert_naive, run_engine
 from tiny_models import FAMILY_NAMES, HIDDEN, INTERMEDIATE, LAYERS, block, block_fields, tokens
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import prunepath_vllm
 from prunepath_vllm.checkpoint import INDEX_FILE, validate_checkpoint
 from prunepath_vllm.config import EXPERT_DTYPES, PrunePathConfig
 from prunepath_vllm.conversion import convert as convert_module
@@ -27,28 +26,10 @@ from prunepath_vllm.kernels import cpu
 from prunepath_vllm.modeling import inference
 from prunepath_vllm.training.model import family_of_model
 
+pytestmark = pytest.mark.usefixtures("registered")
+
 LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 TAUS = (0.3, 0.6, 0.9, 1.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered():
-    prunepath_vllm.register()
-
-
-@pytest.fixture(scope="module")
-def quantised(prunepath_checkpoint, tmp_path_factory):
-    """``quantised(family, dtype, **options)``: a checkpoint of ``save_prunepath``, quantised by the package."""
-    made = {}
-
-    def get(family, dtype, **options):
-        key = (family, dtype, *sorted(options.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("quantised") / family
-            quantize(prunepath_checkpoint(family, **options), made[key], dtype)
-        return made[key]
-
-    return get
 
 
 def load(path, **options):

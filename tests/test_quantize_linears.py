@@ -12,7 +12,6 @@ from test_engine import run_engine
 from tiny_models import GLU_MODELS, LAYERS, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
-import prunepath_vllm
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.conversion.quantize import quantize
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
@@ -20,29 +19,17 @@ from prunepath_vllm.entrypoints import cli
 from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
 from prunepath_vllm.linears import LINEAR_DTYPES
 
+pytestmark = pytest.mark.usefixtures("registered")
+
 LARGEST = {"int8": 127, "float8_e4m3fn": 448}
 STORED = {"int8": "I8", "float8_e4m3fn": "F8_E4M3"}
 Q_PROJ = "model.layers.1.self_attn.q_proj"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def _registered():
-    prunepath_vllm.register()
-
-
-@pytest.fixture(scope="module")
-def quantised(prunepath_checkpoint, tmp_path_factory):
+@pytest.fixture
+def quantised(quantised):
     """``quantised(family, dtype, **options)``: experts in int8, the attention's linears in `dtype`."""
-    made = {}
-
-    def get(family, dtype, **options):
-        key = (family, dtype, *sorted(options.items()))
-        if key not in made:
-            made[key] = tmp_path_factory.mktemp("linears") / family
-            quantize(prunepath_checkpoint(family, **options), made[key], "int8", linears=dtype)
-        return made[key]
-
-    return get
+    return lambda family, dtype, **options: quantised(family, "int8", linears=dtype, **options)
 
 
 def attention_weights(tensors):

@@ -11,7 +11,6 @@ from test_engine import assert_naive, run_engine
 from tiny_models import FAMILY_NAMES, HIDDEN, LAYERS, block, block_fields, build_dense, save_dense, tokens
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-import prunepath_vllm
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.conversion.calibrate import calibrate, factor_router
@@ -24,17 +23,14 @@ from prunepath_vllm.modeling.routing import Router
 from prunepath_vllm.training.adapter import merge_adapter, neuron_order, save_adapter
 from prunepath_vllm.training.low_rank import add_low_rank, merge_low_rank
 
+pytestmark = pytest.mark.usefixtures("registered")
+
 ROUTERS = {
     "attention": dict(router_input="attention"),
     "attention, rank 6": dict(router_input="attention", router_rank=6),
     "rank 20": dict(router_rank=20),  # more than experts
 }
 TAUS = (0.3, 0.6, 0.9, 1.0)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _registered():
-    prunepath_vllm.register()
 
 
 @pytest.fixture(scope="module")

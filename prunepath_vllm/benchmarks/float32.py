@@ -7,14 +7,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from prunepath_vllm.conversion.rounding import quantise_weight
 from prunepath_vllm.kernels.layer import LayerSpec, Weights, dequantise
 from prunepath_vllm.kernels.reference import scale_neurons
 
 
 def float8_values(x: Tensor) -> tuple[Tensor, Tensor]:
     """x [T, K] as a product in float8 takes it, each token's largest value 448; and the scales [T, 1]; float32."""
-    scale = x.float().abs().amax(1, keepdim=True).clamp(min=1e-12) / 448
-    return (x.float() / scale).clamp(-448, 448).to(torch.float8_e4m3fn).float(), scale
+    values, scale = quantise_weight(x, 0, "float8_e4m3fn")
+    return values.float(), scale.unsqueeze(1)
 
 
 def layer_output(

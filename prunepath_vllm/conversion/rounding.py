@@ -6,6 +6,8 @@ Shapes: F neurons or outputs, I inputs, T tokens.
 import torch
 from torch import Tensor
 
+from prunepath_vllm.kernels.layer import dtype_name
+
 LARGEST = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """The value that a neuron's largest weight becomes."""
 
@@ -37,6 +39,5 @@ def quantised_product(x: Tensor, weight: Tensor, scale: Tensor) -> Tensor:
         weight: [F, I], and
         scale: float32 [F], of :func:`quantise_weight`.
     """
-    name = str(weight.dtype).removeprefix("torch.")
-    narrow, tokens = quantise_weight(x, 0, name)
+    narrow, tokens = quantise_weight(x, 0, dtype_name(weight.dtype))
     return (narrow.float() @ weight.float().T) * scale * tokens.unsqueeze(1)

@@ -20,6 +20,17 @@ from prunepath_vllm.kernels.layer import LayerSpec, Weights
 
 
 @triton.jit
+def linear_output(row, i, mask, x_scale, scale_in, b_in):
+    """Entries i of a row of the first linear's output, float32; with x_scale, the token's, it lacks scales and bias."""
+    v = tl.load(row + i, mask=mask, other=0.0).to(tl.float32)
+    if x_scale is not None:
+        v *= tl.load(x_scale) * tl.load(scale_in + i, mask=mask, other=0.0)
+        if b_in is not None:
+            v += tl.load(b_in + i, mask=mask, other=0.0).to(tl.float32)
+    return v
+
+
+@triton.jit
 def gated_activation_kernel(
     pre, x_scale, scale_in, b_in, gates, scale_out, out, experts_read, tau, active_counts, F: tl.constexpr,
     E: tl.constexpr, GLU: tl.constexpr, GATED: tl.constexpr, ACTIVATION: tl.constexpr, FOLD: tl.constexpr,
@@ -33,20 +44,11 @@ def gated_activation_kernel(
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     mask = i < F
     row = pre + token * (2 * F if GLU else F)
-    h = tl.load(row + i, mask=mask, other=0.0).to(tl.float32)
     if x_scale is not None:
-        s = tl.load(x_scale + token)
-        h *= s * tl.load(scale_in + i, mask=mask, other=0.0)
-        if b_in is not None:
-            h += tl.load(b_in + i, mask=mask, other=0.0).to(tl.float32)
-    h = activate(h, ACTIVATION)
+        x_scale += token
+    h = activate(linear_output(row, i, mask, x_scale, scale_in, b_in), ACTIVATION)
     if GLU:
-        u = tl.load(row + F + i, mask=mask, other=0.0).to(tl.float32)
-        if x_scale is not None:
-            u *= s * tl.load(scale_in + F + i, mask=mask, other=0.0)
-            if b_in is not None:
-                u += tl.load(b_in + F + i, mask=mask, other=0.0).to(tl.float32)
-        h *= u
+        h *= linear_output(row, F + i, mask, x_scale, scale_in, b_in)
     if GATED:
         gate = tl.load(gates + token * E + i // (F // E), mask=mask, other=0.0)
         h = tl.where(gate != 0.0, h * gate, 0.0)

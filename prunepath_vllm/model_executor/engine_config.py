@@ -11,7 +11,7 @@ from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.errors import ConfigError, UnsupportedFeatureError
 from prunepath_vllm.families import family_of
 from prunepath_vllm.fields import usable_positions
-from prunepath_vllm.linears import METHOD, linear_dtype
+from prunepath_vllm.linears import METHOD
 from prunepath_vllm.model_executor.compat import VerifyAndUpdateConfig, VllmConfig, current_platform
 from prunepath_vllm.model_executor.engine_core import install_in_engine_core
 from prunepath_vllm.model_executor.operator_policy import operator_policy
@@ -134,11 +134,9 @@ def _as_stored(vllm_config: VllmConfig) -> bool:
     model_config = vllm_config.model_config
     if model_config.quantization is None:
         return True
-    config = model_config.hf_config
-    if model_config.quantization != METHOD or not is_prunepath(config):
+    if model_config.quantization != METHOD or not is_prunepath(model_config.hf_config):
         return False
-    content = config.to_dict()
-    stored = linear_dtype(content, family_of(content, converted=True), config.prunepath)
+    stored = model_config.hf_config.linear_dtype
     if stored == "int8" and current_platform.device_type == "cpu":
         _check_int8_on_cpu(vllm_config)
     if stored is not None and current_platform.device_type == "cuda" and model_config.dtype == torch.float32:

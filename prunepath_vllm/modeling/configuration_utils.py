@@ -4,7 +4,7 @@ from typing import Any, ClassVar, Self
 
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import ConfigError
-from prunepath_vllm.families import FAMILIES
+from prunepath_vllm.families import FAMILIES, Family
 from prunepath_vllm.linears import linear_dtype
 
 
@@ -35,7 +35,7 @@ class PrunePathConfigMixin:
             self.sliding_window = None  # vLLM takes it for the window of every layer
         if self.prunepath_config is not None:
             block = PrunePathConfig.parse(self.prunepath_config)
-            family = next(family for family in FAMILIES if family.model_type == self.model_type)
+            family = self._family()
             block.check_intermediate_size(family.intermediate_size(vars(self)))
             block.check_layers(family.num_layers(vars(self)))
             block.check_router(family.hidden_size(vars(self)))
@@ -54,8 +54,17 @@ class PrunePathConfigMixin:
         """
         block = PrunePathConfig.parse(config_dict.get("prunepath_config"))
         # transformers and vLLM look into it unasked, and would fail in their own words.
-        linear_dtype(config_dict, next(family for family in FAMILIES if family.model_type == cls.model_type), block)
+        linear_dtype(config_dict, cls._family(), block)
         return super().from_dict(config_dict, **kwargs)  # type: ignore[misc]
+
+    @classmethod
+    def _family(cls) -> Family:
+        return next(family for family in FAMILIES if family.model_type == cls.model_type)
+
+    @property
+    def linear_dtype(self) -> str | None:
+        """What the attention's linears are stored in, by ``quantization_config``: see :func:`linears.linear_dtype`."""
+        return linear_dtype(self.to_dict(), self._family(), self.prunepath)  # type: ignore[attr-defined]
 
     @property
     def prunepath(self) -> PrunePathConfig:

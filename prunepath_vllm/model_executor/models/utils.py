@@ -15,7 +15,6 @@ from prunepath_vllm.checkpoint import check_finite, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import CheckpointError, ConfigError, UnsupportedFeatureError
 from prunepath_vllm.families import family_of
-from prunepath_vllm.linears import linear_dtype
 from prunepath_vllm.model_executor.compat import VllmConfig, current_platform, moved
 from prunepath_vllm.model_executor.layers.routed_ffn import (
     ExpertInputs,
@@ -55,9 +54,7 @@ class PrunePathModelMixin(_Model):
 
     def __init__(self, *, vllm_config: VllmConfig, prefix: str = "") -> None:
         self.token_taus = TokenTaus(vllm_config)  # before the layers; nn.Module's own __init__ leaves it
-        content = vllm_config.model_config.hf_config.to_dict()
-        family = family_of(content, converted=True)
-        self.linear_dtype = linear_dtype(content, family, vllm_config.model_config.hf_config.prunepath)
+        self.linear_dtype = vllm_config.model_config.hf_config.linear_dtype
         super().__init__(vllm_config=vllm_config, prefix=prefix)
 
     def get_model_state_cls(self) -> type:
