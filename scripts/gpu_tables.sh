@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Measures what the documentation publishes of a GPU:  scripts/gpu_tables.sh OUT GROUP...
-#   float8   Qwen2-7B's shape: bfloat16, float8, float8 with the attention's linears      (110 GB of GPU memory)
-#   families Qwen3-8B's shape                                                             (40 GB)
+#   float8   Qwen2-7B's shape: bfloat16, float8, float8 with the attention's linears      (130 GB of GPU memory)
+#   experts  Qwen2-7B's shape with experts of 8 and 4, routed beside the attention        (110 GB)
+#   families Qwen3-8B's shape; Qwen2-7B's with experts of 32 routed beside the attention  (110 GB)
 #   host     experts in host memory beside vLLM's offloading, Qwen2-7B and 32B            (130 GB, and 90 GB of host memory)
 # A group's engines start together, which takes three minutes or so, and are measured one at a time.
 set -euo pipefail
@@ -16,7 +17,7 @@ measure() { # NAME ARGUMENTS...
         --kv-cache-memory-bytes 1610612736 --lock "$out/lock" --output "$out/$name.json" >"$out/$name.log" 2>&1 &
 }
 
-steps="--share 1.0,0.5,0.2,0.1 --batch-size 1,4,16,64 --prefill 8192"
+steps="--share 1.0,0.5,0.2,0.1 --batch-size 1,4,16,64 --input-len 64 --output-len 65 --prefill 64,512,8192"
 skewed="--share 1.0,0.2,0.1 --hottest-half 0.78 --batch-size 1 --output-len 17"
 for group in "$@"; do
     case $group in
@@ -27,7 +28,13 @@ for group in "$@"; do
             --router-input attention --dense-quantization fp8_per_channel $steps
         ;;
     families)
-        measure qwen3-8b --shape qwen3-8b --share 1.0,0.5,0.2,0.1 --batch-size 1,4
+        measure qwen3-8b --shape qwen3-8b $steps
+        measure attention --shape qwen2-7b --router-input attention $steps
+        ;;
+    experts)
+        for size in 8 4; do
+            measure "experts$size" --shape qwen2-7b --router-input attention --expert-size $size $steps
+        done
         ;;
     host)
         measure host_half --shape qwen2-7b $skewed --offload-group-size 2 --offload-num-in-group 1 \
@@ -37,7 +44,7 @@ for group in "$@"; do
         measure host_32b --shape qwen2.5-32b $skewed --repeats 1 --prefill 2048 --cpu-offload-gb 29.3 \
             --additional-config '{"prunepath": {"gpu_expert_gib": 23}}'
         ;;
-    *) echo "gpu_tables.sh: $group: expected float8, families or host" >&2; exit 2 ;;
+    *) echo "gpu_tables.sh: $group: expected float8, experts, families or host" >&2; exit 2 ;;
     esac
     wait
 done

@@ -213,7 +213,7 @@ def latency_result() -> dict:
         "model": "m",
         "dense": {
             "rows": [row(None, 1, 4.0), row(None, 4, 5.0)],
-            "prefill": [dict(tau=None, share=None, prefill_ms=9)],
+            "prefill": [dict(tau=None, share=None, prefill_ms=9, tokens=99)],
         },
         "sparse": {
             "layer_error": 1e-3,

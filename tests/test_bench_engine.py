@@ -44,7 +44,7 @@ def test_latency_measures_dense_and_every_tau(prunepath_checkpoint, dense_checkp
     output, plot = tmp_path / "out.json", tmp_path / "plot.png"
     process = bench_latency(
         checkpoint, "--dense", dense_checkpoint("llama"), "--tau", "1.0,0.4", "--num-iters", "3", "--num-iters-warmup",
-        "1", "--prefill", "100", "--lock", tmp_path / "lock", "--output", output, "--plot", plot,
+        "1", "--prefill", "100,20", "--lock", tmp_path / "lock", "--output", output, "--plot", plot,
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     result = json.loads(output.read_text())
@@ -61,13 +61,14 @@ def test_latency_measures_dense_and_every_tau(prunepath_checkpoint, dense_checkp
         assert len(row["decode_steps_ms"]) == 2
         # Five of the six steps that a whole generation takes.
         assert 0 < 5e-3 * row["decode_step_ms"] < 3 * max(row["latencies"])
-    assert [(row["tau"], row["tokens"]) for row in result["sparse"]["prefill"]] == [(1.0, 100), (0.4, 100)]
+    prompts = [(row["tau"], row["tokens"]) for row in result["sparse"]["prefill"]]
+    assert prompts == [(1.0, 100), (1.0, 20), (0.4, 100), (0.4, 20)]
     assert result["versions"]["vllm"].startswith("0.32")
     assert plot.read_bytes().startswith(b"\x89PNG")
     assert main(["figures", "fig9", f"PrunePath={output}", "--output", str(tmp_path / "fig9.json")]) == 0
     labels = ["Dense", "PrunePath (tau 1)", "PrunePath (tau 0.4)"]
     assert [one["label"] for one in json.loads((tmp_path / "fig9.json").read_text())["series"]] == labels
-    for title in ("decode step, ms", "average latency, ms", "prefill of 100, ms"):
+    for title in ("decode step, ms", "average latency, ms", "prefill of 100, ms", "prefill of 20, ms"):
         assert title in process.stdout
     assert "INFO" not in process.stdout  # the engines' logs are not results
 

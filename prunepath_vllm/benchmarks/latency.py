@@ -93,7 +93,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument("--batch-size", type=options.numbers(int), default=[1, 4, 16, 64], metavar="LIST")
     parser.add_argument("--repeats", type=whole(1), default=3, metavar="N", help="of the decode step (default: 3)")
-    parser.add_argument("--prefill", type=whole(0), default=0, metavar="N", help="also time the prefill of N tokens")
+    parser.add_argument(
+        "--prefill", type=options.numbers(int), default=[], metavar="LIST", help="also time prompts of so many tokens"
+    )
     parser.add_argument(
         "--text", metavar="FILE", help="decode steps and prefill on pieces of this text, not on random tokens"
     )
@@ -184,7 +186,9 @@ def start_engine(args: argparse.Namespace, engine: str) -> tuple[LLM, dict[str, 
                 router_input=args.router_input, expert_dtype=args.expert_dtype, linears=args.linears,
             )  # fmt: skip
             args.skip_tokenizer_init = True
-            args.max_model_len = args.max_model_len or max(1024, args.input_len + args.output_len, args.prefill + 1)
+            args.max_model_len = args.max_model_len or max(
+                1024, args.input_len + args.output_len, *(tokens + 1 for tokens in args.prefill)
+            )
             if runs_on_cpu():
                 shapes.write_weights(path)
             else:
@@ -199,7 +203,7 @@ def start_engine(args: argparse.Namespace, engine: str) -> tuple[LLM, dict[str, 
         args.model, args.worker_extension_cls, args.disable_log_stats = str(path), report.PROBE, True
         args.max_num_seqs = args.max_num_seqs or max(args.batch_size)
         if args.max_num_batched_tokens is None and not runs_on_cpu():
-            args.max_num_batched_tokens = max(8192, args.prefill)
+            args.max_num_batched_tokens = max(8192, *args.prefill)
         start = time.perf_counter()
         llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
         facts: dict[str, Any] = {"load_seconds": time.perf_counter() - start}
@@ -231,10 +235,10 @@ def measure(llm: LLM, args: argparse.Namespace, points: Sequence[Point]) -> dict
         steps = [_decode_steps_ms(llm, args, point["tau"], batch) for _ in range(args.repeats)]
         row["decode_step_ms"] = statistics.median(chain(*steps))
         rows.append({**row, "decode_steps_ms": [statistics.median(one) for one in steps]})
-    for point in points if args.prefill else ():
+    for point, tokens in [(point, tokens) for point in points for tokens in args.prefill]:
         _favour(llm, point)
-        times = [1e3 * _seconds(llm, args, point["tau"], 1, 1, args.prefill) for _ in range(args.repeats + 1)][1:]
-        prefill.append({**point, "tokens": args.prefill, "prefill_ms": statistics.median(times), "times_ms": times})
+        times = [1e3 * _seconds(llm, args, point["tau"], 1, 1, tokens) for _ in range(args.repeats + 1)][1:]
+        prefill.append({**point, "tokens": tokens, "prefill_ms": statistics.median(times), "times_ms": times})
     return {"rows": rows, "prefill": prefill, "peak_gib": max(llm.collective_rpc("prunepath_peak_gib"))}
 
 
@@ -440,16 +444,22 @@ def tables(result: dict[str, Any]) -> str:
         header = ["tau", "share", *(f"batch {batch}" for batch in batches)]
         parts.append(f"{title}, ms\n{report.table(header, shown)}")
     if sparse["prefill"]:
-        reference = dense["prefill"][0]["prefill_ms"] if dense["prefill"] else None
-        shown = [
-            [
-                _label(row),
-                _share(row),
-                f"{row['prefill_ms']:.1f}{report.ratio(None if row['tau'] is None else reference, row['prefill_ms'])}",
-            ]
-            for row in dense["prefill"] + sparse["prefill"]
+        lengths = list(dict.fromkeys(row["tokens"] for row in sparse["prefill"]))
+        prompts = {row["tokens"]: row["prefill_ms"] for row in dense["prefill"]}
+        lines = [dense["prefill"]] if prompts else []
+        lines += [
+            [row for row in sparse["prefill"] if row["tau"] == tau]
+            for tau in dict.fromkeys(row["tau"] for row in sparse["prefill"])
         ]
-        parts.append(report.table(["tau", "share", f"prefill of {sparse['prefill'][0]['tokens']}, ms"], shown))
+        shown = []
+        for line in lines:
+            cells = [_label(line[0]), _share(line[0])]
+            for row in line:
+                reference = None if row["tau"] is None else prompts.get(row["tokens"])
+                cells.append(f"{row['prefill_ms']:.1f}{report.ratio(reference, row['prefill_ms'])}")
+            shown.append(cells)
+        header = ["tau", "share", *(f"prefill of {tokens}, ms" for tokens in lengths)]
+        parts.append(report.table(header, shown))
     return "\n\n".join(parts)
 
 

@@ -57,7 +57,7 @@ def latency(file: str, *, batch: str = "1", prefill: str = "", base: str = "") -
     Args:
         file: its --output.
         batch: batch sizes.
-        prefill: "yes" for a last column, a prompt's time.
+        prefill: lengths of prompts, each a column with the time to its first token.
         base: the file whose dense model the ratios are to, where it is not this one's, which may then have none.
     """
     result = _read(file)
@@ -65,8 +65,9 @@ def latency(file: str, *, batch: str = "1", prefill: str = "", base: str = "") -
     sizes = [int(size) for size in batch.split(",")]
     reference = _read(base or file)["dense"]
     dense = {row["batch_size"]: row["decode_step_ms"] for row in reference["rows"]}
-    dense_prompt = next((row["prefill_ms"] for row in reference["prefill"]), None)
-    prompts = {row["share"]: row["prefill_ms"] for part in parts for row in result[part]["prefill"]}
+    lengths = [int(tokens) for tokens in prefill.split(",")] if prefill else []
+    dense_prompts = {row["tokens"]: row["prefill_ms"] for row in reference["prefill"]}
+    prompts = {(row["share"], row["tokens"]): row["prefill_ms"] for part in parts for row in result[part]["prefill"]}
     rows = []
     shares = list(dict.fromkeys(row["share"] for part in parts for row in result[part]["rows"]))
     for one in shares:
@@ -74,11 +75,11 @@ def latency(file: str, *, batch: str = "1", prefill: str = "", base: str = "") -
         steps = {row["batch_size"]: row["decode_step_ms"] for row in part if row["share"] == one}
         plain = one is None and not base
         cells = [_milliseconds(steps[size], None if plain else dense[size]) for size in sizes]
-        if prefill:
-            cells.append(_milliseconds(prompts[one], None if plain else dense_prompt))
+        for tokens in lengths:
+            cells.append(_milliseconds(prompts[one, tokens], None if plain else dense_prompts[tokens]))
         rows.append([share(one), *cells])
-    header = ["active", *(f"batch {size}" for size in sizes)]
-    return markdown([*header, f"prefill of {result['sparse']['prefill'][0]['tokens']:,}"] if prefill else header, rows)
+    header = ["active", *(f"batch {size}" for size in sizes), *(f"prefill of {tokens:,}" for tokens in lengths)]
+    return markdown(header, rows)
 
 
 def _milliseconds(value: float, dense: float | None) -> str:

@@ -1,0 +1,99 @@
+"""Perplexity of a text read a token a step, many sequences at once: what a batch of answers is computed with.
+
+    python scripts/decode_quality.py CKPT --text FILE --tau 1.0,0.5 --mode at_least --output out.json
+
+Scoring a prompt runs in large steps, where the mode "at_least" computes every expert, so it says nothing about answers.
+Here the engine generates, and a logits processor makes it choose the text's next token; the probability it had given to
+that token is the score. Prompts (--context tokens) are read at the same tau and not scored.
+"""
+
+import argparse
+import json
+import math
+from pathlib import Path
+
+import torch
+from vllm import LLM, SamplingParams
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+
+from prunepath_vllm.arguments import check_output_file, whole
+from prunepath_vllm.benchmarks import options, report
+
+WANTED = "wanted_tokens"
+
+
+class TeacherForcing(AdapterLogitsProcessor):
+    """Leaves a request the token of its text that comes next."""
+
+    def is_argmax_invariant(self) -> bool:
+        return False
+
+    def new_req_logits_processor(self, params: SamplingParams):
+        wanted = (params.extra_args or {}).get(WANTED)
+        if wanted is None:
+            return None
+
+        def force(output_ids: list[int], logits: torch.Tensor) -> torch.Tensor:
+            token = wanted[len(output_ids)]
+            value = logits[token].clone()
+            return logits.fill_(float("-inf")).index_fill_(0, logits.new_tensor([token], dtype=torch.long), value)
+
+        return force
+
+
+def score(llm: LLM, texts: list[list[int]], tau: float, context: int) -> float:
+    """Perplexity of texts' tokens after the first `context`, all texts in one batch."""
+    prompts = [{"prompt_token_ids": text[:context]} for text in texts]
+    params = [
+        SamplingParams(
+            temperature=0, max_tokens=len(text) - context, ignore_eos=True, logprobs=0, detokenize=False,
+            extra_args={"tau": tau, WANTED: text[context:]},
+        )
+        for text in texts
+    ]  # fmt: skip
+    losses = []
+    for text, answer in zip(texts, llm.generate(prompts, params, use_tqdm=False), strict=True):
+        output = answer.outputs[0]
+        assert list(output.token_ids) == text[context:]
+        losses += [-step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
+    return math.exp(math.fsum(losses) / len(losses))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("checkpoint", metavar="CKPT")
+    parser.add_argument("--text", required=True, metavar="FILE")
+    parser.add_argument("--tau", type=options.taus, default=[1.0, 0.75, 0.5], metavar="LIST")
+    parser.add_argument("--mode", choices=("exact", "at_least"), default="exact")
+    parser.add_argument("--batch-size", type=whole(1), default=16, metavar="N")
+    parser.add_argument("--context", type=whole(1), default=32, metavar="N", help="tokens of a prompt (default: 32)")
+    parser.add_argument("--length", type=whole(2), default=288, metavar="N", help="tokens of a text (default: 288)")
+    parser.add_argument("--batches", type=whole(1), default=4, metavar="N")
+    parser.add_argument("--output", metavar="FILE")
+    args = parser.parse_args()
+    check_output_file(args.output, "--output")
+    llm = LLM(
+        args.checkpoint, max_model_len=args.length + 1, max_num_seqs=args.batch_size, kv_cache_memory_bytes=1 << 30,
+        gpu_memory_utilization=0.05, logits_processors=[TeacherForcing],
+        additional_config={"prunepath": {"mode": args.mode}},
+    )  # fmt: skip
+    tokens = llm.get_tokenizer().encode(Path(args.text).read_text(encoding="utf-8")[: 1 << 20])
+    count = args.batch_size * args.batches
+    texts = [tokens[start : start + args.length] for start in range(0, count * args.length, args.length)]
+    assert len(texts[-1]) == args.length, f"--text {args.text}: expected {count * args.length} tokens"
+    rows = []
+    for tau in args.tau:
+        groups = [texts[start : start + args.batch_size] for start in range(0, count, args.batch_size)]
+        logs = [math.log(score(llm, group, tau, args.context)) for group in groups]
+        rows.append({"tau": tau, "perplexity": math.exp(math.fsum(logs) / len(logs))})
+        print(f"{args.mode}, tau {tau:g}: perplexity {rows[-1]['perplexity']:.3f}", flush=True)
+    if args.output:
+        facts = {name: getattr(args, name) for name in ("mode", "batch_size", "context", "length", "batches")}
+        model = Path(args.checkpoint).name
+        text = Path(args.text).name
+        result = {"checkpoint": model, "text": text, **facts, "points": rows, "versions": report.versions()}
+        Path(args.output).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
