@@ -14,21 +14,24 @@ from pathlib import Path
 
 import torch
 from vllm import LLM, SamplingParams
-from vllm.v1.sample.logits_processor import AdapterLogitsProcessor
+from vllm.v1.sample.logits_processor import AdapterLogitsProcessor, RequestLogitsProcessor
 
 from prunepath_vllm.arguments import check_output_file, whole
 from prunepath_vllm.benchmarks import options, report
 
 WANTED = "wanted_tokens"
+"""In a request's extra_args: the token ids it is to choose."""
 
 
 class TeacherForcing(AdapterLogitsProcessor):
     """Leaves a request the token of its text that comes next."""
 
     def is_argmax_invariant(self) -> bool:
+        """It changes the likeliest token: greedy requests need it."""
         return False
 
-    def new_req_logits_processor(self, params: SamplingParams):
+    def new_req_logits_processor(self, params: SamplingParams) -> RequestLogitsProcessor | None:
+        """What a request's logits go through; None without :data:`WANTED` in its extra_args."""
         wanted = (params.extra_args or {}).get(WANTED)
         if wanted is None:
             return None
@@ -60,6 +63,7 @@ def score(llm: LLM, texts: list[list[int]], tau: float, context: int) -> float:
 
 
 def main() -> None:
+    """Score at every tau; write the JSON."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("checkpoint", metavar="CKPT")
     parser.add_argument("--text", required=True, metavar="FILE")

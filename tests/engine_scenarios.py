@@ -70,7 +70,8 @@ def interpret_ngrams():
 
 def decoder():
     """Mixed taus in one batch, the same alone, prefix-cache hits across taus, n > 1, and a default."""
-    if "speculative_config" in OPTIONS.get("engine", {}) and RUNNER != "cuda":
+    speculative = "speculative_config" in OPTIONS.get("engine", {})
+    if speculative and RUNNER != "cuda":
         interpret_ngrams()
     llm = engine(enforce_eager=OPTIONS.get("eager", True), **OPTIONS.get("engine", {}))
     taus = [TAUS[i % len(TAUS)] for i in range(len(PROMPTS))]
@@ -88,7 +89,7 @@ def decoder():
         "shared_prefix": [row(output, tau) for output, tau in zip(shared, order, strict=True)],
         "n3": row(several, 0.5),
         "default": row(default, None),
-        "accepted": counter(llm, "vllm:spec_decode_num_accepted_tokens") if OPTIONS.get("engine") else 0,
+        "accepted": counter(llm, "vllm:spec_decode_num_accepted_tokens") if speculative else 0,
     }
 
 
@@ -123,7 +124,7 @@ def graphs():
     """Mixed taus twice in one batch, and alone, under the graph mode of the options."""
     llm = engine(
         compilation_config={"cudagraph_mode": OPTIONS["cudagraph_mode"]}, enable_prefix_caching=False, max_num_seqs=9,
-        attention_backend=OPTIONS["attention_backend"],
+        attention_backend=OPTIONS.get("attention_backend"),
     )  # fmt: skip
     taus = [TAUS[i % len(TAUS)] for i in range(len(PROMPTS))]
     many = [params(tau, max_tokens=40) for tau in taus]

@@ -203,7 +203,7 @@ def start_engine(args: argparse.Namespace, engine: str) -> tuple[LLM, dict[str, 
         args.model, args.worker_extension_cls, args.disable_log_stats = str(path), report.PROBE, True
         args.max_num_seqs = args.max_num_seqs or max(args.batch_size)
         if args.max_num_batched_tokens is None and not runs_on_cpu():
-            args.max_num_batched_tokens = max(8192, *args.prefill)
+            args.max_num_batched_tokens = max([8192, *args.prefill])
         start = time.perf_counter()
         llm = LLM.from_engine_args(EngineArgs.from_cli_args(args))
         facts: dict[str, Any] = {"load_seconds": time.perf_counter() - start}

@@ -16,7 +16,12 @@ from prunepath_vllm.benchmarks.shapes import randomise
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.kernels.layer import LayerSpec, Weights, dtype_name
 from prunepath_vllm.kernels.split_memory import Grains
-from prunepath_vllm.model_executor.layers.routed_ffn import ExpertRouter, first_layer, triton_kernels
+from prunepath_vllm.model_executor.layers.routed_ffn import (
+    ExpertRouter,
+    first_layer,
+    takes_every_expert,
+    triton_kernels,
+)
 
 CHECKED_TOKENS = (1, 4, 16, 64, 256)
 CHECKED_TAUS = (0.3, 1.0, 0.7, 0.05)
@@ -73,7 +78,8 @@ def check_first_layer(model: nn.Module) -> list[list[float | str]] | None:
         ffn.tau[:tokens] = taus
         ffn.dense_step.fill_(False)
         logits = reference.router_logits(x, router.weight, router.bias, router.down and router.down.weight)
-        gates = reference.expert_weights(logits, taus, **asdict(ffn.spec.rule))
+        least = torch.ones_like(taus) if takes_every_expert(tokens, ffn.spec, on_gpu=x.is_cuda) else taus
+        gates = reference.expert_weights(logits, least, **asdict(ffn.spec.rule))
         float8 = _float8_inputs(ffn.spec, weights, tokens)
         expected = layer_output(x, gates, weights, ffn.spec, float8)
         kind = "float8" if float8[1] else dtype_name(ffn.spec.dtype)

@@ -16,12 +16,16 @@ from torch import Tensor
 from vllm.distributed import get_pp_group
 
 from prunepath_vllm.config import PrunePathConfig
-from prunepath_vllm.kernels import cpu
 from prunepath_vllm.kernels.host_experts import HostExperts
 from prunepath_vllm.kernels.tau import expand_taus
 from prunepath_vllm.model_executor.compat import VllmConfig, async_tensor_h2d, forward_hook
 from prunepath_vllm.model_executor.counts import REPORT_KEY, ExpertCounts
-from prunepath_vllm.model_executor.layers.routed_ffn import dense_products, layer_spec, triton_kernels
+from prunepath_vllm.model_executor.layers.routed_ffn import (
+    dense_products,
+    layer_spec,
+    takes_every_expert,
+    triton_kernels,
+)
 from prunepath_vllm.model_executor.operator_policy import operator_policy
 from prunepath_vllm.model_executor.tau_resolution import TauResolver
 from prunepath_vllm.tau import DENSE_TAU
@@ -124,17 +128,11 @@ class TokenTaus:
             both = computed + scheduled > prompt_lens
             taus = np.where(prefilling, np.where(both, np.minimum(taus, self.prefill_tau), self.prefill_tau), taus)
             lens = async_tensor_h2d(prompt_lens.astype(np.int64), device=self.values.device)
-        if self._takes_every_expert(num_padded):
+        if takes_every_expert(num_padded, self.spec, on_gpu=self.values.is_cuda):
             taus = np.full_like(taus, DENSE_TAU)
         dense_step = bool((taus >= DENSE_TAU).all())
         self.counts.begin_step(taus, computed, scheduled, prompt_lens, reports)
         return dense_step, lens
-
-    def _takes_every_expert(self, num_padded: int) -> bool:
-        """Whether a forward of so many tokens gives each every expert, because its tau is the least that it gets."""
-        if self.values.is_cuda:
-            return self.spec.at_least and dense_products(num_padded, self.spec)
-        return cpu.takes_every_expert(num_padded, self.spec, quantised=self.prunepath.expert_dtype is not None)
 
     def compile_kernels(self) -> None:
         """Fill taus once as every kind of step does, so that no request waits for Triton."""

@@ -410,6 +410,13 @@ def dense_products(num_tokens: int, spec: LayerSpec) -> bool:
     return kernels is None or kernels.load_tuning(torch.cuda.get_device_name(), spec).choice(num_tokens).path == "dense"
 
 
+def takes_every_expert(num_tokens: int, spec: LayerSpec, *, on_gpu: bool) -> bool:
+    """Whether a forward of so many tokens gives each every expert, because its tau is the least that it gets."""
+    if on_gpu:
+        return spec.at_least and dense_products(num_tokens, spec)
+    return cpu.takes_every_expert(num_tokens, spec, quantised=spec.expert_dtype is not None)
+
+
 def first_layer(model: nn.Module) -> list[Any]:
     """The first routed layer on this rank: its RoutedFFN, then what :meth:`RoutedFFN.forward` takes besides x.
 
