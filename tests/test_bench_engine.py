@@ -45,6 +45,7 @@ def test_latency_measures_dense_and_every_tau(prunepath_checkpoint, dense_checkp
     process = bench_latency(
         checkpoint, "--dense", dense_checkpoint("llama"), "--tau", "1.0,0.4", "--num-iters", "3", "--num-iters-warmup",
         "1", "--prefill", "100,20", "--lock", tmp_path / "lock", "--output", output, "--plot", plot,
+        "--additional-config", '{"prunepath": {"mode": "at_least"}}',
     )  # fmt: skip
     assert process.returncode == 0, process.stderr[-3000:]
     result = json.loads(output.read_text())

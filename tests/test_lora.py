@@ -68,7 +68,7 @@ def merged(checkpoint: Path, adapter: Path, path: Path) -> Path:
 @pytest.mark.parametrize(
     ("family", "runner", "options"),
     [
-        ("llama", "v1", {}),
+        ("llama", "v1", {"router_input": "attention"}),
         ("llama", "v2", {"prompts": 4}),
         ("phi3", "v1", {"engine": {"tensor_parallel_size": 2}}),
         ("gemma3_text", "v1", {}),
@@ -79,7 +79,8 @@ def test_adapters_and_taus_in_one_batch_give_what_merged_checkpoints_give(
     prunepath_checkpoint, tmp_path, family, runner, options
 ):
     assert runner in RUNNERS
-    checkpoint = prunepath_checkpoint(family, default_tau=0.6)
+    router_input = options.get("router_input", "ffn")
+    checkpoint = prunepath_checkpoint(family, default_tau=0.6, router_input=router_input)
     adapters = [save_adapter(checkpoint, tmp_path / f"{seed}", ".self_attn.", seed=seed) for seed in (3, 4)]
     result = run_engine(
         "lora",
