@@ -13,10 +13,12 @@ import warm
 from naive import load_naive, naive_logits
 from tiny_models import build_tokenizer
 
+from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.entrypoints.cli import main
-from prunepath_vllm.evaluation.backends import TransformersBackend, open_checkpoint
+from prunepath_vllm.evaluation.backends import Answer, TransformersBackend, open_checkpoint
+from prunepath_vllm.evaluation.runner import ask
 from prunepath_vllm.evaluation.statistics import METRICS, estimate
-from prunepath_vllm.evaluation.tasks import Request
+from prunepath_vllm.evaluation.tasks import NEEDLE, TASKS, Request, needle_items
 
 BIN = Path(sys.executable).parent
 ARC = [
@@ -191,3 +193,55 @@ def test_f1_and_intervals():
     _, low, high = estimate(items, ["accuracy"])["accuracy"]
     assert (high - low) / 2 == pytest.approx(1.96 * (0.6 * 0.4 / 50) ** 0.5, rel=0.15)
     assert METRICS["f1"](counts) == 0
+
+
+def test_a_number_is_hidden_at_every_depth_and_found_or_not(prunepath_checkpoint, tmp_path):
+    checkpoint, tokenizer = prunepath_checkpoint("llama"), build_tokenizer()
+    (tmp_path / "valid.txt").write_text("the quick brown fox jumps over the lazy dog and goes on. " * 400)
+    sequences = read_sequences(tokenizer, tmp_path / "valid.txt", length=200, max_tokens=8 * 200).tolist()
+    items = needle_items(sequences, tokenizer, 12)
+    depths = []
+    for item in items:
+        assert len(item.tokens) == 200 - 12
+        text = tokenizer.decode(item.tokens, skip_special_tokens=True)
+        assert text.count(item.choices[0]) == 1
+        assert text.rstrip().endswith("is")
+        told, asked = text.index("The special magic number"), text.index("What is")
+        depths.append(told / (asked - len(NEEDLE.format("meadow", item.choices[0]))))
+    assert len({item.choices[0] for item in items}) == 8
+    assert min(depths) < 0.1
+    assert max(depths) > 0.7
+
+    class Echo:
+        """Finds every second number."""
+
+        tokenizer = build_tokenizer()
+
+        def generate(self, prompts, tau, new_tokens):
+            said = [item.choices[0] if i % 2 else "7" for i, item in enumerate(items)]
+            return [
+                Answer(tokens=tuple(self.tokenizer(f" {one}.", add_special_tokens=False)["input_ids"])) for one in said
+            ]
+
+    found = ask(TASKS["needle"], items, [list(item.tokens) for item in items], Echo(), 0.5)
+    assert [record["statistics"]["recall"] for record in found] == [0.0, 1.0] * 4
+
+    output = tmp_path / "out.json"
+    command = [
+        "eval",
+        str(checkpoint),
+        "--task",
+        "needle",
+        "--data",
+        str(tmp_path),
+        "--tau",
+        "1.0,0.4",
+        "--context",
+        "200",
+    ]
+    assert main([*command, "--max-tokens", "600", "--backend", "transformers", "--output", str(output)]) == 0
+    result = json.loads(output.read_text())
+    assert (result["items"], result["context"]) == (3, 200)
+    assert [point["recall"] for point in result["points"]] == [0.0, 0.0]  # random weights
+    read = records(output)["1.0/0"][0]["read"]
+    assert 188 <= read <= 200

@@ -27,7 +27,7 @@ BACKENDS = ("vllm", "transformers")
 SHARD_ITEMS = {"cpu": 64, "cuda": 256}
 """Asked at a time: what an interruption loses, and what fills a GPU."""
 SHARD_SEQUENCES = {"cpu": 8, "cuda": 64}
-"""Of a perplexity task, whose items are long."""
+"""Of a task that reads a text, whose items are long."""
 CONTEXT = 1024
 DATA_FOLDER = Path(".cache/data")
 
@@ -85,7 +85,7 @@ class Run:
         self.facts: dict[str, Any] = {}
         items = self._load(data or DATA_FOLDER / self.task.corpus, options)
         self.items = items[:limit]
-        self.size = (SHARD_SEQUENCES if self.task.kind == "perplexity" else SHARD_ITEMS)[self.device]
+        self.size = (SHARD_ITEMS if self.task.load else SHARD_SEQUENCES)[self.device]
         self._prepared: tuple[Any, list[Any]] = (None, [])
         self.journal = Journal(
             journal,
@@ -139,6 +139,8 @@ class Run:
         text = tasks.data_file(data, tasks.WIKITEXT_FILES)
         sequences = read_sequences(self.tokenizer, text, length=length, max_tokens=options.max_tokens)
         self.facts |= dict(text=text.name, sequences=len(sequences), context=length)
+        if self.task.kind == "recall":
+            return tasks.needle_items(sequences.tolist(), self.tokenizer, self.task.new_tokens)
         return [Item(tokens=tuple(sequence)) for sequence in sequences.tolist()]
 
     def results(self) -> dict[str, Any]:
@@ -219,6 +221,8 @@ def prepare(task: Task, items: Sequence[Item], model: Backend) -> list[Any]:
         return tasks.choice_requests(items, tokenizer, longest)
     if task.kind == "classification":
         return [tasks.classification_ids(item, tokenizer, longest) for item in items]
+    if task.kind == "recall":
+        return [list(item.tokens) for item in items]
     return [tasks.generation_prompt(item, tokenizer, longest - task.new_tokens) for item in items]
 
 
@@ -250,14 +254,13 @@ def ask(
             for item, label, one in zip(items, predicted, probabilities, strict=True)
         ]
     else:
+        score = tasks.score_recall if task.kind == "recall" else tasks.score_text
         answers = [[answer] for answer in model.generate(prepared, tau, task.new_tokens)]
         texts = [
             tasks.answer_text(model.tokenizer.decode(list(answer.tokens), skip_special_tokens=True))
             for (answer,) in answers
         ]
-        details = [
-            {"statistics": tasks.score_text(item, text), "text": text} for item, text in zip(items, texts, strict=True)
-        ]
+        details = [{"statistics": score(item, text), "text": text} for item, text in zip(items, texts, strict=True)]
     return [{**detail, **_cost(group)} for detail, group in zip(details, answers, strict=True)]
 
 

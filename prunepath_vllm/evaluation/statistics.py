@@ -24,6 +24,7 @@ METRICS: dict[str, Callable[[Statistics], float]] = {
     "accuracy_norm": lambda mean: mean["accuracy_norm"],
     "f1": _f1,
     "rouge_l": lambda mean: mean["rouge_l"],
+    "recall": lambda mean: mean["recall"],
 }
 """Every metric, from the mean statistics of its items."""
 

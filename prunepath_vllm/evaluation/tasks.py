@@ -4,6 +4,7 @@ Multiple choice is scored as lm-evaluation-harness 0.4 does: the choice of highe
 (accuracy), or of highest log-likelihood per character (accuracy_norm).
 """
 
+import random
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -55,13 +56,13 @@ class Item:
     prompt: str = ""
     text_pair: str | None = None
     choices: tuple[str, ...] = ()
-    """Multiple choice: as scored, without the space before them. Generation: the references."""
+    """Multiple choice: as scored, without the space before them. Generation: the references. Recall: the number."""
     answer: int = 0
     """Index into the choices, or the class."""
     ending: str = ""
     """Generation: the end of the prompt, kept whole where the rest is cut."""
     tokens: tuple[int, ...] = ()
-    """Perplexity: a sequence."""
+    """Perplexity: a sequence. Recall: the prompt."""
 
 
 @dataclass(frozen=True)
@@ -69,13 +70,13 @@ class Task:
     """A row of the registry."""
 
     kind: str
-    """perplexity, choice, classification or generation."""
+    """perplexity, choice, classification, generation or recall."""
     corpus: str
     """Its folder, as ``prunepath fetch`` names it."""
     metrics: tuple[str, ...]
     """Keys of statistics.METRICS, the one that is plotted and swept first."""
     load: Callable[[Path, Options], list[Item]] | None = None
-    """Items of a folder or file; perplexity has its own reader."""
+    """Items of a folder or file; perplexity and recall read a text."""
     labels: int = 0
     new_tokens: int = 0
 
@@ -176,6 +177,7 @@ def _classes(corpus: str, labels: int, *more: str) -> Task:
 
 TASKS: dict[str, Task] = {
     "wikitext": Task("perplexity", "wikitext-2", ("perplexity",)),
+    "needle": Task("recall", "wikitext-2", ("recall",), new_tokens=12),
     "mmlu": Task("choice", "mmlu", ("accuracy",), _load_mmlu),
     "hellaswag": Task("choice", "hellaswag", ("accuracy_norm", "accuracy"), _load_hellaswag),
     "arc_easy": Task("choice", "arc", ("accuracy", "accuracy_norm"), _load_arc("easy")),
@@ -215,6 +217,37 @@ def generation_prompt(item: Item, tokenizer: Any, max_length: int) -> list[int]:
     return [*tokenizer(item.prompt)["input_ids"][: max_length - len(ending)], *ending]
 
 
+NEEDLE = " The special magic number of the {} is {}."
+QUESTION = "\n\nWhat is the special magic number of the {} in the text above? The special magic number of the {} is"
+THINGS = ("lighthouse", "orchard", "violin", "glacier", "harbour", "compass", "meadow", "lantern", "canyon", "teapot")
+
+
+def needle_items(sequences: Sequence[Sequence[int]], tokenizer: Any, new_tokens: int) -> list[Item]:
+    """A number to be found again in a long text, as in RULER's niah_single (arXiv 2404.06654).
+
+    Args:
+        sequences: a text's tokens; each becomes an item of as many, the answer's `new_tokens` included.
+        tokenizer: theirs.
+        new_tokens: room for the answer.
+
+    Returns:
+        items whose depths go evenly from the text's beginning to its end, in an order that mixes them.
+    """
+    numbers = random.Random(0)
+    items = []
+    for i, sequence in enumerate(sequences):
+        thing, number = THINGS[i % len(THINGS)], str(numbers.randrange(10**6, 10**7))
+        needle, question = (
+            tokenizer(text, add_special_tokens=False)["input_ids"]
+            for text in (NEEDLE.format(thing, number), QUESTION.format(thing, thing))
+        )
+        text = list(sequence[: len(sequence) - len(needle) - len(question) - new_tokens])
+        # Steps of the golden ratio: any first few items have depths far apart.
+        at = 1 + round((len(text) - 1) * (i * 0.618034 % 1))
+        items.append(Item(tokens=(*text[:at], *needle, *text[at:], *question), choices=(number,)))
+    return items
+
+
 def score_choices(item: Item, logprobs: Sequence[float]) -> dict[str, float]:
     """Statistics of a multiple-choice answer; ties go to the first choice."""
     per_character = [logprob / max(1, len(choice)) for logprob, choice in zip(logprobs, item.choices, strict=True)]
@@ -246,6 +279,11 @@ def _rouge() -> Any:
 def score_text(item: Item, text: str) -> dict[str, float]:
     """ROUGE-L (F-measure, stemmed) of a text against its best reference."""
     return {"rouge_l": _rouge().score_multi(item.choices, text)["rougeL"].fmeasure}
+
+
+def score_recall(item: Item, text: str) -> dict[str, float]:
+    """Whether a text has the number."""
+    return {"recall": float(item.choices[0] in text)}
 
 
 def answer_text(text: str) -> str:

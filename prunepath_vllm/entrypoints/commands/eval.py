@@ -26,8 +26,8 @@ def add_parser(
         "--task",
         required=True,
         metavar="NAME",
-        help="wikitext, mmlu, hellaswag, arc_easy, arc_challenge, sst2, mrpc, rte, qnli, mnli, xsum or e2e; several, "
-        "separated by commas, share one engine, and each writes its own OUTPUT-NAME and PLOT-NAME",
+        help="wikitext, needle, mmlu, hellaswag, arc_easy, arc_challenge, sst2, mrpc, rte, qnli, mnli, xsum or e2e; "
+        "several, separated by commas, share one engine, and each writes its own OUTPUT-NAME and PLOT-NAME",
     )
     parser.add_argument("--data", metavar="DIR", help="the task's folder or file (default: where `fetch` puts it)")
     parser.add_argument("--tau", default="1.0,0.9,0.8,0.7,0.6,0.5", metavar="LIST", help="(default: %(default)s)")
@@ -43,9 +43,11 @@ def add_parser(
         "--shots", type=whole(0), default=5, metavar="N", help="examples, for mmlu (default: %(default)s)"
     )
     parser.add_argument(
-        "--max-tokens", type=whole(1), default=8192, metavar="N", help="of wikitext (default: %(default)s)"
+        "--max-tokens", type=whole(1), default=8192, metavar="N", help="of wikitext and needle (default: %(default)s)"
     )
-    parser.add_argument("--context", type=whole(1), metavar="N", help="of wikitext (default: 1024, or what fits)")
+    parser.add_argument(
+        "--context", type=whole(1), metavar="N", help="of wikitext and needle (default: 1024, or what fits)"
+    )
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"), help="of transformers")
     parser.add_argument("--output", metavar="FILE", help="write the results as JSON; item by item beside it, as .jsonl")
     parser.add_argument("--plot", metavar="FILE", help="draw quality against sparsity (.png, .pdf, .svg)")
