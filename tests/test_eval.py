@@ -174,7 +174,7 @@ def test_what_is_wrong_is_named(prunepath_checkpoint, arc, tmp_path, capsys):
     checkpoint = str(prunepath_checkpoint("llama"))
     (arc / "easy.jsonl").write_text(json.dumps(ARC[0]) + "\n" + json.dumps(ARC[1] | {"answerKey": "Z"}) + "\n")
     for options, named in (
-        (["--task", "nonsense"], "'nonsense'; expected one of wikitext, mmlu"),
+        (["--task", "nonsense"], "'nonsense'; expected one of wikitext, needle, mmlu"),
         (["--task", "arc_easy", "--data", str(arc)], "easy.jsonl, line 2"),
         (["--task", "arc_challenge", "--data", str(arc)], "challenge.jsonl"),
         (["--task", "sst2", "--data", str(arc)], "expected a classifier"),
