@@ -15,6 +15,7 @@ from tiny_models import build_tokenizer
 
 from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.entrypoints.cli import main
+from prunepath_vllm.errors import UsageError
 from prunepath_vllm.evaluation.backends import Answer, TransformersBackend, open_checkpoint
 from prunepath_vllm.evaluation.runner import ask
 from prunepath_vllm.evaluation.statistics import METRICS, estimate
@@ -226,20 +227,12 @@ def test_a_number_is_hidden_at_every_depth_and_found_or_not(prunepath_checkpoint
     found = ask(TASKS["needle"], items, [list(item.tokens) for item in items], Echo(), 0.5)
     assert [record["statistics"]["recall"] for record in found] == [0.0, 1.0] * 4
 
+    with pytest.raises(UsageError, match=r"--context 40: expected at least \d+ for needle"):
+        needle_items([[1] * 40], tokenizer, 12)
     output = tmp_path / "out.json"
-    command = [
-        "eval",
-        str(checkpoint),
-        "--task",
-        "needle",
-        "--data",
-        str(tmp_path),
-        "--tau",
-        "1.0,0.4",
-        "--context",
-        "200",
-    ]
-    assert main([*command, "--max-tokens", "600", "--backend", "transformers", "--output", str(output)]) == 0
+    command = ["eval", str(checkpoint), "--task", "needle", "--data", str(tmp_path), "--tau", "1.0,0.4"]
+    command += ["--context", "200", "--max-tokens", "600", "--backend", "transformers", "--output", str(output)]
+    assert main(command) == 0
     result = json.loads(output.read_text())
     assert (result["items"], result["context"]) == (3, 200)
     assert [point["recall"] for point in result["points"]] == [0.0, 0.0]  # random weights

@@ -232,6 +232,9 @@ def needle_items(sequences: Sequence[Sequence[int]], tokenizer: Any, new_tokens:
 
     Returns:
         items whose depths go evenly from the text's beginning to its end, in an order that mixes them.
+
+    Raises:
+        UsageError: the sequences are too short to hide anything in.
     """
     numbers = random.Random(0)
     items = []
@@ -241,7 +244,10 @@ def needle_items(sequences: Sequence[Sequence[int]], tokenizer: Any, new_tokens:
             tokenizer(text, add_special_tokens=False)["input_ids"]
             for text in (NEEDLE.format(thing, number), QUESTION.format(thing, thing))
         )
-        text = list(sequence[: len(sequence) - len(needle) - len(question) - new_tokens])
+        room = len(sequence) - len(needle) - len(question) - new_tokens
+        if room < 2:
+            raise UsageError(f"--context {len(sequence)}: expected at least {len(sequence) - room + 2} for needle")
+        text = list(sequence[:room])
         # Steps of the golden ratio: any first few items have depths far apart.
         at = 1 + round((len(text) - 1) * (i * 0.618034 % 1))
         items.append(Item(tokens=(*text[:at], *needle, *text[at:], *question), choices=(number,)))
