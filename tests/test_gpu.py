@@ -45,6 +45,17 @@ VARIANTS = {
 }
 
 
+def best_tokens(rows, model):
+    """For each token that an engine chose, whether it is a naive model's choice too."""
+    same = []
+    with torch.no_grad():
+        for row in rows:
+            (tokens,) = row["tokens"]
+            logits = naive_logits(model, [*row["prompt"], *tokens[:-1]], row["tau"])[len(row["prompt"]) - 1 :]
+            same += (logits.argmax(-1) == torch.tensor(tokens)).tolist()
+    return same
+
+
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_mixed_taus_under_cuda_graphs_equal_the_naive_model(prunepath_checkpoint, variant):
     family, options = VARIANTS[variant]
@@ -54,13 +65,7 @@ def test_mixed_taus_under_cuda_graphs_equal_the_naive_model(prunepath_checkpoint
     rows = [*result["mixed"], *result["shared_prefix"]]
     assert_naive([row for row in rows if row["tau"] >= 1], checkpoint)
     # On a GPU vLLM's float32 attention multiplies in TF32: now and then a mass lands on the other side of tau.
-    model = load_naive(checkpoint)
-    agree = []
-    with torch.no_grad():
-        for row in rows:
-            (tokens,) = row["tokens"]
-            logits = naive_logits(model, [*row["prompt"], *tokens[:-1]], row["tau"])[len(row["prompt"]) - 1 :]
-            agree += (logits.argmax(-1) == torch.tensor(tokens)).tolist()
+    agree = best_tokens(rows, load_naive(checkpoint))
     assert sum(agree) > 0.95 * len(agree)
 
 
@@ -258,16 +263,20 @@ def test_the_engine_serves_quantised_experts(prunepath_checkpoint, tmp_path, sto
 
 @pytest.mark.parametrize("dtype", LINEAR_DTYPES)
 def test_attention_of_quantised_linears_equals_the_naive_model(prunepath_checkpoint, tmp_path, dtype):
-    """vLLM's own products, in bfloat16, which alone leaves a token's logit up to 0.1 below the best.
+    """vLLM's own products, which know no float32. CPU counterpart: test_quantize_linears.py.
 
-    CPU counterpart: test_quantize_linears.py, where 1.8 is found without the quantisation of activations.
+    float16 alone leaves a token's logit up to .1 below the best with every expert, and now and then turns a near-tie of
+    experts below tau 1: 86 to 92% of all tokens are the naive model's. Without the quantisation of activations, float8
+    lies .3 below.
     """
     checkpoint = tmp_path / "quantised"
     quantize(prunepath_checkpoint("llama", default_tau=0.6), checkpoint, dtype, linears=dtype)
     policy = {"quantise_activations": False}
-    result = run_engine("decoder", checkpoint, "cuda", eager=False, dtype="bfloat16", policy=policy)
+    result = run_engine("decoder", checkpoint, "cuda", eager=False, dtype="float16", policy=policy, new_tokens=40)
     model = quantise_activations(load_naive(checkpoint), dtype)
-    assert below_the_best([*result["mixed"], *result["shared_prefix"]], model) < 0.4
+    rows = [*result["mixed"], *result["shared_prefix"]]
+    assert below_the_best([row for row in rows if row["tau"] >= 1], model) < 0.2
+    assert sum(best_tokens(rows, model)) > 0.75 * 40 * len(rows)
     assert len({tuple(row["tokens"][0]) for row in result["mixed"]}) > 4
 
 
