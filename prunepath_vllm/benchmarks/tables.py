@@ -150,7 +150,7 @@ def scores(*models: str, metric: str, at: str = "") -> str:
 
     Args:
         models: LABEL=FILE.
-        metric: accuracy, accuracy_norm, rouge_l or perplexity.
+        metric: accuracy, accuracy_norm, rouge_l, recall or perplexity.
         at: the points nearest to these FFN sparsities alone.
     """
     rows = []
