@@ -18,6 +18,8 @@ from vllm.v1.sample.logits_processor import AdapterLogitsProcessor, RequestLogit
 
 from prunepath_vllm.arguments import check_output_file, whole
 from prunepath_vllm.benchmarks import options, report
+from prunepath_vllm.conversion.text import read_sequences
+from prunepath_vllm.modeling import load_tokenizer
 
 WANTED = "wanted_tokens"
 """In a request's extra_args: the token ids it is to choose."""
@@ -44,8 +46,8 @@ class TeacherForcing(AdapterLogitsProcessor):
         return force
 
 
-def score(llm: LLM, texts: list[list[int]], tau: float, context: int) -> float:
-    """Perplexity of texts' tokens after the first `context`, all texts in one batch."""
+def losses(llm: LLM, texts: list[list[int]], tau: float, context: int) -> list[float]:
+    """Negative log-probabilities of texts' tokens after the first `context`, all texts in one batch."""
     prompts = [{"prompt_token_ids": text[:context]} for text in texts]
     params = [
         SamplingParams(
@@ -54,12 +56,12 @@ def score(llm: LLM, texts: list[list[int]], tau: float, context: int) -> float:
         )
         for text in texts
     ]  # fmt: skip
-    losses = []
+    found = []
     for text, answer in zip(texts, llm.generate(prompts, params, use_tqdm=False), strict=True):
         output = answer.outputs[0]
         assert list(output.token_ids) == text[context:]
-        losses += [-step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
-    return math.exp(math.fsum(losses) / len(losses))
+        found += [-step[token].logprob for step, token in zip(output.logprobs, output.token_ids, strict=True)]
+    return found
 
 
 def main() -> None:
@@ -75,21 +77,22 @@ def main() -> None:
     parser.add_argument("--batches", type=whole(1), default=4, metavar="N")
     parser.add_argument("--output", metavar="FILE")
     args = parser.parse_args()
+    if args.context >= args.length:
+        parser.error(f"--context {args.context}: expected less than --length, {args.length}")
     check_output_file(args.output, "--output")
+    count = args.batch_size * args.batches
+    tokenizer = load_tokenizer(args.checkpoint)
+    sequences = read_sequences(tokenizer, args.text, length=args.length, max_tokens=count * args.length, minimum=count)
+    texts = [batch.tolist() for batch in sequences.split(args.batch_size)]
     llm = LLM(
         args.checkpoint, max_model_len=args.length + 1, max_num_seqs=args.batch_size, kv_cache_memory_bytes=1 << 30,
         gpu_memory_utilization=0.05, logits_processors=[TeacherForcing],
         additional_config={"prunepath": {"mode": args.mode}},
     )  # fmt: skip
-    tokens = llm.get_tokenizer().encode(Path(args.text).read_text(encoding="utf-8")[: 1 << 20])
-    count = args.batch_size * args.batches
-    texts = [tokens[start : start + args.length] for start in range(0, count * args.length, args.length)]
-    assert len(texts[-1]) == args.length, f"--text {args.text}: expected {count * args.length} tokens"
     rows = []
     for tau in args.tau:
-        groups = [texts[start : start + args.batch_size] for start in range(0, count, args.batch_size)]
-        logs = [math.log(score(llm, group, tau, args.context)) for group in groups]
-        rows.append({"tau": tau, "perplexity": math.exp(math.fsum(logs) / len(logs))})
+        found = [loss for batch in texts for loss in losses(llm, batch, tau, args.context)]
+        rows.append({"tau": tau, "perplexity": math.exp(math.fsum(found) / len(found))})
         print(f"{args.mode}, tau {tau:g}: perplexity {rows[-1]['perplexity']:.3f}", flush=True)
     if args.output:
         facts = {name: getattr(args, name) for name in ("mode", "batch_size", "context", "length", "batches")}

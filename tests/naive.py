@@ -175,6 +175,11 @@ def naive_sparsity(model: PreTrainedModel) -> Tensor:
     return torch.tensor([[1 - count / ffn.block["num_experts"] for count in ffn.active_counts] for ffn in layers])
 
 
+def logits_of_answer(model: PreTrainedModel, prompt: list[int], tokens: list[int], tau: float) -> Tensor:
+    """[len(tokens), V]: what each token of an answer to `prompt` was chosen from."""
+    return naive_logits(model, [*prompt, *tokens[:-1]], tau)[len(prompt) - 1 :]
+
+
 def naive_generate(model: PreTrainedModel, input_ids: list[int], tau: float, max_new_tokens: int) -> list[int]:
     """Greedy continuation without a KV cache or an end: the new tokens."""
     tokens = list(input_ids)

@@ -11,7 +11,7 @@ import pytest
 import runners
 import torch
 import warm
-from naive import load_naive, naive_logits
+from naive import load_naive, logits_of_answer, naive_logits
 from tiny_models import CAUSAL_FAMILY_NAMES, ENGINE_FAMILY_NAMES, save_prunepath
 
 SCRIPT = Path(__file__).with_name("engine_scenarios.py")
@@ -44,7 +44,7 @@ def assert_naive(rows: list[dict], checkpoint: Path, default_tau: float = 1.0, s
     }
     with torch.no_grad():
         for tau, prompt, tokens in cases:
-            logits = naive_logits(model, [*prompt, *tokens[:-1]], tau)[len(prompt) - 1 :]
+            logits = logits_of_answer(model, prompt, tokens, tau)
             if slack:
                 chosen = logits.gather(1, torch.tensor(tokens).unsqueeze(1)).squeeze(1)
                 assert (logits.max(-1).values - chosen).max() < slack, f"tau {tau}"

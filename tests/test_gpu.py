@@ -6,7 +6,7 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 import torch.nn.functional as F
-from naive import load_naive, naive_logits
+from naive import load_naive, logits_of_answer
 from test_counts import GROUPS, active_of_all, reads
 from test_engine import assert_naive, run_engine
 from test_quantize_linears import below_the_best, quantise_activations
@@ -51,7 +51,7 @@ def best_tokens(rows, model):
     with torch.no_grad():
         for row in rows:
             (tokens,) = row["tokens"]
-            logits = naive_logits(model, [*row["prompt"], *tokens[:-1]], row["tau"])[len(row["prompt"]) - 1 :]
+            logits = logits_of_answer(model, row["prompt"], tokens, row["tau"])
             same += (logits.argmax(-1) == torch.tensor(tokens)).tolist()
     return same
 

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from naive import load_naive, naive_generate, naive_logits
+from naive import load_naive, logits_of_answer, naive_generate, naive_logits
 from safetensors.torch import load_file, save_file
 from test_engine import run_engine
 from tiny_models import GLU_MODELS, LAYERS, tokens
@@ -304,7 +304,7 @@ def below_the_best(rows, model):
     worst = 0.0
     for row in rows:
         for new in row["tokens"]:
-            logits = naive_logits(model, [*row["prompt"], *new[:-1]], row["tau"])[len(row["prompt"]) - 1 :]
+            logits = logits_of_answer(model, row["prompt"], new, row["tau"])
             chosen = logits.gather(1, torch.tensor(new).unsqueeze(1)).squeeze(1)
             worst = max(worst, float((logits.max(-1).values - chosen).max()))
     return worst

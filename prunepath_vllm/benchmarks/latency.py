@@ -422,45 +422,37 @@ def _run_engines(argv: Sequence[str], parts: dict[str, Path], *, together: bool)
 def tables(result: dict[str, Any]) -> str:
     """Decode steps, average latencies and prefill: a line for dense and one a tau."""
     sparse, dense = result["sparse"], result.get("dense", {"rows": [], "prefill": []})
-    batches = list(dict.fromkeys(row["batch_size"] for row in sparse["rows"]))
-    known = {row["batch_size"]: row for row in dense["rows"]}
     model = report.named(result["model"], result.get("expert_dtype"))
     if result.get("dense_quantization"):
         model += f", dense with {result['dense_quantization']}"
     parts = [f"{model}: routed layer within {sparse['layer_error']:.1e} (relative RMS) of float32"]
+    batches = [f"batch {batch}" for batch in dict.fromkeys(row["batch_size"] for row in sparse["rows"])]
     for key, title, unit in [("decode_step_ms", "decode step", 1.0), ("avg_latency", "average latency", 1e3)]:
-        if key not in sparse["rows"][0]:
-            continue
-        shown = []
-        for line in ([dense["rows"]] if known else []) + [
-            [row for row in sparse["rows"] if row["tau"] == tau]
-            for tau in dict.fromkeys(row["tau"] for row in sparse["rows"])
-        ]:
-            cells = [_label(line[0]), _share(line[0])]
-            for row in line:
-                reference = known[row["batch_size"]][key] if known and row["tau"] is not None else None
-                cells.append(f"{unit * row[key]:.3f}{report.ratio(reference, row[key])}")
-            shown.append(cells)
-        header = ["tau", "share", *(f"batch {batch}" for batch in batches)]
-        parts.append(f"{title}, ms\n{report.table(header, shown)}")
+        if key in sparse["rows"][0]:
+            shown = _compared(dense["rows"], sparse["rows"], key, "batch_size", unit, 3)
+            parts.append(f"{title}, ms\n{report.table(['tau', 'share', *batches], shown)}")
     if sparse["prefill"]:
-        lengths = list(dict.fromkeys(row["tokens"] for row in sparse["prefill"]))
-        prompts = {row["tokens"]: row["prefill_ms"] for row in dense["prefill"]}
-        lines = [dense["prefill"]] if prompts else []
-        lines += [
-            [row for row in sparse["prefill"] if row["tau"] == tau]
-            for tau in dict.fromkeys(row["tau"] for row in sparse["prefill"])
-        ]
-        shown = []
-        for line in lines:
-            cells = [_label(line[0]), _share(line[0])]
-            for row in line:
-                reference = None if row["tau"] is None else prompts.get(row["tokens"])
-                cells.append(f"{row['prefill_ms']:.1f}{report.ratio(reference, row['prefill_ms'])}")
-            shown.append(cells)
-        header = ["tau", "share", *(f"prefill of {tokens}, ms" for tokens in lengths)]
-        parts.append(report.table(header, shown))
+        lengths = dict.fromkeys(row["tokens"] for row in sparse["prefill"])
+        shown = _compared(dense["prefill"], sparse["prefill"], "prefill_ms", "tokens", 1.0, 1)
+        parts.append(report.table(["tau", "share", *(f"prefill of {tokens}, ms" for tokens in lengths)], shown))
     return "\n\n".join(parts)
+
+
+def _compared(
+    dense: list[dict[str, Any]], sparse: list[dict[str, Any]], key: str, column: str, unit: float, digits: int
+) -> list[list[str]]:
+    """A line for the dense engine's rows, if any, and one a tau, with ratios to the dense row of the same `column`."""
+    known = {row[column]: row[key] for row in dense}
+    lines = [dense] if dense else []
+    lines += [[row for row in sparse if row["tau"] == tau] for tau in dict.fromkeys(row["tau"] for row in sparse)]
+    shown = []
+    for line in lines:
+        cells = [_label(line[0]), _share(line[0])]
+        for row in line:
+            reference = None if row["tau"] is None else known.get(row[column])
+            cells.append(f"{unit * row[key]:.{digits}f}{report.ratio(reference, row[key])}")
+        shown.append(cells)
+    return shown
 
 
 def _label(row: dict[str, Any]) -> str:
