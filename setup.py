@@ -55,7 +55,7 @@ setup(
         Extension(
             "prunepath_vllm.kernels.native.library",
             sources=[f"{NATIVE}/processor.cpp", f"{NATIVE}/routed_ffn.cpp"],
-            depends=[f"{NATIVE}/interface.h", f"{NATIVE}/select.h", f"{NATIVE}/vectors.h"],
+            depends=[f"{NATIVE}/arena.h", f"{NATIVE}/interface.h", f"{NATIVE}/select.h", f"{NATIVE}/vectors.h"],
         )
     ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from prunepath_vllm.training.packed import BITS, levels, pack, unpack
+from prunepath_vllm.training.packed import BITS, deal_bits, error_share, levels, pack, unpack
 
 
 def test_levels_are_lloyd_max():
@@ -33,6 +33,36 @@ def test_error_is_that_of_a_normal_variable():
     for bits in BITS:
         shares.append(((unpack(*pack(matrix, bits), 512) - matrix).square().sum() / matrix.square().sum()).item())
     assert shares == pytest.approx([0.363, 0.1175, 0.0095], rel=0.03)
+    assert [error_share(bits) for bits in BITS] == pytest.approx([0.3634, 0.1175, 0.0095], rel=0.02)
+
+
+@pytest.mark.parametrize("mean", [0.3, 1.0, 1.6, 2.0, 3.1, 4.0])
+def test_bits_are_dealt_where_they_save_most(mean):
+    sizes = torch.tensor([64, 64, 256, 128, 1024, 16])
+    squares = torch.tensor([1.0, 40.0, 2.0, 300.0, 9.0, 0.0])
+    dealt = deal_bits({str(i): (int(sizes[i]), float(squares[i])) for i in range(6)}, mean)
+    left = torch.tensor([error_share(bits) for bits in range(5) if bits in (0, *BITS)])
+
+    def error(bits):
+        return (left[bits - (bits == 4).long()] * squares).sum(dim=-1)
+
+    got = torch.tensor(list(dealt.values()))
+    budget = mean * int(sizes.sum())
+    assert (got * sizes).sum() <= budget
+    # Steps come whole: what is dealt is as good as the best with one step less.
+    choices = torch.cartesian_prod(*[torch.tensor([0, *BITS])] * 6)
+    affordable = choices[(choices * sizes).sum(dim=1) <= budget - 2 * int(sizes.max())]
+    if len(affordable):
+        assert error(got) <= error(affordable).min() + 1e-4
+    assert mean < 4 or (got == 4).all()
+
+
+def test_matrices_alike_get_the_same_bits():
+    alike = dict.fromkeys("abcd", (100, 5.0))
+    for bits in BITS:
+        assert deal_bits(alike, bits) == dict.fromkeys("abcd", bits)
+    assert sorted(deal_bits(alike, 1.5).values()) == [1, 1, 2, 2]
+    assert set(deal_bits(alike, 0.2).values()) == {0}
 
 
 def test_zero_rows_stay_zero():

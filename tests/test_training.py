@@ -14,7 +14,7 @@ from prunepath_vllm.checkpoint import read_config, read_tensor_index, stream_ten
 from prunepath_vllm.errors import TrainingError, UsageError
 from prunepath_vllm.modeling import register_auto_classes
 from prunepath_vllm.training import run
-from prunepath_vllm.training.adapter import merge_adapter
+from prunepath_vllm.training.adapter import merge_adapter, neuron_order, read_adapter, save_delta
 from prunepath_vllm.training.recipe import load_recipe, parse_recipe
 from prunepath_vllm.training.run import train
 from prunepath_vllm.training.trainer import PrunePathTrainer
@@ -221,6 +221,20 @@ def test_full_fine_tuning_leaves_its_change_in_few_bits(recipe, tmp_path, dense_
         # 4 bits leave 1.2% of a normal variable's squared size; routers and vectors are kept in bfloat16.
         limit = 2e-5 * end[name].float().square().sum() if exact else 0.02 * change.square().sum()
         assert error.square().sum() <= limit, name
+
+    # Fewer bits than any matrix has: some get one, some two.
+    order = neuron_order(dense_checkpoint("llama"), Path(plan.output) / "start")
+    fewer = save_delta(dense_checkpoint("llama"), result, order, bits=1.5, destination=tmp_path / "fewer.safetensors")
+    held, *_ = read_adapter(fewer)
+    near = tensors(merge_adapter(dense_checkpoint("llama"), fewer, tmp_path / "merged_fewer"))
+    entries, taken = 0, 0
+    for name in start:
+        change, error = (end[name] - start[name]).float(), (near[name] - end[name]).float()
+        if change.dim() == 2 and change.any() and ".router." not in name:
+            bits = held[f"{name}.delta"].numel() * 8 / change.numel() if f"{name}.delta" in held else 0
+            assert error.square().sum() <= {0: 1, 1: 0.45, 2: 0.15, 4: 0.02}[bits] * change.square().sum(), name
+            entries, taken = entries + change.numel(), taken + bits * change.numel()
+    assert 1.3 * entries < taken <= 1.5 * entries
 
 
 def test_an_adapter_needs_its_own_dense_model(recipe, dense_checkpoint):

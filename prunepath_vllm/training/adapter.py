@@ -24,7 +24,7 @@ from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.errors import CheckpointError, UsageError
 from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.files import check_absent_or_empty, new_directory, replace_file
-from prunepath_vllm.training.packed import pack, unpack
+from prunepath_vllm.training.packed import deal_bits, pack, unpack
 
 ORDER = "{}.neuron_order"
 """Name of a layer's permutation, over the layer's feed-forward module: int16 (int32 beyond 32767 neurons) [F]."""
@@ -116,18 +116,19 @@ def save_adapter(
 
 
 def save_delta(
-    dense: str | Path, checkpoint: str | Path, orders: list[Tensor], *, bits: int, destination: str | Path
+    dense: str | Path, checkpoint: str | Path, orders: list[Tensor], *, bits: float, destination: str | Path
 ) -> Path:
     """Write the difference of a fine-tuned checkpoint to its dense model in a few bits a weight.
 
-    Matrices that differ are held as :func:`prunepath_vllm.training.packed.pack` rounds their difference; routers, and
-    vectors that differ, as they are, in bfloat16. Merging gives the checkpoint back but for that rounding.
+    Matrices that differ are held as :func:`prunepath_vllm.training.packed.pack` rounds their difference, those that
+    differ most in the most bits, and those without bits not at all; routers, and vectors that differ, as they are, in
+    bfloat16. Merging gives the checkpoint back but for that rounding.
 
     Args:
         dense: the dense model.
         checkpoint: what it was converted to and trained.
         orders: of :func:`neuron_order`, of the conversion before the training.
-        bits: 1, 2 or 4.
+        bits: the most that an entry takes, mean over all matrices that differ.
         destination: the file.
     """
     dense, checkpoint = Path(dense), Path(checkpoint)
@@ -135,22 +136,34 @@ def save_delta(
     index = read_tensor_index(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     tensors: dict[str, Tensor] = {}
+    matrices: dict[str, tuple[int, float]] = {}
     axes = {name: (axis, layer) for layer in range(len(orders)) for name, axis in family.neuron_axes(layer).items()}
-    for name, tensor in tqdm(stream_tensors(checkpoint, index), total=len(index), desc="packing", unit="tensor"):
-        if ".router." in name:
-            tensors[name] = tensor.bfloat16()
-            continue
+
+    def change(name: str, tensor: Tensor) -> Tensor | None:
+        """A weight's difference to the dense model's, float32; None where nothing differs."""
         before = _read(dense, family, name)
         if name in axes:
             axis, layer = axes[name]
             before = before.index_select(axis, orders[layer])
-        if torch.equal(before, tensor):
+        return None if torch.equal(before, tensor) else tensor.to(device).float() - before.to(device).float()
+
+    for name, tensor in tqdm(stream_tensors(checkpoint, index), total=len(index), desc="comparing", unit="tensor"):
+        if ".router." in name:
+            tensors[name] = tensor.bfloat16()
+        elif (difference := change(name, tensor)) is None:
             continue
-        if tensor.dim() == 2:
-            codes, scale = pack(tensor.to(device).float() - before.to(device).float(), bits)
-            tensors[f"{name}{CODES}"], tensors[f"{name}{SCALE}"] = codes.cpu(), scale.cpu()
+        elif tensor.dim() == 2:
+            matrices[name] = difference.numel(), float(difference.double().square().sum())
         else:
             tensors[name] = tensor.bfloat16()
+    dealt = {name: count for name, count in deal_bits(matrices, bits).items() if count}
+    for name, tensor in tqdm(
+        stream_tensors(checkpoint, index, list(dealt)), total=len(dealt), desc="packing", unit="tensor"
+    ):
+        difference = change(name, tensor)
+        assert difference is not None
+        codes, scale = pack(difference, dealt[name])
+        tensors[f"{name}{CODES}"], tensors[f"{name}{SCALE}"] = codes.cpu(), scale.cpu()
     return _write(dense, checkpoint, orders, tensors, Path(destination))
 
 

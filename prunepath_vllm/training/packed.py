@@ -1,6 +1,8 @@
 """A matrix in one, two or four bits an entry and a scale per row: how an adapter holds what full training changed."""
 
 import functools
+import itertools
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -22,6 +24,44 @@ def levels(bits: int) -> Tensor:
         nearest = torch.bucketize(sample, (values[1:] + values[:-1]) / 2)
         values = torch.zeros_like(values).scatter_reduce(0, nearest, sample, "mean", include_self=False)
     return values.float()
+
+
+def error_share(bits: int) -> float:
+    """Which share of a normal variable's squared size rounding leaves: .363, .118 and .010; 1 for 0 bits."""
+    if bits == 0:
+        return 1.0
+    bounds = (levels(bits)[1:] + levels(bits)[:-1]).double() / 2
+    ends = torch.cat([torch.tensor([-torch.inf]).double(), bounds, torch.tensor([torch.inf]).double()])
+    share = torch.special.ndtr(ends).diff()
+    # Levels are the means of what is rounded to them, so the error is what their variance lacks.
+    return 1 - float((share * levels(bits).double().square()).sum())
+
+
+def deal_bits(matrices: Mapping[str, tuple[int, float]], mean: float) -> dict[str, int]:
+    """Bits for each matrix, `mean` an entry at most, so that the squared errors add up to least.
+
+    The step that saves the most error a bit comes first: 0 to 1 bits, 1 to 2, 2 to 4, each less than the one before.
+
+    Args:
+        matrices: name -> (entries, sum of their squares).
+        mean: bits an entry, over all matrices.
+
+    Returns:
+        Name -> 0 or one of :data:`BITS`.
+    """
+    ladder = (0, *BITS)
+    steps = []
+    for name, (entries, squares) in matrices.items():
+        for fewer, more in itertools.pairwise(ladder):
+            saved = squares * (error_share(fewer) - error_share(more))
+            steps.append((-saved / ((more - fewer) * entries), more, name, (more - fewer) * entries))
+    left = mean * sum(entries for entries, _ in matrices.values())
+    dealt = dict.fromkeys(matrices, 0)
+    for _, more, name, cost in sorted(steps):
+        if ladder.index(more) == ladder.index(dealt[name]) + 1 and cost <= left:
+            dealt[name] = more
+            left -= cost
+    return dealt
 
 
 def pack(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:

@@ -63,9 +63,10 @@ class Model(Section):
     embeddings: Literal["trained", "frozen"] = Field(
         default="trained", description="frozen: token embeddings and output head stay as they are"
     )
-    adapter_bits: Literal[1, 2, 4] | None = Field(
-        default=None, description="also write adapter.safetensors: the change of each weight, rounded to so many bits"
-    )
+    adapter_bits: float | None = Field(
+        default=None, gt=0, le=4,
+        description="also write adapter.safetensors: weights' changes, rounded to so many bits, mean over the matrices",
+    )  # fmt: skip
     labels: int | None = Field(
         default=None, gt=1, description="classes of a new classification head; null keeps the head"
     )

@@ -4,14 +4,16 @@
 //   1. router logits, the router's rows dealt to the threads;
 //   2. softmax and selection, the tokens dealt to the threads;
 //   3. the listed experts' neurons, dealt in shares of equal cost: two dot products and the activation;
-//   4. the second linear, its columns dealt to the threads: each adds up its columns of the listed neurons' rows, in
-//      ascending order, and writes them out.
+//   4. the second linear: the listed neurons' rows are added up in CHUNKS sums, each of the same experts always, in
+//      ascending order. A thread has some chunks whole, for rows are read fastest whole, and columns of others;
+//   5. the chunks' sums are added up, in order, and written out, the columns dealt to the threads.
 // No sum is ever split between threads, and none depends on the other tokens of the tile. So a token's result depends
-// neither on the number of threads nor on its batch, and no partial sums have to be added up.
+// neither on the number of threads nor on its batch.
 #include <cmath>
 #include <cstdlib>
 #include <cstring>
 
+#include "arena.h"
 #include "interface.h"
 #include "select.h"
 #include "vectors.h"
@@ -28,8 +30,11 @@ int omp_get_max_threads();
 
 namespace {
 
-constexpr int TILE = 16;  // tokens at once; a set of them is a bit mask
-constexpr int GROUP = 8;  // rows at once
+constexpr int TILE = 16;      // tokens at once; a set of them is a bit mask
+constexpr int GROUP = 8;      // rows at once
+constexpr int CHUNKS = 8;     // of the experts, each with sums of its own in the second linear
+constexpr int APART = 16384;  // floats between the sums of chunks, or a core's prefetching takes what another writes
+constexpr int PIECE = 4;      // blocks of columns; a thread's share of a chunk ends at a multiple
 
 int64_t padded(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
 
@@ -55,8 +60,10 @@ struct Tile {
     int64_t* cost_before;  // [listed + 1], of one neuron each
     int64_t* neurons;      // where the expert's activations start, [D, tokens that take it]
     float* hidden;         // activations
-    float* sums;           // [TILE, padded H]
+    float* sums;           // [CHUNKS, tokens, padded H], chunks APART
     uint8_t* read;         // [E], experts of any tile
+
+    int64_t chunk[CHUNKS + 1];  // where each chunk starts in the list
 };
 
 int64_t share(int64_t total, int part, int parts) { return total * part / parts; }
@@ -149,6 +156,12 @@ void list_experts(Tile& s) {
     }
     s.cost_before[listed] = cost;
     s.listed = listed;
+    int64_t place = 0;
+    for (int chunk = 0; chunk < CHUNKS; chunk++) {
+        while (place < listed && s.experts[place] < share(a.kept, chunk, CHUNKS)) place++;
+        s.chunk[chunk] = place;
+    }
+    s.chunk[CHUNKS] = listed;
 }
 
 // Neurons with the same tokens, computed together.
@@ -273,17 +286,31 @@ void first_linear(const Tile& s, int worker) {
     close();
 }
 
-// Stage 4.
-void second_linear(const Tile& s, int worker) {
-    const Arguments& a = *s.args;
-    const int64_t blocks = padded(a.hidden) / BLOCK;
-    const int64_t begin = share(blocks, worker, s.workers) * BLOCK;
-    const int64_t after = share(blocks, worker + 1, s.workers) * BLOCK;
-    if (begin == after) return;
-    const int64_t end = after < a.hidden ? after : a.hidden;
-    const int64_t stride = padded(a.hidden > a.experts ? a.hidden : a.experts);
-    for (int t = 0; t < s.tokens; t++) std::memset(s.sums + t * stride + begin, 0, (after - begin) * sizeof(float));
+// The chunk that a share of the listed cost ends in, and how many blocks of its columns belong to the share.
+void end_of(const Tile& s, int64_t cost, int64_t blocks, int& chunk, int64_t& block) {
+    for (chunk = 0; chunk < CHUNKS; chunk++) {
+        const int64_t before = s.cost_before[s.chunk[chunk]], after = s.cost_before[s.chunk[chunk + 1]];
+        if (cost >= after) continue;
+        block = (cost - before) * blocks / (after - before) / PIECE * PIECE;
+        return;
+    }
+    block = 0;
+}
 
+float* sums_of(const Tile& s, int chunk, int token) {
+    const int64_t width = padded(s.args->hidden);
+    return s.sums + chunk * (s.tokens * width + APART) + token * width;
+}
+
+// One chunk's sums of the columns from begin on.
+void add_chunk(const Tile& s, int chunk, int64_t begin, int64_t after) {
+    const Arguments& a = *s.args;
+    const int64_t end = after < a.hidden ? after : a.hidden;
+    float* sums[TILE];
+    for (int t = 0; t < s.tokens; t++) {
+        sums[t] = sums_of(s, chunk, t);
+        std::memset(sums[t] + begin, 0, (after - begin) * sizeof(float));
+    }
     struct Rows {
         int size = 0;
         uint32_t mask = 0;
@@ -299,13 +326,13 @@ void second_linear(const Tile& s, int worker) {
             float* out[TILE];
             int tokens = 0;
             for (int t = 0; t < s.tokens; t++)
-                if (g.mask >> t & 1) out[tokens++] = s.sums + t * stride;
+                if (g.mask >> t & 1) out[tokens++] = sums[t];
             s.weights.add(g.rows, ahead, g.size, g.factors, tokens, out, begin, end);
         }
         g.size = 0;
         building = 1 - building;
     };
-    for (int64_t place = 0; place < s.listed; place++) {
+    for (int64_t place = s.chunk[chunk]; place < s.chunk[chunk + 1]; place++) {
         const uint32_t mask = s.masks[place];
         const int tokens = __builtin_popcount(mask);
         for (int64_t neuron = 0; neuron < a.expert_size; neuron++) {
@@ -319,9 +346,35 @@ void second_linear(const Tile& s, int worker) {
     }
     close();
     close();
+}
 
+// Stage 4.
+void second_linear(const Tile& s, int worker) {
+    const int64_t blocks = padded(s.args->hidden) / BLOCK, total = s.cost_before[s.listed];
+    int chunk = 0, last = 0;
+    int64_t begin = 0, end = 0;
+    end_of(s, share(total, worker, s.workers), blocks, chunk, begin);
+    end_of(s, share(total, worker + 1, s.workers), blocks, last, end);
+    for (; chunk < CHUNKS && chunk <= last; chunk++, begin = 0) {
+        const int64_t after = chunk == last ? end : blocks;
+        if (begin < after && s.chunk[chunk] < s.chunk[chunk + 1]) add_chunk(s, chunk, begin * BLOCK, after * BLOCK);
+    }
+}
+
+// Stage 5.
+void write_out(const Tile& s, int worker) {
+    const Arguments& a = *s.args;
+    const int64_t blocks = padded(a.hidden) / BLOCK;
+    const int64_t begin = share(blocks, worker, s.workers) * BLOCK;
+    const int64_t after = share(blocks, worker + 1, s.workers) * BLOCK, end = after < a.hidden ? after : a.hidden;
     for (int t = 0; t < s.tokens; t++) {
-        const float* sums = s.sums + t * stride;
+        float* sums = sums_of(s, 0, t);
+        for (int64_t i = begin; i < after; i += WIDTH) {
+            Floats v{};
+            for (int chunk = 0; chunk < CHUNKS; chunk++)
+                if (s.chunk[chunk] < s.chunk[chunk + 1]) v += load<Floats>(sums_of(s, chunk, t) + i);
+            store(sums + i, v);
+        }
         const int64_t row = (s.first + t) * a.hidden;
         for (int64_t i = begin; i < end; i++) {
             float v = sums[s.weights.slot(i)];
@@ -369,29 +422,9 @@ void run(void* shared) {
     if (works) first_linear(s, worker);
     GOMP_barrier();
     if (works) second_linear(s, worker);
+    if (s.workers > 1) GOMP_barrier();
+    if (works) write_out(s, worker);
 }
-
-#if defined(__SANITIZE_ADDRESS__)
-extern "C" void __asan_poison_memory_region(void const volatile*, size_t);
-constexpr int GUARD = 64;
-#else
-constexpr int GUARD = 0;
-#endif
-
-// Hands out pieces of one allocation; a first pass with no memory adds up their sizes.
-struct Arena {
-    char* base = nullptr;
-    size_t used = 0;
-    template <class T>
-    void take(T*& pointer, int64_t count) {
-        const size_t bytes = count * sizeof(T);
-        pointer = base ? (T*)(base + used) : nullptr;
-        used += (bytes + 63) / 64 * 64 + GUARD;
-#if defined(__SANITIZE_ADDRESS__)
-        if (base) __asan_poison_memory_region((char*)pointer + bytes, base + used - (char*)pointer - bytes);
-#endif
-    }
-};
 
 int routed_ffn(const Arguments& a) {
     if (a.tokens <= 0) return 0;
@@ -421,7 +454,8 @@ int routed_ffn(const Arguments& a) {
         arena.take(s.cost_before, a.experts + 1);
         arena.take(s.neurons, a.experts);
         arena.take(s.read, a.experts);
-        arena.take(s.sums, most * wide);
+        // Before the sums, probabilities are there.
+        arena.take(s.sums, CHUNKS * APART + most * (CHUNKS * width > wide ? CHUNKS * width : wide));
         arena.take(s.hidden, most * all_neurons);
         if (pass) break;
         arena.base = (char*)std::aligned_alloc(64, arena.used);
