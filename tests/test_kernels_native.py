@@ -298,19 +298,20 @@ def test_quantised_rows_with_scales(isa, dtype, stored, glu):
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("stored", QUANTISED_DTYPES, ids=str)
-def test_every_quantised_value_is_read_exactly(isa, stored):
-    """By the first linear, whose row meets one token's only 1, and by the second."""
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_every_quantised_value_is_read_exactly(isa, stored, dtype):
+    """By the first linear, whose row meets one token's only 1, and by the second. bfloat16 holds all of them."""
     values = torch.arange(256, dtype=torch.uint8).view(stored)
     values = values[values.float().isfinite()]
     n = len(values)
-    spec = LayerSpec(n, 1, n, torch.float32, Activation.RELU, glu=False)
+    spec = LayerSpec(n, 1, n, dtype, Activation.RELU, glu=False)
     router, ones, eye = RouterWeights(torch.zeros(1, n)), torch.ones(n), torch.eye(n).to(stored)
     diagonal = torch.zeros(n, n, dtype=stored).diagonal_scatter(values.abs() if stored == torch.int8 else values)
     for first, second in ((diagonal, eye), (eye, diagonal)):
         weights = Weights(first, None, second, None, ones, ones)
-        y = native.routed_ffn(torch.ones(1, n), ones[:1], router, weights, spec, isa=isa)
+        y = native.routed_ffn(torch.ones(1, n, dtype=dtype), ones[:1], router, weights, spec, isa=isa)
         right = diagonal.diagonal().float()
-        assert torch.equal(y[0], right.relu() if first is diagonal else right)
+        assert torch.equal(y[0].float(), right.relu() if first is diagonal else right)
 
 
 def test_quantised_weights_need_scales_and_others_have_none():

@@ -121,6 +121,7 @@ INLINE float element(const void* p, int32_t type, int64_t i) {
 struct Float32 {
     using Stored = float;
     using Input = float;
+    static constexpr float UNIT = 1;
     static INLINE int64_t slot(int64_t i) { return i; }
     static INLINE void widen(const Stored* p, Floats& a, Floats& b) {
         a = load<Floats>(p);
@@ -131,6 +132,7 @@ struct Float32 {
 struct Float16 {
     using Stored = uint16_t;
     using Input = float;
+    static constexpr float UNIT = 1;
     static INLINE int64_t slot(int64_t i) { return i; }
     static INLINE void widen(const Stored* p, Floats& a, Floats& b) {
 #if defined(__AVX512F__)
@@ -154,6 +156,7 @@ struct Float16 {
 struct BFloat16 {
     using Stored = uint16_t;
     using Input = float;
+    static constexpr float UNIT = 1;
     static INLINE int64_t slot(int64_t i) { return i / BLOCK * BLOCK + i % BLOCK / 2 + i % 2 * WIDTH; }
     static INLINE void widen(const Stored* p, Floats& a, Floats& b) {
         const Bits pairs = load<Bits>(p);
@@ -165,6 +168,7 @@ struct BFloat16 {
 struct Int8 {
     using Stored = int8_t;
     using Input = float;
+    static constexpr float UNIT = 1;
     static INLINE int64_t slot(int64_t i) { return i; }
     static INLINE void widen(const Stored* p, Floats& a, Floats& b) {
 #if defined(__AVX512F__)
@@ -237,7 +241,8 @@ INLINE void fetch(Floats (&w)[2], const typename Type::Stored* row) {
 }
 
 #if defined(__AVX512BF16__)
-struct BFloat16Pairs : BFloat16 {  // both factors in bfloat16
+template <class Type>
+struct Pairs : Type {  // both factors in bfloat16, which holds int8 and float8 exactly
     using Input = uint16_t;
 };
 
@@ -247,8 +252,14 @@ INLINE Floats multiply(Floats acc, const __m512i (&w)[1], const uint16_t* x) {
 }
 
 template <class Type>
-INLINE void fetch(__m512i (&w)[1], const uint16_t* row) {
-    w[0] = load<__m512i>(row);
+INLINE void fetch(__m512i (&w)[1], const typename Type::Stored* row) {
+    if constexpr (sizeof(typename Type::Stored) == sizeof(uint16_t)) {
+        w[0] = load<__m512i>(row);
+    } else {
+        Floats a, b;
+        Type::widen(row, a, b);
+        w[0] = (__m512i)_mm512_cvtne2ps_pbh((__m512)b, (__m512)a);
+    }
 }
 #endif
 
@@ -440,20 +451,17 @@ struct Product {
 };
 
 template <class Type>
-constexpr float unit = 1;
-template <>
-constexpr float unit<Float8> = Float8::UNIT;
-
-template <class Type>
 Product product() {
-    return {dot<Type>, add<Type>, pack<Type>, slot<Type>, (int)sizeof(typename Type::Stored), unit<Type>};
+    return {dot<Type>, add<Type>, pack<Type>, slot<Type>, (int)sizeof(typename Type::Stored), Type::UNIT};
 }
 
 // For rows of one type and inputs of another.
 Product product_of(int32_t rows, int32_t inputs) {
     (void)inputs;
 #if defined(__AVX512BF16__)
-    if (rows == BFLOAT16 && inputs == BFLOAT16) return product<BFloat16Pairs>();
+    if (inputs == BFLOAT16 && rows == BFLOAT16) return product<Pairs<BFloat16>>();
+    if (inputs == BFLOAT16 && rows == INT8) return product<Pairs<Int8>>();
+    if (inputs == BFLOAT16 && rows == FLOAT8_E4M3FN) return product<Pairs<Float8>>();
 #endif
     switch (rows) {
         case FLOAT32: return product<Float32>();
