@@ -41,10 +41,11 @@ def test_bits_are_dealt_where_they_save_most(mean):
     sizes = torch.tensor([64, 64, 256, 128, 1024, 16])
     squares = torch.tensor([1.0, 40.0, 2.0, 300.0, 9.0, 0.0])
     dealt = deal_bits({str(i): (int(sizes[i]), float(squares[i])) for i in range(6)}, mean)
-    left = torch.tensor([error_share(bits) for bits in range(5) if bits in (0, *BITS)])
+    left = torch.tensor([error_share(bits) for bits in (0, *BITS)])
 
     def error(bits):
-        return (left[bits - (bits == 4).long()] * squares).sum(dim=-1)
+        rung = torch.bucketize(bits, torch.tensor(BITS), right=True)  # 0, 1, 2 and 4 are rungs 0 to 3
+        return (left[rung] * squares).sum(dim=-1)
 
     got = torch.tensor(list(dealt.values()))
     budget = mean * int(sizes.sum())

@@ -222,7 +222,7 @@ def test_full_fine_tuning_leaves_its_change_in_few_bits(recipe, tmp_path, dense_
         limit = 2e-5 * end[name].float().square().sum() if exact else 0.02 * change.square().sum()
         assert error.square().sum() <= limit, name
 
-    # Fewer bits than any matrix has: some get one, some two.
+    # A mean that no matrix can have: some get one bit, some two.
     order = neuron_order(dense_checkpoint("llama"), Path(plan.output) / "start")
     fewer = save_delta(dense_checkpoint("llama"), result, order, bits=1.5, destination=tmp_path / "fewer.safetensors")
     held, *_ = read_adapter(fewer)

@@ -139,30 +139,26 @@ def save_delta(
     matrices: dict[str, tuple[int, float]] = {}
     axes = {name: (axis, layer) for layer in range(len(orders)) for name, axis in family.neuron_axes(layer).items()}
 
-    def change(name: str, tensor: Tensor) -> Tensor | None:
-        """A weight's difference to the dense model's, float32; None where nothing differs."""
+    def change(name: str, tensor: Tensor) -> Tensor:
+        """A weight's difference to the dense model's: float32."""
         before = _read(dense, family, name)
         if name in axes:
             axis, layer = axes[name]
             before = before.index_select(axis, orders[layer])
-        return None if torch.equal(before, tensor) else tensor.to(device).float() - before.to(device).float()
+        return tensor.to(device).float() - before.to(device).float()
 
     for name, tensor in tqdm(stream_tensors(checkpoint, index), total=len(index), desc="comparing", unit="tensor"):
         if ".router." in name:
             tensors[name] = tensor.bfloat16()
-        elif (difference := change(name, tensor)) is None:
-            continue
-        elif tensor.dim() == 2:
-            matrices[name] = difference.numel(), float(difference.double().square().sum())
-        else:
-            tensors[name] = tensor.bfloat16()
+        elif (difference := change(name, tensor)).any():
+            if tensor.dim() == 2:
+                matrices[name] = difference.numel(), float(difference.double().square().sum())
+            else:
+                tensors[name] = tensor.bfloat16()
     dealt = {name: count for name, count in deal_bits(matrices, bits).items() if count}
-    for name, tensor in tqdm(
-        stream_tensors(checkpoint, index, list(dealt)), total=len(dealt), desc="packing", unit="tensor"
-    ):
-        difference = change(name, tensor)
-        assert difference is not None
-        codes, scale = pack(difference, dealt[name])
+    changed = stream_tensors(checkpoint, index, list(dealt))
+    for name, tensor in tqdm(changed, total=len(dealt), desc="packing", unit="tensor"):
+        codes, scale = pack(change(name, tensor), dealt[name])
         tensors[f"{name}{CODES}"], tensors[f"{name}{SCALE}"] = codes.cpu(), scale.cpu()
     return _write(dense, checkpoint, orders, tensors, Path(destination))
 

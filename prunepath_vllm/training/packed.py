@@ -21,20 +21,25 @@ def levels(bits: int) -> Tensor:
     sample = torch.special.ndtri((torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES)
     values = torch.special.ndtri((torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits)
     for _ in range(_ROUNDS):
-        nearest = torch.bucketize(sample, (values[1:] + values[:-1]) / 2)
+        nearest = torch.bucketize(sample, _borders(values))
         values = torch.zeros_like(values).scatter_reduce(0, nearest, sample, "mean", include_self=False)
     return values.float()
 
 
+def _borders(values: Tensor) -> Tensor:
+    """Where the nearest of ascending values changes."""
+    return (values[1:] + values[:-1]) / 2
+
+
+@functools.cache
 def error_share(bits: int) -> float:
     """Which share of a normal variable's squared size rounding leaves: .363, .118 and .010; 1 for 0 bits."""
     if bits == 0:
         return 1.0
-    bounds = (levels(bits)[1:] + levels(bits)[:-1]).double() / 2
-    ends = torch.cat([torch.tensor([-torch.inf]).double(), bounds, torch.tensor([torch.inf]).double()])
-    share = torch.special.ndtr(ends).diff()
+    values = levels(bits).double()
+    share = torch.special.ndtr(_borders(values)).diff(prepend=torch.zeros(1), append=torch.ones(1))
     # Levels are the means of what is rounded to them, so the error is what their variance lacks.
-    return 1 - float((share * levels(bits).double().square()).sum())
+    return 1 - float((share * values.square()).sum())
 
 
 def deal_bits(matrices: Mapping[str, tuple[int, float]], mean: float) -> dict[str, int]:
@@ -49,16 +54,16 @@ def deal_bits(matrices: Mapping[str, tuple[int, float]], mean: float) -> dict[st
     Returns:
         Name -> 0 or one of :data:`BITS`.
     """
-    ladder = (0, *BITS)
     steps = []
     for name, (entries, squares) in matrices.items():
-        for fewer, more in itertools.pairwise(ladder):
+        for fewer, more in itertools.pairwise((0, *BITS)):
+            cost = (more - fewer) * entries
             saved = squares * (error_share(fewer) - error_share(more))
-            steps.append((-saved / ((more - fewer) * entries), more, name, (more - fewer) * entries))
+            steps.append((-saved / cost, fewer, more, name, cost))
     left = mean * sum(entries for entries, _ in matrices.values())
     dealt = dict.fromkeys(matrices, 0)
-    for _, more, name, cost in sorted(steps):
-        if ladder.index(more) == ladder.index(dealt[name]) + 1 and cost <= left:
+    for _, fewer, more, name, cost in sorted(steps):
+        if dealt[name] == fewer and cost <= left:
             dealt[name] = more
             left -= cost
     return dealt
@@ -81,7 +86,7 @@ def pack(matrix: Tensor, bits: int) -> tuple[Tensor, Tensor]:
         raise ValueError(f"matrix of {matrix.shape[1]} columns; expected at least 5")
     matrix = matrix.float()
     values = levels(bits).to(matrix.device)
-    borders = (values[1:] + values[:-1]) / 2
+    borders = _borders(values)
     scale = matrix.square().mean(dim=1).sqrt()
     for _ in range(3):
         rounded = values[_nearest(matrix, scale, borders)]
