@@ -7,7 +7,7 @@ of a low-rank training are exact; those of full fine-tuning are rounded to a few
 import functools
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +21,12 @@ from prunepath_vllm.checkpoint import read_config, read_tensor_index, stream_ten
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.conversion.convert import convert
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
+from prunepath_vllm.conversion.rounding import quantise_weight
 from prunepath_vllm.errors import CheckpointError, UsageError
 from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.files import check_absent_or_empty, new_directory, replace_file
-from prunepath_vllm.training.packed import deal_bits, pack, unpack
+from prunepath_vllm.training.moments import input_moments
+from prunepath_vllm.training.packed import deal_bits, pack, rounding_errors, unpack
 
 ORDER = "{}.neuron_order"
 """Name of a layer's permutation, over the layer's feed-forward module: int16 (int32 beyond 32767 neurons) [F]."""
@@ -32,6 +34,8 @@ UP, DOWN = ".up", ".down"
 """Suffixes of a linear's update: [outputs, rank] and [rank, inputs]."""
 CODES, SCALE = ".delta", ".delta_scale"
 """Suffixes of a weight's update in few bits, of :func:`prunepath_vllm.training.packed.pack`."""
+FLOAT8, FLOAT8_SCALE = ".float8", ".float8_scale"
+"""Suffixes of a matrix that is held itself, in float8 with a float32 scale per row."""
 METADATA = "prunepath"
 DENSE_DIGEST = "dense_sha256"
 """Metadata: :func:`weights_digest` of the dense model."""
@@ -116,13 +120,20 @@ def save_adapter(
 
 
 def save_delta(
-    dense: str | Path, checkpoint: str | Path, orders: list[Tensor], *, bits: float, destination: str | Path
+    dense: str | Path,
+    checkpoint: str | Path,
+    orders: list[Tensor],
+    *,
+    bits: float,
+    destination: str | Path,
+    sequences: Sequence[Tensor] = (),
+    lowest_tau: float = 0.25,
 ) -> Path:
     """Write the difference of a fine-tuned checkpoint to its dense model in a few bits a weight.
 
     Matrices that differ are held as :func:`prunepath_vllm.training.packed.pack` rounds their difference, those that
-    differ most in the most bits, and those without bits not at all; routers, and vectors that differ, as they are, in
-    bfloat16. Merging gives the checkpoint back but for that rounding.
+    matter most in the most bits, and those without bits not at all; routers' matrices in float8, each row with a scale;
+    vectors that differ in bfloat16. Merging gives the checkpoint back but for that rounding.
 
     Args:
         dense: the dense model.
@@ -130,13 +141,17 @@ def save_delta(
         orders: of :func:`neuron_order`, of the conversion before the training.
         bits: the most that an entry takes, mean over all matrices that differ.
         destination: the file.
+        sequences: token ids, int64 [S] each, to fit the rounding to, for causal models; none rounds every entry to the
+            nearest.
+        lowest_tau: the sequences run at taus from it to 1.
     """
     dense, checkpoint = Path(dense), Path(checkpoint)
     family = family_of(read_config(checkpoint), converted=True)
     index = read_tensor_index(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    moments = _moments(checkpoint, family, sequences, lowest_tau, device) if sequences else {}
     tensors: dict[str, Tensor] = {}
-    matrices: dict[str, tuple[int, float]] = {}
+    matrices: dict[str, tuple[int, Sequence[float]]] = {}
     axes = {name: (axis, layer) for layer in range(len(orders)) for name, axis in family.neuron_axes(layer).items()}
 
     def change(name: str, tensor: Tensor) -> Tensor:
@@ -148,19 +163,38 @@ def save_delta(
         return tensor.to(device).float() - before.to(device).float()
 
     for name, tensor in tqdm(stream_tensors(checkpoint, index), total=len(index), desc="comparing", unit="tensor"):
-        if ".router." in name:
+        if ".router." in name and tensor.dim() == 2:
+            tensors[f"{name}{FLOAT8}"], tensors[f"{name}{FLOAT8_SCALE}"] = quantise_weight(tensor, 0, "float8_e4m3fn")
+        elif ".router." in name:
             tensors[name] = tensor.bfloat16()
         elif (difference := change(name, tensor)).any():
             if tensor.dim() == 2:
-                matrices[name] = difference.numel(), float(difference.double().square().sum())
+                matrices[name] = difference.numel(), rounding_errors(difference, moments.get(name))
             else:
                 tensors[name] = tensor.bfloat16()
-    dealt = {name: count for name, count in deal_bits(matrices, bits).items() if count}
+    dealt: dict[str, int] = {}
+    for fitted in (True, False):  # errors with and without a moment do not compare
+        alike = {name: cost for name, cost in matrices.items() if (name in moments) is fitted}
+        dealt |= {name: count for name, count in deal_bits(alike, bits).items() if count}
     changed = stream_tensors(checkpoint, index, list(dealt))
     for name, tensor in tqdm(changed, total=len(dealt), desc="packing", unit="tensor"):
-        codes, scale = pack(change(name, tensor), dealt[name])
+        codes, scale = pack(change(name, tensor), dealt[name], moments.get(name))
         tensors[f"{name}{CODES}"], tensors[f"{name}{SCALE}"] = codes.cpu(), scale.cpu()
     return _write(dense, checkpoint, orders, tensors, Path(destination))
+
+
+def _moments(
+    checkpoint: Path, family: Family, sequences: Sequence[Tensor], lowest_tau: float, device: str
+) -> dict[str, Tensor]:
+    """:func:`input_moments` of a causal checkpoint."""
+    from transformers import AutoModelForCausalLM
+
+    from prunepath_vllm.modeling import register_auto_classes
+
+    register_auto_classes()
+    dtype = torch.bfloat16 if device == "cuda" else torch.float32
+    model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).requires_grad_(False).eval().to(device)
+    return input_moments(model, sequences, lowest_tau=lowest_tau, seed=0)
 
 
 def _write(
@@ -268,7 +302,10 @@ def merge_adapter(dense: str | Path, adapter: str | Path, destination: str | Pat
                 if update.shape != weight.shape:
                     raise CheckpointError(misfit)
                 updates[target] = weight.float() + update
-            elif not name.endswith((DOWN, SCALE, ORDER.removeprefix("{}"))):
+            elif name.endswith(FLOAT8):
+                scale = _wanted(tensors, name.removesuffix(FLOAT8) + FLOAT8_SCALE)
+                updates[name.removesuffix(FLOAT8)] = tensor.float() * scale[:, None]
+            elif not name.endswith((DOWN, SCALE, FLOAT8_SCALE, ORDER.removeprefix("{}"))):
                 updates[name] = tensor
         unknown = sorted(name for name in updates if name not in summary.tensors and not name.endswith("router.bias"))
         if unknown:

@@ -67,6 +67,9 @@ class Model(Section):
         default=None, gt=0, le=4,
         description="also write adapter.safetensors: weights' changes, rounded to so many bits, mean over the matrices",
     )  # fmt: skip
+    adapter_sequences: int = Field(
+        default=64, ge=0, description="training sequences that this rounding is fitted to (causal models); 0: to none"
+    )
     labels: int | None = Field(
         default=None, gt=1, description="classes of a new classification head; null keeps the head"
     )

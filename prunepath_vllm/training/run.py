@@ -320,10 +320,15 @@ def _layer_costs(recipe: Recipe, model: PreTrainedModel, data: Any) -> list[Laye
         model.to("cuda" if _on_gpu(recipe) else "cpu"),
         family,
         prunepath.num_experts,
-        [torch.as_tensor(data[i]["input_ids"]).long() for i in evenly_spread(len(data), SEQUENCES).tolist()],
+        _some_sequences(data, SEQUENCES),
         skip=positions_to_skip(family, prunepath.dense_positions),
         seed=recipe.seed,
     )
+
+
+def _some_sequences(data: Any, count: int) -> list[Tensor]:
+    """Token ids of at most `count` sequences, spread evenly over the data: int64 [S] each."""
+    return [torch.as_tensor(data[i]["input_ids"]).long() for i in evenly_spread(len(data), count).tolist()]
 
 
 def _teacher(recipe: Recipe, model: PreTrainedModel, on_gpu: bool) -> PreTrainedModel | None:
@@ -383,8 +388,17 @@ def _export(
         dense = _directory(recipe.model.dense or _source(recipe))
         orders = neuron_order(dense, start)
     if recipe.model.adapter_bits is not None:
-        bits = recipe.model.adapter_bits
-        write_adapter = functools.partial(save_delta, dense, result, orders, bits=bits, destination=adapter)
+        count = recipe.model.adapter_sequences if recipe.data.task != "classification" else 0
+        write_adapter = functools.partial(
+            save_delta,
+            dense,
+            result,
+            orders,
+            bits=recipe.model.adapter_bits,
+            destination=adapter,
+            sequences=_some_sequences(trainer.train_dataset, count),
+            lowest_tau=min(1.0, recipe.stages[-1].tau_end),
+        )
     if recipe.model.rank is not None:
         for parameter in model.parameters():
             if parameter.requires_grad:  # as the adapter holds it, so that merging it gives the same checkpoint
