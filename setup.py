@@ -54,8 +54,8 @@ setup(
     ext_modules=[
         Extension(
             "prunepath_vllm.kernels.native.library",
-            sources=[f"{NATIVE}/processor.cpp", f"{NATIVE}/routed_ffn.cpp"],
-            depends=[f"{NATIVE}/arena.h", f"{NATIVE}/interface.h", f"{NATIVE}/select.h", f"{NATIVE}/vectors.h"],
+            sources=[f"{NATIVE}/{name}.cpp" for name in ("processor", "routed_ffn", "selection")],
+            depends=[f"{NATIVE}/{name}.h" for name in ("arena", "interface", "openmp", "select", "vectors")],
         )
     ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},

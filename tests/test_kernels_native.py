@@ -193,6 +193,39 @@ def test_selection_of_many_experts(isa):
 
 
 @pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("experts", [1, 5, 192, 560, 4736])
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+def test_selection_alone(isa, experts, tokens):
+    generator = torch.Generator().manual_seed(experts + tokens)
+    logits = 3 * torch.randn(tokens, experts, generator=generator)
+    tau = torch.rand(tokens, generator=generator)
+    if tokens > 3:
+        tau[:3] = torch.tensor([0.0, 1.0, 1.05])
+    got = native.select_cumulative_mass(logits, tau, isa=isa)
+    want = reference.select_experts(logits, tau, selection="cumulative_mass", threshold=None)
+    # Where a cumulative probability falls within float32's rounding of tau, an expert more or less is right.
+    assert (got != want).sum(dim=1).max() <= 1
+    assert (got != want).sum() <= 0.1 * tokens
+    assert torch.equal(got[tau >= 1], want[tau >= 1])
+    assert not got[tau == 0].any()
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_selection_alone_of_equal_logits(isa):
+    logits = (torch.arange(300) // 2 % 5).float().expand(4, -1).contiguous()
+    tau = torch.tensor([0.1, 0.35, 0.503, 0.9])
+    want = reference.select_experts(logits, tau, selection="cumulative_mass", threshold=None)
+    assert torch.equal(native.select_cumulative_mass(logits, tau, isa=isa), want)
+
+
+def test_selection_alone_refuses_other_tensors():
+    with pytest.raises(ConfigError, match=r"logits is \[2, 4\] float64"):
+        native.select_cumulative_mass(torch.zeros(2, 4, dtype=torch.float64), torch.ones(2))
+    with pytest.raises(ConfigError, match=r"tau is \[3\] float32 .*expected \[2\]"):
+        native.select_cumulative_mass(torch.zeros(2, 4), torch.ones(3))
+
+
+@pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bias", [True, False])
 def test_threshold_may_select_nothing(isa, bias):
     router, w, spec = layer(24, 6, 4, torch.float32, bias=bias)

@@ -73,7 +73,10 @@ def routed_ffn(
             scale = gate_weights(logits[:, :kept], present.unsqueeze(1), gate=spec.rule.gate)
     elif spec.rule.gate != "none" or not gather or not bool((tau >= DENSE_TAU).all()):
         logits = router_logits(x if router_input is None else router_input, router.weight, router.bias, router.down)
-        scale = expert_weights(logits, tau, **asdict(spec.rule))[:, :kept]
+        if gather and spec.rule.selection == "cumulative_mass" and not native.unavailable():
+            scale = gate_weights(logits, native.select_cumulative_mass(logits, tau), gate=spec.rule.gate)[:, :kept]
+        else:
+            scale = expert_weights(logits, tau, **asdict(spec.rule))[:, :kept]
         active = scale != 0
         if counters.active is not None:
             counters.active.add_(active.sum(dim=1, dtype=torch.int32))

@@ -31,6 +31,10 @@ ISA_VARIABLE = "PRUNEPATH_CPU_ISA"
 
 _TYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2, torch.int8: 3, torch.float8_e4m3fn: 4}
 _ACTIVATIONS = {Activation.SILU: 0, Activation.GELU: 1, Activation.GELU_TANH: 2, Activation.RELU: 3}
+_PARAMETERS = {
+    "routed_ffn": [ctypes.c_void_p],
+    "select": [ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64, ctypes.c_int64, ctypes.c_void_p],
+}
 _POINTERS = (
     "x router_input tau y router_weight router_down router_bias w_in w_up w_out b_in b_out scale_in scale_up scale_out"
 )
@@ -89,7 +93,7 @@ def isas() -> tuple[str, ...]:
 
 
 @functools.cache
-def _function(isa: str | None) -> "ctypes._NamedFuncPointer":
+def _function(isa: str | None, kernel: str = "routed_ffn") -> "ctypes._NamedFuncPointer":
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(library)
@@ -97,8 +101,8 @@ def _function(isa: str | None) -> "ctypes._NamedFuncPointer":
     if name not in isas():
         source = "isa" if isa else ISA_VARIABLE
         raise ConfigError(f"{source} is {name!r}; expected one that this processor has, {', '.join(isas())}")
-    function = getattr(library, f"prunepath_routed_ffn_{name}")
-    function.argtypes = [ctypes.c_void_p]
+    function = getattr(library, f"prunepath_{kernel}_{name}")
+    function.argtypes = _PARAMETERS[kernel]
     return function
 
 
@@ -287,6 +291,26 @@ def ready(router: RouterWeights, weights: Weights, spec: LayerSpec) -> RoutedFFN
     if layer is None:
         layer = _made[key] = RoutedFFN(router, weights, spec)
     return layer
+
+
+def select_cumulative_mass(logits: Tensor, tau: Tensor, *, isa: str | None = None) -> Tensor:
+    """Eq. 8-9 as the kernel selects, without a sort: the same experts that it takes of equal logits.
+
+    Args:
+        logits: float32 [T, E], contiguous.
+        tau: float32 [T]; 0 marks a padding row, which has no active expert.
+        isa: as for :class:`RoutedFFN`.
+
+    Returns:
+        bool [T, E].
+    """
+    tokens, experts = logits.shape
+    _check("logits", logits, (tokens, experts), (torch.float32,))
+    _check("tau", tau, (tokens,), (torch.float32,))
+    active = torch.empty(tokens, experts, dtype=torch.bool)
+    if _function(isa, "select")(logits.data_ptr(), tau.data_ptr(), tokens, experts, active.data_ptr()):
+        raise MemoryError("select_cumulative_mass: no memory for a row of logits per thread")
+    return active
 
 
 def routed_ffn(

@@ -13,6 +13,8 @@ from pathlib import Path
 
 SOURCES = Path(__file__).parent
 LIBRARY = "libprunepath_cpu.so"
+KERNELS = ("routed_ffn", "selection")
+"""Sources that are compiled once per instruction set."""
 
 _AVX2 = ("-mavx2", "-mfma", "-mf16c")
 _AVX512 = (*_AVX2, "-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq")
@@ -61,19 +63,20 @@ def build(target: Path, work: Path, extra_flags: tuple[str, ...] = ()) -> list[s
         if done.returncode:
             raise RuntimeError(f"{' '.join(command)} failed:\n{done.stderr}")
 
-    def kernel(isa: str) -> Path | None:
-        output = work / f"routed_ffn_{isa}.o"
+    def kernel(isa: str) -> list[Path]:
+        outputs = [work / f"{name}_{isa}.o" for name in KERNELS]
         try:
-            run(*FLAGS, *flags[isa], f"-DISA={isa}", "-c", SOURCES / "routed_ffn.cpp", "-o", output)
+            for name, output in zip(KERNELS, outputs, strict=True):
+                run(*FLAGS, *flags[isa], f"-DISA={isa}", "-c", SOURCES / f"{name}.cpp", "-o", output)
         except RuntimeError:
             if isa == "plain":
                 raise
-            return None
-        return output
+            return []
+        return outputs
 
     run(*FLAGS, "-c", SOURCES / "processor.cpp", "-o", work / "processor.o")
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         objects = dict(zip(flags, pool.map(kernel, flags), strict=True))
-    built = [isa for isa, output in objects.items() if output]
-    run("-shared", work / "processor.o", *(objects[isa] or "" for isa in built), "-lm", "-o", target)
+    built = [isa for isa, outputs in objects.items() if outputs]
+    run("-shared", work / "processor.o", *(output for isa in built for output in objects[isa]), "-lm", "-o", target)
     return built

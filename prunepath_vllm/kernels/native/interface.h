@@ -45,6 +45,11 @@ int prunepath_routed_ffn_plain(const Arguments*);
 int prunepath_routed_ffn_avx2(const Arguments*);
 int prunepath_routed_ffn_avx512(const Arguments*);
 int prunepath_routed_ffn_avx512_bf16(const Arguments*);
+// Which experts tokens take, by cumulative mass: active [tokens, experts] of their logits [tokens, experts] and tau [tokens].
+int prunepath_select_plain(const float* logits, const float* tau, int64_t tokens, int64_t experts, uint8_t* active);
+int prunepath_select_avx2(const float* logits, const float* tau, int64_t tokens, int64_t experts, uint8_t* active);
+int prunepath_select_avx512(const float* logits, const float* tau, int64_t tokens, int64_t experts, uint8_t* active);
+int prunepath_select_avx512_bf16(const float* logits, const float* tau, int64_t tokens, int64_t experts, uint8_t* active);
 // Whether this processor runs an instruction set, by its name above.
 int prunepath_processor_runs(const char* isa);
 }
