@@ -71,9 +71,8 @@ def test_matrices_alike_get_the_same_bits():
 def correlated(columns, seed, outlier=1.0):
     """A moment of inputs that come together, one of them far larger."""
     generator = torch.Generator().manual_seed(seed)
-    inputs = torch.randn(400, columns // 2, generator=generator) @ torch.randn(
-        columns // 2, columns, generator=generator
-    )
+    hidden = torch.randn(400, columns // 2, generator=generator)
+    inputs = hidden @ torch.randn(columns // 2, columns, generator=generator)
     inputs += 0.3 * torch.randn(400, columns, generator=generator)
     inputs[:, 1] *= outlier
     return inputs.T @ inputs / 400

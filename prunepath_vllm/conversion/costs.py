@@ -99,11 +99,16 @@ def observe(
             embeddings = embed(sequence[None].to(model.device)).requires_grad_(index % 2 == 0)
             logits = model(inputs_embeds=embeddings, tau=DENSE_TAU).logits.flatten(0, -2).float()
             if index % 2 == 0:
-                drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
-                F.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum").backward()
+                backpropagate_drawn_labels(logits, generator)
     for handle in handles:
         handle.remove()
     return observations
+
+
+def backpropagate_drawn_labels(logits: Tensor, generator: torch.Generator) -> None:
+    """Backpropagate the loss of labels drawn from a model's own output, summed over its rows: float32 [N, classes]."""
+    drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
+    F.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum").backward()
 
 
 def experts_of(model: PreTrainedModel, family: Family, layer: int, inputs: Tensor, num_experts: int) -> Tensor:

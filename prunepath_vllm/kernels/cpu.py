@@ -6,7 +6,6 @@ Shapes: T tokens, H hidden size, E experts, D neurons per expert, F = E * D; wei
 """
 
 import functools
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from prunepath_vllm.kernels import native
 from prunepath_vllm.kernels.layer import NO_COUNTERS, Counters, LayerSpec, RouterWeights, Weights, dequantise
-from prunepath_vllm.kernels.reference import expert_weights, gate_weights, router_logits, scale_neurons
+from prunepath_vllm.kernels.reference import gate_weights, router_logits, scale_neurons, select_experts
 from prunepath_vllm.tau import DENSE_TAU
 
 GATHER_BELOW = 0.35
@@ -74,9 +73,10 @@ def routed_ffn(
     elif spec.rule.gate != "none" or not gather or not bool((tau >= DENSE_TAU).all()):
         logits = router_logits(x if router_input is None else router_input, router.weight, router.bias, router.down)
         if gather and spec.rule.selection == "cumulative_mass" and not native.unavailable():
-            scale = gate_weights(logits, native.select_cumulative_mass(logits, tau), gate=spec.rule.gate)[:, :kept]
+            chosen = native.select_cumulative_mass(logits, tau)
         else:
-            scale = expert_weights(logits, tau, **asdict(spec.rule))[:, :kept]
+            chosen = select_experts(logits, tau, selection=spec.rule.selection, threshold=spec.rule.threshold)
+        scale = gate_weights(logits, chosen, gate=spec.rule.gate)[:, :kept]
         active = scale != 0
         if counters.active is not None:
             counters.active.add_(active.sum(dim=1, dtype=torch.int32))

@@ -25,6 +25,7 @@ from prunepath_vllm.conversion.rounding import quantise_weight
 from prunepath_vllm.errors import CheckpointError, UsageError
 from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.files import check_absent_or_empty, new_directory, replace_file
+from prunepath_vllm.kernels.layer import dequantise
 from prunepath_vllm.training.moments import input_moments
 from prunepath_vllm.training.packed import deal_bits, pack, rounding_errors, unpack
 
@@ -149,7 +150,7 @@ def save_delta(
     family = family_of(read_config(checkpoint), converted=True)
     index = read_tensor_index(checkpoint)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    moments = _moments(checkpoint, family, sequences, lowest_tau, device) if sequences else {}
+    moments = _moments(checkpoint, sequences, lowest_tau, device) if sequences else {}
     tensors: dict[str, Tensor] = {}
     matrices: dict[str, tuple[int, Sequence[float]]] = {}
     axes = {name: (axis, layer) for layer in range(len(orders)) for name, axis in family.neuron_axes(layer).items()}
@@ -183,9 +184,7 @@ def save_delta(
     return _write(dense, checkpoint, orders, tensors, Path(destination))
 
 
-def _moments(
-    checkpoint: Path, family: Family, sequences: Sequence[Tensor], lowest_tau: float, device: str
-) -> dict[str, Tensor]:
+def _moments(checkpoint: Path, sequences: Sequence[Tensor], lowest_tau: float, device: str) -> dict[str, Tensor]:
     """:func:`input_moments` of a causal checkpoint."""
     from transformers import AutoModelForCausalLM
 
@@ -304,7 +303,7 @@ def merge_adapter(dense: str | Path, adapter: str | Path, destination: str | Pat
                 updates[target] = weight.float() + update
             elif name.endswith(FLOAT8):
                 scale = _wanted(tensors, name.removesuffix(FLOAT8) + FLOAT8_SCALE)
-                updates[name.removesuffix(FLOAT8)] = tensor.float() * scale[:, None]
+                updates[name.removesuffix(FLOAT8)] = dequantise(tensor, scale, torch.float32)
             elif not name.endswith((DOWN, SCALE, FLOAT8_SCALE, ORDER.removeprefix("{}"))):
                 updates[name] = tensor
         unknown = sorted(name for name in updates if name not in summary.tensors and not name.endswith("router.bias"))

@@ -8,18 +8,18 @@ M = mean of |g|^2 x x'.
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from prunepath_vllm.conversion.costs import backpropagate_drawn_labels
 from prunepath_vllm.modeling.routing import Router
 
 
 def input_moments(
-    model: PreTrainedModel, sequences: Sequence[Tensor], *, lowest_tau: float | None, seed: int
+    model: PreTrainedModel, sequences: Sequence[Tensor], *, lowest_tau: float, seed: int
 ) -> dict[str, Tensor]:
-    """M of every ``nn.Linear`` of a causal model's backbone but its routers.
+    """M of every ``nn.Linear`` of a causal PrunePath model's backbone but its routers.
 
     Labels are drawn from the model's own output. Each sequence runs at a tau of its own, evenly drawn from `lowest_tau`
     to 1.
@@ -27,7 +27,7 @@ def input_moments(
     Args:
         model: frozen, in evaluation mode.
         sequences: token ids, int64 [S] each.
-        lowest_tau: None for a dense model, which takes no tau.
+        lowest_tau: in (0, 1].
         seed: of labels and taus.
 
     Returns:
@@ -56,13 +56,10 @@ def input_moments(
             watch(f"{name}.weight", module)
     generator = torch.Generator().manual_seed(seed)
     for sequence in tqdm(sequences, desc="measuring inputs", unit="sequence"):
-        options = {}
-        if lowest_tau is not None:
-            options["tau"] = 1 - (1 - lowest_tau) * float(torch.rand((), generator=generator))
+        tau = 1 - (1 - lowest_tau) * float(torch.rand((), generator=generator))
         embeddings = model.get_input_embeddings()(sequence[None].to(model.device)).requires_grad_(True)
-        logits = model(inputs_embeds=embeddings, use_cache=False, **options).logits[0].float()
-        drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)[:, 0]
-        F.cross_entropy(logits, drawn.to(logits.device), reduction="sum").backward()
+        logits = model(inputs_embeds=embeddings, use_cache=False, tau=tau).logits[0].float()
+        backpropagate_drawn_labels(logits, generator)
     for handle in handles:
         handle.remove()
     tokens = sum(len(sequence) for sequence in sequences)

@@ -84,22 +84,21 @@ def deal_bits(matrices: Mapping[str, tuple[int, Sequence[float]]], mean: float) 
         Name -> 0 or one of :data:`BITS`.
     """
     rungs = (0, *BITS)
-    steps: list[tuple[float, str, int]] = []
+    steps: list[tuple[float, str, int, int]] = []
 
     def offer(name: str, rung: int) -> None:
         """The step of a matrix to its bits at `rung`."""
         if rung < len(rungs):
             entries, errors = matrices[name]
             cost = (rungs[rung] - rungs[rung - 1]) * entries
-            heapq.heappush(steps, ((errors[rung] - errors[rung - 1]) / cost, name, rung))
+            heapq.heappush(steps, ((errors[rung] - errors[rung - 1]) / cost, name, rung, cost))
 
     for name in matrices:
         offer(name, 1)
     left = mean * sum(entries for entries, _ in matrices.values())
     dealt = dict.fromkeys(matrices, 0)
     while steps:
-        _, name, rung = heapq.heappop(steps)
-        cost = (rungs[rung] - rungs[rung - 1]) * matrices[name][0]
+        _, name, rung, cost = heapq.heappop(steps)
         if cost <= left:
             dealt[name] = rungs[rung]
             left -= cost

@@ -27,8 +27,6 @@ constexpr int CHUNKS = 8;     // of the experts, each with sums of its own in th
 constexpr int APART = 16384;  // floats between the sums of chunks, or a core's prefetching takes what another writes
 constexpr int PIECE = 4;      // blocks of columns; a thread's share of a chunk ends at a multiple
 
-int64_t padded(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
-
 // Everything the threads share while they compute a tile.
 struct Tile {
     const Arguments* args;

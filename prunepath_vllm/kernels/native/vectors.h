@@ -23,6 +23,9 @@ constexpr int WIDTH = 4;
 #endif
 constexpr int BLOCK = 2 * WIDTH;  // elements that are loaded at once
 
+// Up to whole blocks.
+int64_t padded(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
+
 typedef float Floats __attribute__((vector_size(WIDTH * 4)));
 typedef int32_t Ints __attribute__((vector_size(WIDTH * 4)));
 typedef uint32_t Bits __attribute__((vector_size(WIDTH * 4)));
