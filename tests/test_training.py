@@ -252,6 +252,29 @@ def test_rounding_fitted_to_sequences_keeps_more_of_the_training(recipe, texts, 
     assert fitted < 0.8 * plain
 
 
+@pytest.mark.parametrize(
+    ("stage", "lowest"),
+    [
+        (dict(tau="fixed", tau_start=0.8), 0.8),
+        (dict(tau="fixed", tau_start=1.05), 1.0),
+        (dict(tau="uniform", tau_start=1.0, tau_end=0.3), 0.3),
+        (dict(tau="path", tau_start=1.0, tau_end=0.4), 0.4),
+    ],
+    ids=str,
+)
+def test_rounding_is_fitted_at_the_taus_of_the_last_stage(recipe, monkeypatch, stage, lowest):
+    seen = []
+
+    def watch(*args, lowest_tau, **kwargs):
+        seen.append(lowest_tau)
+        return save_delta(*args, lowest_tau=lowest_tau, **kwargs)
+
+    monkeypatch.setattr(run, "save_delta", watch)
+    model = dict(embeddings="frozen", adapter_bits=1, adapter_sequences=1)
+    train(recipe(model=model, stages=[stage], schedule=dict(max_steps=1)))
+    assert seen == [lowest]
+
+
 def causal_logits(path, tokens):
     register_auto_classes()
     model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32).eval()

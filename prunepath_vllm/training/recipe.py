@@ -141,6 +141,11 @@ class Stage(Section):
         default=False, description="warm-up and decay of the learning rate begin anew with this stage"
     )
 
+    @property
+    def lowest_tau(self) -> float:
+        """The lowest that is trained at."""
+        return self.tau_start if self.tau == "fixed" else min(self.tau_start, self.tau_end)
+
     @model_validator(mode="after")
     def _threshold_goes_with_selection(self) -> "Stage":
         if (self.selection == "threshold" or self.losses.separation) and self.threshold is None:

@@ -397,7 +397,7 @@ def _export(
             bits=recipe.model.adapter_bits,
             destination=adapter,
             sequences=_some_sequences(trainer.train_dataset, count),
-            lowest_tau=min(1.0, recipe.stages[-1].tau_end),
+            lowest_tau=min(1.0, recipe.stages[-1].lowest_tau),
         )
     if recipe.model.rank is not None:
         for parameter in model.parameters():
