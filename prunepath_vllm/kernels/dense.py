@@ -18,6 +18,10 @@ from prunepath_vllm.kernels.common import activate
 from prunepath_vllm.kernels.decode import fold
 from prunepath_vllm.kernels.layer import LayerSpec, Weights
 
+BIASED_TOKENS = range(33, 513)
+"""Where the second linear is given a bias of zeros: PyTorch then multiplies with cublasLt, which does better by weights
+[F, H] than cuBLAS (Qwen2-7B on an H200, 64 tokens in bfloat16: 37.8 us against 43.6; 16 tokens 40.1 against 36.8)."""
+
 
 @triton.jit
 def linear_output(row, i, mask, x_scale, scale_in, b_in):
@@ -145,9 +149,19 @@ def second_linear(neurons: Tensor, weights: Weights, spec: LayerSpec) -> Tensor:
     """neurons [T, F] @ w_out_t + b_out; those for quantised weights carry scale_out: see ``decode.fold``."""
     if weights.quantised:
         return quantised.second_linear(neurons, weights, spec)
-    if weights.b_out is None:
+    bias = weights.b_out
+    if bias is None and neurons.device.type == "cuda":
+        zeros = no_bias(spec.hidden, neurons.dtype, neurons.device)
+        bias = zeros if neurons.shape[0] in BIASED_TOKENS and neurons.dtype.itemsize == 2 else None
+    if bias is None:
         return neurons @ weights.w_out_t
-    return torch.addmm(weights.b_out, neurons, weights.w_out_t)
+    return torch.addmm(bias, neurons, weights.w_out_t)
+
+
+@functools.cache
+def no_bias(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros [size]. Made at the engine's first step, of the most tokens, so before it captures graphs."""
+    return torch.zeros(size, dtype=dtype, device=device)
 
 
 @functools.cache

@@ -7,9 +7,8 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton import knobs
 
-from prunepath_vllm.kernels.common import FOLDED, converts_float8, wait_for_previous
+from prunepath_vllm.kernels.common import FOLDED, INTERPRETED, converts_float8, wait_for_previous
 from prunepath_vllm.kernels.layer import LayerSpec, Weights
 
 FLOAT8_MAX = 448.0
@@ -20,8 +19,6 @@ UNPACKED = {torch.float16: 2.0**8, torch.bfloat16: 2.0**120}
 
 WORDS_FOLDED = {torch.float16: FOLDED.value, torch.bfloat16: 2.0**72}
 """What takes the place of ``common.FOLDED`` with such weights: their products with neurons must not be subnormal."""
-
-INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 @triton.jit
