@@ -175,3 +175,14 @@ def test_wrong_scales_are_named():
     ):
         with pytest.raises(ConfigError, match=message):
             cpu.routed_ffn(x, torch.ones(1), router, weights, spec, gather=False)
+
+
+@pytest.mark.skipif(not cpu.multiplies_pairs(torch.bfloat16), reason="needs AVX-512 BF16 and no AMX")
+def test_a_step_that_leaves_experts_out_stays_in_the_kernel_longer(monkeypatch):
+    """And one whose tokens all take every expert does not; nor does the mode at_least leave any out there."""
+    spec = LayerSpec(64, 12, 8, torch.bfloat16)
+    every, some = torch.ones(cpu.NATIVE_TOKENS + 1), torch.full((cpu.NATIVE_TOKENS + 1,), 0.5)
+    assert cpu.step_tokens(every, spec, quantised=False) == cpu.NATIVE_TOKENS
+    assert cpu.step_tokens(some, spec, quantised=False) == cpu.ROUTED_NATIVE_TOKENS
+    assert cpu.step_tokens(some, replace(spec, at_least=True), quantised=False) == cpu.NATIVE_TOKENS
+    assert cpu.step_tokens(some, replace(spec, dtype=torch.float32), quantised=False) == cpu.NATIVE_TOKENS

@@ -81,9 +81,16 @@ PYTORCH = {
 
 
 def expected(
-    x: Tensor, router_input: Tensor, tau: Tensor, router: RouterWeights, w: Weights, spec: LayerSpec
+    x: Tensor,
+    router_input: Tensor,
+    tau: Tensor,
+    router: RouterWeights,
+    w: Weights,
+    spec: LayerSpec,
+    *,
+    rounded: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Output in float64, and the float32 weight [T, E] of every expert."""
+    """Output in float64, and the float32 weight [T, E] of every expert; neurons are rounded to bfloat16 or not."""
 
     def wide(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.double()
@@ -96,7 +103,10 @@ def expected(
     h = PYTORCH[spec.activation](pre[:, :neurons])
     if spec.glu:
         h = h * pre[:, neurons:]
-    y = reference.scale_neurons(h, scale) @ w.w_out_t.double()
+    h = reference.scale_neurons(h, scale)
+    if rounded:
+        h = h.bfloat16().double()
+    y = h @ w.w_out_t.double()
     return (y if w.b_out is None else y + w.b_out.double()), scale
 
 
@@ -113,7 +123,8 @@ def check(
 ) -> None:
     """Output, counts and experts read; the output's memory was NaN before."""
     read = x if router_input is None else router_input
-    y, scale = expected(x, read, tau, *layer)
+    # Products of pairs want neurons in bfloat16, as PyTorch's bfloat16 layer gives them.
+    y, scale = expected(x, read, tau, *layer, rounded=isa == "avx512_bf16" and x.dtype == torch.bfloat16)
     counts = torch.arange(len(x), dtype=torch.int32)
     experts_read = torch.tensor([7], dtype=torch.int64)
     out = torch.full_like(x, torch.nan)

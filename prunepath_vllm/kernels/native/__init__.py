@@ -92,12 +92,17 @@ def isas() -> tuple[str, ...]:
     )
 
 
+def chosen_isa() -> str:
+    """The one of :func:`isas` that layers use unless told otherwise: $PRUNEPATH_CPU_ISA, or the fastest."""
+    return os.environ.get(ISA_VARIABLE) or isas()[0]
+
+
 @functools.cache
 def _function(isa: str | None, kernel: str = "routed_ffn") -> "ctypes._NamedFuncPointer":
     library = _library()
     if isinstance(library, str):
         raise RuntimeError(library)
-    name = isa or os.environ.get(ISA_VARIABLE) or isas()[0]
+    name = isa or chosen_isa()
     if name not in isas():
         source = "isa" if isa else ISA_VARIABLE
         raise ConfigError(f"{source} is {name!r}; expected one that this processor has, {', '.join(isas())}")

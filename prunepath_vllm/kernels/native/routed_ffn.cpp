@@ -3,7 +3,8 @@
 // Up to TILE tokens are computed in one OpenMP region, in stages with a barrier after each:
 //   1. router logits, the router's rows dealt to the threads;
 //   2. softmax and selection, the tokens dealt to the threads;
-//   3. the listed experts' neurons, dealt in shares of equal cost: two dot products and the activation;
+//   3. the listed experts' neurons, dealt in shares of equal cost: two dot products and the activation, rounded to
+//      bfloat16 where the second linear takes products of pairs;
 //   4. the second linear: the listed neurons' rows are added up in CHUNKS sums, each of the same experts always, in
 //      ascending order. A thread has some chunks whole, for rows are read fastest whole, and columns of others;
 //   5. the chunks' sums are added up, in order, and written out, the columns dealt to the threads.
@@ -21,8 +22,10 @@
 
 namespace {
 
-constexpr int TILE = 16;      // tokens at once; a set of them is a bit mask
-constexpr int GROUP = 8;      // rows at once
+constexpr int TILE = 16;      // tokens at once
+static_assert(TILE <= MOST_MASKED);
+constexpr int GROUP = 8;      // rows at once in the first linear
+constexpr int ADDED = 16;     // and in the second
 constexpr int CHUNKS = 8;     // of the experts, each with sums of its own in the second linear
 constexpr int APART = 16384;  // floats between the sums of chunks, or a core's prefetching takes what another writes
 constexpr int PIECE = 4;      // blocks of columns; a thread's share of a chunk ends at a multiple
@@ -159,7 +162,7 @@ struct Group {
     uint32_t mask = 0;
     int64_t neuron[GROUP];  // of F
     float gate[GROUP][TILE];
-    float* hidden[GROUP];
+    float* hidden;  // the first one's activations, which the others' follow
     const void* rows[GROUP];  // of the first linear: every neuron's, then for a GLU every neuron's second one
 };
 
@@ -194,7 +197,7 @@ void compute(const Tile& s, const Group& g, const Group& next) {
     const int num_rows = g.size << a.glu;
     const void* ahead[GROUP] = {};
     look_ahead(g.rows, num_rows, next.rows, next.size << a.glu, ahead);
-    float out[GROUP * TILE] = {};
+    float out[GROUP * TILE + WIDTH] = {};
     s.weights.dot(g.rows, ahead, num_rows, inputs, tokens, a.hidden, out);
     if (a.scale_in || a.b_in)
         for (int r = 0; r < num_rows; r++) {
@@ -208,15 +211,17 @@ void compute(const Tile& s, const Group& g, const Group& next) {
     float pre[GROUP * TILE] = {};
     std::memcpy(pre, out, values * sizeof(float));
     activate(a.activation, pre, values);
-    for (int i = 0; i < g.size; i++) {
+    const bool gated = s.routed && a.sigmoid_gate;
+    for (int i = 0; i < g.size && (a.scale_out || gated); i++) {
         const float scale = a.scale_out ? a.scale_out[g.neuron[i]] * s.weights.unit : 1;
-        for (int k = 0; k < tokens; k++) {
-            float h = pre[i * tokens + k] * scale;
-            if (a.glu) h *= out[values + i * tokens + k];
-            if (s.routed && a.sigmoid_gate) h *= g.gate[i][k];
-            g.hidden[i][k] = h;
-        }
+        for (int k = 0; k < tokens; k++) pre[i * tokens + k] *= gated ? scale * g.gate[i][k] : scale;
     }
+    for (int i = 0; i < values; i += WIDTH) {  // both arrays are padded to whole vectors
+        Floats h = load<Floats>(pre + i);
+        if (a.glu) h *= load<Floats>(out + values + i);
+        store(pre + i, s.weights.rounded ? round_to_bfloat(h) : h);
+    }
+    std::memcpy(g.hidden, pre, values * sizeof(float));
 }
 
 // Where a share of the listed cost begins: the expert's place in the list, and the neuron in it.
@@ -263,7 +268,7 @@ void first_linear(const Tile& s, int worker) {
             Group& g = groups[building];
             g.mask = mask;
             g.neuron[g.size] = s.experts[place] * a.expert_size + neuron;
-            g.hidden[g.size] = s.hidden + s.neurons[place] + neuron * tokens;
+            if (!g.size) g.hidden = s.hidden + s.neurons[place] + neuron * tokens;
             if (s.routed && a.sigmoid_gate)
                 for (int t = 0, k = 0; t < s.tokens; t++)
                     if (mask >> t & 1) g.gate[g.size][k++] = s.logits[t * padded(a.experts) + s.experts[place]];
@@ -304,13 +309,13 @@ void add_chunk(const Tile& s, int chunk, int64_t begin, int64_t after) {
         int size = 0;
         uint32_t mask = 0;
         const float* factors;  // the neurons' activations, which follow one another as long as the mask is the same
-        const void* rows[GROUP];
+        const void* rows[ADDED];
     } groups[2];
     int building = 0;
     auto close = [&] {
         Rows &next = groups[building], &g = groups[1 - building];
         if (g.size) {
-            const void* ahead[GROUP];
+            const void* ahead[ADDED];
             look_ahead(g.rows, g.size, next.rows, next.size, ahead);
             float* out[TILE];
             int tokens = 0;
@@ -325,7 +330,7 @@ void add_chunk(const Tile& s, int chunk, int64_t begin, int64_t after) {
         const uint32_t mask = s.masks[place];
         const int tokens = __builtin_popcount(mask);
         for (int64_t neuron = 0; neuron < a.expert_size; neuron++) {
-            if (groups[building].size == GROUP || (groups[building].size && groups[building].mask != mask)) close();
+            if (groups[building].size == ADDED || (groups[building].size && groups[building].mask != mask)) close();
             Rows& g = groups[building];
             if (!g.size) g.factors = s.hidden + s.neurons[place] + neuron * tokens;
             g.mask = mask;

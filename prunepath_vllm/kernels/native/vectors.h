@@ -21,7 +21,8 @@ constexpr int WIDTH = 8;
 #else
 constexpr int WIDTH = 4;
 #endif
-constexpr int BLOCK = 2 * WIDTH;  // elements that are loaded at once
+constexpr int BLOCK = 2 * WIDTH;     // elements that are loaded at once
+constexpr int MOST_MASKED = 32;      // tokens at once, at most: a set of them is a bit mask
 
 // Up to whole blocks.
 int64_t padded(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
@@ -106,6 +107,13 @@ INLINE uint16_t float_to_bfloat(float v) {
     const uint32_t bits = to_bits(v);
     if ((bits & 0x7fffffff) > 0x7f800000) return bits >> 16 | 0x40;
     return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+}
+
+// float_to_bfloat() of every element, as float32.
+INLINE Floats round_to_bfloat(Floats v) {
+    const Bits bits = (Bits)v;
+    const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
+    return v == v ? (Floats)rounded : v;
 }
 
 INLINE float element(const void* p, int32_t type, int64_t i) {
@@ -277,6 +285,10 @@ struct Fetched<uint16_t> {
 };
 #endif
 
+// Whether what a row is multiplied with is bfloat16, activations included.
+template <class Type>
+constexpr bool ROUNDED = sizeof(typename Type::Input) == sizeof(uint16_t);
+
 // The end of a row, copied and filled up with zeros.
 template <class Stored>
 INLINE const Stored* whole_block(const Stored* from, int64_t count, Stored* to) {
@@ -284,22 +296,6 @@ INLINE const Stored* whole_block(const Stored* from, int64_t count, Stored* to) 
     std::memcpy(to, from, count * sizeof(Stored));
     return to;
 }
-
-// Tokens that are computed together, rows that are read side by side for so many, and where what is read next is
-// brought. AVX-512 computes faster than memory answers, and fewer rows at once leave more of its bandwidth.
-// Qwen2.5-1.5B's layer on one Zen 5 core, one token, every expert: bfloat16 3.4 ms with eight rows, 2.3 with one; int8
-// 1.4 ms with eight, 1.2 with four, 2.1 with one.
-#if defined(__AVX512F__)
-constexpr int MOST_TOKENS = 8;
-constexpr int ONCE = 0;  // past the larger caches: no row is read again soon
-template <class Type, int TOKENS>
-constexpr int SIDE_BY_SIDE = sizeof(typename Type::Stored) == 1 && TOKENS <= 4 ? 4 : 1;
-#else
-constexpr int MOST_TOKENS = 4;
-constexpr int ONCE = 3;
-template <class Type, int TOKENS>
-constexpr int SIDE_BY_SIDE = 8 / TOKENS;  // eight sums at once, for which every processor has the registers
-#endif
 
 // f(Index<0>), f(Index<1>), ... f(Index<N - 1>): a loop that is gone before the compiler decides what lies in registers.
 // GCC 12 unrolls others only afterwards, and keeps arrays that they index in memory.
@@ -315,6 +311,45 @@ INLINE void repeat(const F& f) {
     }
 }
 #define EACH(i) [&](auto i) __attribute__((always_inline))
+
+#if defined(__AVX512F__)
+// sum() of 16 vectors, in its order: halves are added to halves, of two vectors and then of four at a time.
+INLINE Floats sums_of_16(const Floats (&v)[16]) {
+    __m512 eighths[8], quarters[4], pairs[2];
+    // Vector 4 * lane + i is taken as number lane + 4 * i, which the last steps bring back to its place.
+    repeat<8>(EACH(j) {
+        constexpr int first = 2 * j.value, second = first + 1;
+        const __m512 a = (__m512)v[first % 4 * 4 + first / 4], b = (__m512)v[second % 4 * 4 + second / 4];
+        eighths[j.value] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x44), _mm512_shuffle_f32x4(a, b, 0xee));
+    });
+    repeat<4>(EACH(j) {
+        const __m512 a = eighths[2 * j.value], b = eighths[2 * j.value + 1];
+        quarters[j.value] = _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+    });
+    repeat<2>(EACH(j) {
+        const __m512 a = quarters[2 * j.value], b = quarters[2 * j.value + 1];
+        pairs[j.value] = _mm512_add_ps(_mm512_shuffle_ps(a, b, 0x44), _mm512_shuffle_ps(a, b, 0xee));
+    });
+    return (Floats)_mm512_add_ps(_mm512_shuffle_ps(pairs[0], pairs[1], 0x88), _mm512_shuffle_ps(pairs[0], pairs[1], 0xdd));
+}
+#endif
+
+// Tokens that are computed together, rows that are read side by side for so many, and where what is read next is
+// brought. AVX-512 computes faster than memory answers, and fewer rows at once leave more of its bandwidth.
+// Qwen2.5-1.5B's layer on one Zen 5 core, one token, every expert: bfloat16 3.4 ms with eight rows, 2.3 with one; int8
+// 1.4 ms with eight, 1.2 with four, 2.1 with one.
+#if defined(__AVX512F__)
+constexpr int MOST_TOKENS = 8;
+constexpr int ONCE = 0;  // past the larger caches: no row is read again soon
+template <class Type, int TOKENS>
+constexpr int SIDE_BY_SIDE = TOKENS > 1 ? 16 / TOKENS : sizeof(typename Type::Stored) == 1 ? 4 : 1;
+#else
+constexpr int MOST_TOKENS = 8;
+constexpr int ONCE = 3;
+template <class Type, int TOKENS>
+constexpr int SIDE_BY_SIDE = 8 / TOKENS;  // eight sums at once, for which every processor has the registers
+#endif
+
 
 // `ahead` are the rows that will be read next. Experts lie apart, which the processor's own prefetching cannot foresee.
 template <class Type, int ROWS, int TOKENS>
@@ -347,6 +382,16 @@ INLINE void dot_tile(const void* const* rows, const void* const* ahead, const vo
         repeat<ROWS>(EACH(r) { from[r.value] = whole_block(from[r.value] + i, hidden - i, rest[r.value]) - i; });
         block(i);
     }
+#if defined(__AVX512F__)
+    if constexpr (ROWS * TOKENS == 16) {
+        Floats all[16];
+        repeat<16>(EACH(i) { all[i.value] = acc[i.value / TOKENS][i.value % TOKENS]; });
+        float values[16];
+        store(values, sums_of_16(all));
+        for (int r = 0; r < ROWS; r++) std::memcpy(out + r * stride, values + r * TOKENS, TOKENS * sizeof(float));
+        return;
+    }
+#endif
     repeat<ROWS>(EACH(r) {
         repeat<TOKENS>(EACH(t) { out[r.value * stride + t.value] = sum(acc[r.value][t.value]); });
     });
@@ -410,14 +455,69 @@ INLINE void add_tile(const void* const* rows, const void* const* ahead, const fl
     }
 }
 
+#if defined(__AVX512BF16__)
+// add_tile() for rows and factors that are bfloat16: two rows an instruction, which adds the upper half's product, then
+// the lower one's, each rounded as a multiplication that adds is. So the sums are those of one row after another.
+template <class Type, int PAIRS>
+INLINE void add_pairs(const void* const* rows, const void* const* ahead, const float* factors, int num_tokens,
+                      float* const* out, int64_t begin, int64_t end) {
+    using Stored = typename Type::Stored;
+    constexpr int ROWS = 2 * PAIRS;
+    const Stored* from[ROWS];
+    uint32_t both[PAIRS][MOST_MASKED];
+    for (int r = 0; r < ROWS; r++) from[r] = (const Stored*)rows[r];
+    for (int p = 0; p < PAIRS; p++)
+        for (int t = 0; t < num_tokens; t++)
+            both[p][t] = to_bits(factors[2 * p * num_tokens + t]) | to_bits(factors[(2 * p + 1) * num_tokens + t]) >> 16;
+    Stored rest[ROWS][BLOCK];
+    int64_t i = begin;
+    for (int64_t whole = begin + (end - begin) / BLOCK * BLOCK;; whole = end) {  // whole blocks, then the rest
+        for (; i < whole; i += BLOCK) {
+            Bits w[PAIRS][2];
+            repeat<PAIRS>(EACH(p) {
+                Floats upper[2], lower[2];
+                Type::widen(from[2 * p.value] + i, upper[0], upper[1]);
+                Type::widen(from[2 * p.value + 1] + i, lower[0], lower[1]);
+                __builtin_prefetch((const Stored*)ahead[2 * p.value] + i, 0, ONCE);
+                __builtin_prefetch((const Stored*)ahead[2 * p.value + 1] + i, 0, ONCE);
+                w[p.value][0] = (Bits)upper[0] | (Bits)lower[0] >> 16;
+                w[p.value][1] = (Bits)upper[1] | (Bits)lower[1] >> 16;
+            });
+            for (int t = 0; t < num_tokens; t++) {
+                __m512 a = (__m512)load<Floats>(out[t] + i), b = (__m512)load<Floats>(out[t] + i + WIDTH);
+                repeat<PAIRS>(EACH(p) {
+                    const __m512bh factor = (__m512bh)_mm512_set1_epi32(both[p.value][t]);
+                    a = _mm512_dpbf16_ps(a, (__m512bh)w[p.value][0], factor);
+                    b = _mm512_dpbf16_ps(b, (__m512bh)w[p.value][1], factor);
+                });
+                store(out[t] + i, a);
+                store(out[t] + i + WIDTH, b);
+            }
+        }
+        if (i >= end) break;
+        for (int r = 0; r < ROWS; r++) from[r] = whole_block(from[r] + i, end - i, rest[r]) - i;
+    }
+}
+#endif
+
 // out[t][i] += factors[r, t] * rows[r][i] for begin <= i < end, row after row; begin is a multiple of BLOCK, out in the
-// order of Type.
+// order of Type, factors bfloat16 if ROUNDED.
 template <class Type>
 void add(const void* const* rows, const void* const* ahead, int num_rows, const float* factors, int num_tokens,
          float* const* out, int64_t begin, int64_t end) {
     constexpr int LONE = SIDE_BY_SIDE<Type, 1> < 4 ? SIDE_BY_SIDE<Type, 1> : 4;
     for (; num_tokens == 1 && num_rows >= LONE; num_rows -= LONE, rows += LONE, ahead += LONE, factors += LONE)
         add_tile<Type, LONE>(rows, ahead, factors, 1, out, begin, end);
+#if defined(__AVX512BF16__)
+    if constexpr (ROUNDED<Type>) {
+        for (; num_tokens > 1 && num_rows >= 16; num_rows -= 16, rows += 16, ahead += 16, factors += 16 * num_tokens)
+            add_pairs<Type, 8>(rows, ahead, factors, num_tokens, out, begin, end);
+        for (; num_tokens > 1 && num_rows >= 8; num_rows -= 8, rows += 8, ahead += 8, factors += 8 * num_tokens)
+            add_pairs<Type, 4>(rows, ahead, factors, num_tokens, out, begin, end);
+        for (; num_tokens > 1 && num_rows >= 2; num_rows -= 2, rows += 2, ahead += 2, factors += 2 * num_tokens)
+            add_pairs<Type, 1>(rows, ahead, factors, num_tokens, out, begin, end);
+    }
+#endif
     for (; num_rows >= 4; num_rows -= 4, rows += 4, ahead += 4, factors += 4 * num_tokens)
         add_tile<Type, 4>(rows, ahead, factors, num_tokens, out, begin, end);
     for (; num_rows; num_rows--, rows++, ahead++, factors += num_tokens)
@@ -429,7 +529,7 @@ template <class Type>
 void pack(const void* from, int32_t from_type, int64_t count, void* to) {
     typename Type::Input* input = (typename Type::Input*)to;
     const int64_t padded = (count + BLOCK - 1) / BLOCK * BLOCK;
-    if constexpr (sizeof(typename Type::Input) == sizeof(uint16_t)) {
+    if constexpr (ROUNDED<Type>) {
         std::memcpy(input, from, count * sizeof(uint16_t));
         std::memset(input + count, 0, (padded - count) * sizeof(uint16_t));
     } else {
@@ -450,12 +550,13 @@ struct Product {
     void (*pack)(const void*, int32_t, int64_t, void*);
     int64_t (*slot)(int64_t);
     int element_bytes;
+    bool rounded;  // the second linear's factors are to be bfloat16
     float unit;  // what a widened element is too small by; a power of 2
 };
 
 template <class Type>
 Product product() {
-    return {dot<Type>, add<Type>, pack<Type>, slot<Type>, (int)sizeof(typename Type::Stored), Type::UNIT};
+    return {dot<Type>, add<Type>, pack<Type>, slot<Type>, (int)sizeof(typename Type::Stored), ROUNDED<Type>, Type::UNIT};
 }
 
 // For rows of one type and inputs of another.
