@@ -11,6 +11,7 @@ from triton import knobs
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 INTERPRETED: tl.constexpr = tl.constexpr(bool(knobs.runtime.interpret))
+"""Whether Triton's interpreter runs the kernels, which knows no assembly."""
 
 
 @triton.jit
