@@ -113,9 +113,11 @@ def native_tokens(dtype: torch.dtype, *, quantised: bool = False) -> float:
 def step_tokens(tau: Tensor, spec: LayerSpec, *, quantised: bool) -> float:
     """Tokens up to which a step of these taus [T] takes the native kernel: :func:`native_tokens`, or more."""
     most = native_tokens(spec.dtype, quantised=quantised)
-    if len(tau) <= most or not multiplies_pairs(spec.dtype) or takes_every_expert(len(tau), spec, quantised=quantised):
+    if not most < len(tau) <= ROUTED_NATIVE_TOKENS or not multiplies_pairs(spec.dtype):
         return most
-    return max(most, 0 if bool((tau >= DENSE_TAU).all()) else ROUTED_NATIVE_TOKENS)
+    if takes_every_expert(len(tau), spec, quantised=quantised) or bool((tau >= DENSE_TAU).all()):
+        return most
+    return ROUTED_NATIVE_TOKENS
 
 
 @functools.cache
