@@ -1,7 +1,6 @@
 """A server under abuse: fuzzed bodies, clients that come and go, a checkpoint pulled away, processes killed."""
 
 import os
-import re
 import shutil
 import signal
 import sys
@@ -36,10 +35,6 @@ def checkpoint(prunepath_checkpoint, tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def server(serve, checkpoint) -> Server:
     return serve(checkpoint, command=(str(BIN / "prunepath"), "serve"))
-
-
-def process_of(server: Server) -> psutil.Process:
-    return psutil.Process(int(re.search(r"Started server process \[(\d+)\]", server.log.read_text()).group(1)))
 
 
 def metrics_directory(process: psutil.Process) -> Path:
@@ -113,7 +108,7 @@ def test_fuzzed_bodies_get_the_right_refusals_and_leave_the_server_right(server,
 
 
 def test_clients_that_abort_and_come_back(server, right):
-    summary = soak_server(server.url, process_of(server).pid, clients=16, seconds=15, samples=40, progress=False)
+    summary = soak_server(server.url, server.process.pid, clients=16, seconds=15, samples=40, progress=False)
     assert (summary["errors"], summary["wrong"], summary["metrics"]) == ([], [], [])
     assert summary["replayed"] == 40
     assert summary["aborted"] > 0
@@ -147,10 +142,10 @@ def still_running(family: list[psutil.Process]) -> list[psutil.Process]:
 
 
 def test_requests_hear_of_a_killed_engine_and_nothing_stays_behind(server, right):
-    process = process_of(server)
+    process = server.process
     # Known before the streams begin: looking for it takes as long as several of them.
     family = [process, *process.children(recursive=True)]
-    engine = next(child for child in family if "EngineCore" in " ".join(child.cmdline()))
+    engine = server.engine
     begun = Killer(engine, 4)  # as many streams as run at once
     streams = [Stream(server, tau, begun) for tau in TAUS * 6]  # six times as many choices as run at once
     assert begun.done.wait(BOUND)
@@ -178,7 +173,7 @@ def test_a_restarted_server_ends_its_streams_and_itself_on_sigterm(serve, checkp
     save_prunepath("llama", checkpoint, default_tau=0.6, tau_curve=CURVE)
     server = serve(checkpoint, command=(str(BIN / "prunepath"), "serve"))
     assert answers(server) == right
-    process = process_of(server)
+    process = server.process
     family = [process, *process.children(recursive=True)]
     metrics = metrics_directory(process)
     begun = threading.Event()

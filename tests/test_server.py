@@ -3,6 +3,7 @@
 import concurrent.futures
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import httpx
 import openai
+import psutil
 import pytest
 import torch
 import warm
@@ -49,6 +51,15 @@ class Server:
     @property
     def client(self) -> openai.OpenAI:
         return openai.OpenAI(base_url=f"{self.url}/v1", api_key="none", max_retries=0, http_client=HTTP)
+
+    @property
+    def process(self) -> psutil.Process:
+        return psutil.Process(int(re.search(r"Started server process \[(\d+)\]", self.log.read_text()).group(1)))
+
+    @property
+    def engine(self) -> psutil.Process:
+        family = self.process.children(recursive=True)
+        return next(child for child in family if "EngineCore" in " ".join(child.cmdline()))
 
     def post(self, path: str, body: dict | None = None, *, raw: bytes | None = None) -> httpx.Response:
         content = json.dumps(body).encode() if raw is None else raw

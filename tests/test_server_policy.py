@@ -255,20 +255,33 @@ def test_a_queue_lowers_the_tau_that_requests_leave_to_the_server(server, naive)
     prompt = build_tokenizer()("under pressure")["input_ids"]
     before = metrics(server)
     admitted = before.get("prunepath:request_tau_count", 0)
-    # One body of so many prompts that a fast machine is not done with them before anybody looks.
-    # Not streamed: sending chunks keeps the server of a loaded machine from others until the queue is gone.
-    body = dict(model=MODEL, prompt=PROMPTS[:1] * 300, max_tokens=200, tau=1.0, ignore_eos=True)
+    body = dict(model=MODEL, prompt=PROMPTS[:1] * 20, max_tokens=200, tau=1.0, ignore_eos=True)
     pressure = http.client.HTTPConnection(server.url.removeprefix("http://"))
-    pressure.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
-    # All of them first: a gauge may still be what an earlier step left.
-    until(lambda: metrics(server).get("prunepath:request_tau_count", 0) == admitted + 300)
-    until(lambda: metrics(server)["vllm:num_requests_waiting"] >= 4)
     knobs = [{"tau": "auto"}, {"vllm_xargs": {"tau": {"min": 0.6, "max": 1.0}}}, {"tau": 0.9}]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
+    engine = server.engine
+
+    def sent_in_all(count: int) -> bool:
+        return metrics(server).get("prunepath:request_tau_count", 0) == admitted + count
+
+    def queues() -> bool:
+        """Whether the engine does, after a few steps more."""
+        engine.resume()
+        time.sleep(0.05)
+        engine.suspend()
+        return metrics(server)["vllm:num_requests_waiting"] >= 4
+
+    pool = concurrent.futures.ThreadPoolExecutor()
+    engine.suspend()  # it keeps its queue as it is then, however slowly a loaded machine answers
+    try:
+        pressure.request("POST", "/v1/completions", json.dumps(body), {"Content-Type": "application/json"})
+        until(lambda: sent_in_all(20))
+        until(queues)
         sent = [pool.submit(ask_report, server, knob, prompt) for knob in knobs]
         stream = pool.submit(lambda: list(ask_report(server, {"tau": "auto"}, prompt, stream=True)))
-        until(lambda: metrics(server)["prunepath:request_tau_count"] == admitted + 304)
+        until(lambda: sent_in_all(24))
+    finally:
         pressure.close()
+        engine.resume()
     for answer, tau in zip(sent, (0.4, 0.6, 0.9), strict=True):
         assert answer.result().model_extra["prunepath"]["tau"] == tau
         assert answer.result().choices[0].token_ids == expected(naive, prompt, tau, 4)
