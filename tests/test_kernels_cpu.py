@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from prunepath_vllm.activations import ACTIVATIONS
 from prunepath_vllm.benchmarks.float32 import layer_output
 from prunepath_vllm.errors import ConfigError
-from prunepath_vllm.kernels import cpu, reference
+from prunepath_vllm.kernels import cpu, native, reference
 from prunepath_vllm.kernels.layer import (
     QUANTISED_DTYPES,
     Counters,
@@ -177,12 +177,23 @@ def test_wrong_scales_are_named():
             cpu.routed_ffn(x, torch.ones(1), router, weights, spec, gather=False)
 
 
-@pytest.mark.skipif(not cpu.multiplies_pairs(torch.bfloat16), reason="needs AVX-512 BF16 and no AMX")
-def test_a_step_that_leaves_experts_out_stays_in_the_kernel_longer(monkeypatch):
-    """And one whose tokens all take every expert does not; nor does the mode at_least leave any out there."""
-    spec = LayerSpec(64, 12, 8, torch.bfloat16)
-    every, some = torch.ones(cpu.NATIVE_TOKENS + 1), torch.full((cpu.NATIVE_TOKENS + 1,), 0.5)
-    assert cpu.step_tokens(every, spec, quantised=False) == cpu.NATIVE_TOKENS
-    assert cpu.step_tokens(some, spec, quantised=False) == cpu.ROUTED_NATIVE_TOKENS
-    assert cpu.step_tokens(some, replace(spec, at_least=True), quantised=False) == cpu.NATIVE_TOKENS
-    assert cpu.step_tokens(some, replace(spec, dtype=torch.float32), quantised=False) == cpu.NATIVE_TOKENS
+def test_which_steps_take_the_native_kernel():
+    """Those that leave experts out at any size; those of every expert while a library first reorders weights."""
+    wide = native.chosen_isa().startswith("avx512")
+    for dtype, measured in [
+        (torch.float32, True),
+        (torch.bfloat16, not torch.cpu._is_amx_tile_supported()),
+        (torch.float16, False),
+    ]:
+        small = cpu.native_tokens(dtype)
+        if not cpu.has_fast_product(dtype):
+            assert small == float("inf")
+            continue
+        assert small == cpu.NATIVE_TOKENS
+        every, some = torch.ones(17), torch.tensor([0.5] + [1.0] * 16)
+        dense = cpu.DENSE_NATIVE_TOKENS if measured and wide else small
+        assert cpu.step_tokens(every, dtype, quantised=False) == dense
+        assert cpu.step_tokens(some, dtype, quantised=False, at_least=True) == dense
+        assert cpu.step_tokens(some, dtype, quantised=False) == (float("inf") if measured else small)
+        assert cpu.step_tokens(torch.ones(257), dtype, quantised=True) == cpu.QUANTISED_NATIVE_TOKENS
+        assert cpu.step_tokens(torch.full((257,), 0.5), dtype, quantised=True) == float("inf")

@@ -142,7 +142,7 @@ def test_the_kernel_was_built_and_every_machine_has_the_plain_path():
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 5, 19])
+@pytest.mark.parametrize("tokens", [1, 2, 5, 19, 70])
 def test_sizes(isa, dtype, tokens):
     """Hidden sizes with and without a rest, every expert size, one expert, fewer columns than a vector."""
     shapes = [(33, 7, 3), (576, 12, 8), (64, 40, 1), (100, 13, 4), (8, 5, 32), (48, 1, 6), (1, 3, 2), (130, 21, 3)]
@@ -151,7 +151,7 @@ def test_sizes(isa, dtype, tokens):
             made = layer(hidden, experts, size, dtype, glu=glu, bias=not glu, seed=experts)
             x = random(torch.Generator().manual_seed(tokens), dtype, tokens, hidden)
             for first in range(len(TAUS) if tokens == 1 else 1):
-                tau = torch.tensor((TAUS[first:] + TAUS * 3)[:tokens])
+                tau = torch.tensor((TAUS[first:] + TAUS * tokens)[:tokens])
                 check(x, tau, made, isa)
 
 
@@ -302,11 +302,11 @@ def test_activations_far_from_zero(isa, activation):
 def test_a_token_depends_neither_on_threads_nor_on_its_batch(isa, dtype, gate):
     router, w, spec = layer(200, 30, 3, dtype, bias=True)
     layer_ = native.RoutedFFN(router, w, replace(spec, rule=rule(gate)), isa=isa)
-    x = random(torch.Generator().manual_seed(7), dtype, 21, 200)
-    tau = torch.tensor((TAUS * 3)[:21])
-    alone = torch.cat([layer_(x[t : t + 1], tau[t : t + 1], num_threads=1) for t in range(21)])
+    x = random(torch.Generator().manual_seed(7), dtype, 140, 200)
+    tau = torch.tensor((TAUS * 140)[:140])
+    alone = torch.cat([layer_(x[t : t + 1], tau[t : t + 1], num_threads=1) for t in range(140)])
     for threads in (1, 2, 3, 5, 16):
-        for tokens in (1, 2, 3, 4, 7, 16, 21):
+        for tokens in (1, 2, 3, 4, 7, 16, 17, 64, 65, 140):
             assert torch.equal(layer_(x[:tokens], tau[:tokens], num_threads=threads), alone[:tokens]), (threads, tokens)
 
 

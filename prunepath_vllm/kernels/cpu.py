@@ -22,15 +22,16 @@ GATHER_BELOW = 0.35
 dense layer takes as long as gathering 0.4 of it at one token, more at sixteen."""
 
 NATIVE_TOKENS = 16
-"""Tokens up to which the native kernel reads every expert once. Beyond, a library's dense product is faster, where the
-processor has one in the layer's dtype."""
+"""Tokens up to which a step takes the native kernel whatever its taus. Beyond, :func:`step_tokens` decides, where a
+library's dense product is as fast as its own in float32."""
 
-ROUTED_NATIVE_TOKENS = 128
-"""The same of bfloat16 steps that leave experts out, where the native kernel takes AVX-512's products of pairs.
-Measured on one Zen 5 core, SmolLM2's shape, tau .6: 64 tokens 1.1 ms against 1.4, 256 4.1 against 4.6."""
+DENSE_NATIVE_TOKENS = 64
+"""Tokens up to which a step of every expert takes it, too, where it has AVX-512: a library's product first brings
+weights in rows into an order of its own. Measured on one Zen 5 core, bfloat16, SmolLM2's and Qwen2.5-1.5B's shapes: 64 tokens
+.97 and 14.7 ms against 1.10 and 15.8, 128 tokens 2.0 and 29.8 against 1.85 and 26.3."""
 
 QUANTISED_NATIVE_TOKENS = 256
-"""The same of quantised experts, which a library's product needs widened: that takes as long as some hundred tokens.
+"""NATIVE_TOKENS of quantised experts, which a library's product needs widened: as long as some hundred tokens take.
 Measured on one core, float32, SmolLM2's shape: even at 128 to 256 tokens at tau 1; below it the kernel is faster."""
 
 
@@ -62,12 +63,14 @@ def routed_ffn(
     Raises:
         ConfigError: a tensor that is not this layer's.
     """
-    if gather and x.shape[0] <= step_tokens(tau, spec, quantised=weights.quantised):
+    every = takes_every_expert(x.shape[0], spec, quantised=weights.quantised) or (spec.at_least and not gather)
+    if gather and x.shape[0] <= step_tokens(tau, spec.dtype, quantised=weights.quantised, at_least=every):
+        tau = (tau > 0).float() if every else tau
         return native.ready(router, weights, spec)(x, tau, router_input=router_input, counters=counters)
     spec.check(x, tau, router, weights, router_input)
     spec, kept = spec.routed, spec.num_kept
     scale: Tensor | None = None
-    if takes_every_expert(x.shape[0], spec, quantised=weights.quantised) or (spec.at_least and not gather):
+    if every:
         present = tau > 0  # not padding
         if counters.active is not None:
             counters.active.add_(present, alpha=spec.num_experts)
@@ -110,21 +113,29 @@ def native_tokens(dtype: torch.dtype, *, quantised: bool = False) -> float:
     return QUANTISED_NATIVE_TOKENS if quantised else NATIVE_TOKENS
 
 
-def step_tokens(tau: Tensor, spec: LayerSpec, *, quantised: bool) -> float:
-    """Tokens up to which a step of these taus [T] takes the native kernel: :func:`native_tokens`, or more."""
-    most = native_tokens(spec.dtype, quantised=quantised)
-    if not most < len(tau) <= ROUTED_NATIVE_TOKENS or not multiplies_pairs(spec.dtype):
+def step_tokens(tau: Tensor, dtype: torch.dtype, *, quantised: bool, at_least: bool = False) -> float:
+    """Tokens up to which a step of these taus [T] takes the native kernel: :func:`native_tokens`, or more.
+
+    One that leaves experts out takes it at any size: it computes what each token needs, where a dense product computes
+    all. Measured on one Zen 5 core at 24 to 512 tokens, tau .75 and .5, both shapes: 1.8 to 5 times faster.
+    """
+    most = native_tokens(dtype, quantised=quantised)
+    if len(tau) <= most or not most or not _is_fast(dtype, quantised=quantised):
         return most
-    if takes_every_expert(len(tau), spec, quantised=quantised) or bool((tau >= DENSE_TAU).all()):
-        return most
-    return ROUTED_NATIVE_TOKENS
+    if at_least or bool((tau >= DENSE_TAU).all()):
+        return max(most, DENSE_NATIVE_TOKENS) if native.chosen_isa().startswith("avx512") else most
+    return float("inf")
 
 
 @functools.cache
-def multiplies_pairs(dtype: torch.dtype) -> bool:
-    """Whether the native kernel multiplies a dtype by AVX-512's products of pairs, and nothing here is faster (AMX)."""
-    pairs = dtype == torch.bfloat16 and native.unavailable() is None and native.chosen_isa() == "avx512_bf16"
-    return pairs and not torch.cpu._is_amx_tile_supported()
+def _is_fast(dtype: torch.dtype, *, quantised: bool) -> bool:
+    """Whether the native kernel is known to be as fast as a library's dense product of many tokens.
+
+    Not so beside AMX in bfloat16, and in float16 where the processor multiplies it: nobody has measured them.
+    """
+    if quantised or dtype == torch.float32:
+        return True
+    return dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported()
 
 
 def takes_every_expert(num_tokens: int, spec: LayerSpec, *, quantised: bool = False) -> bool:

@@ -91,7 +91,8 @@ def routed_ffn(
     """
     linears = *inputs, output
     quantised = isinstance(output, QuantisedLinear)
-    if x.dtype not in DTYPES or x.shape[:-1].numel() > cpu.native_tokens(x.dtype, quantised=quantised):
+    taus = tau.reshape(-1).contiguous()
+    if x.dtype not in DTYPES or len(taus) > cpu.step_tokens(taus, x.dtype, quantised=quantised):
         return None
     routing = [router] if router.down is None else [router, router.down]
     if router.observer is not None or not all(_is_plain(module) for module in (*routing, *linears)):
@@ -129,7 +130,7 @@ def routed_ffn(
     down = None if router.down is None else router.down.weight
     layer = native.ready(RouterWeights(router.weight, router.bias, down), weights, spec)
     tokens, read = (one.reshape(-1, x.shape[-1]).contiguous() for one in (x, router_input))
-    return layer(tokens, tau.reshape(-1).contiguous(), router_input=read).view(x.shape)
+    return layer(tokens, taus, router_input=read).view(x.shape)
 
 
 def _is_plain(module: nn.Module) -> bool:

@@ -6,7 +6,8 @@
 //   3. the listed experts' neurons, dealt in shares of equal cost: two dot products and the activation, rounded to
 //      bfloat16 where the second linear takes products of pairs;
 //   4. the second linear: the listed neurons' rows are added up in CHUNKS sums, each of the same experts always, in
-//      ascending order. A thread has some chunks whole, for rows are read fastest whole, and columns of others;
+//      ascending order. A thread has some chunks whole, for rows are read fastest whole, and columns of others. Beyond
+//      FEW tokens, rows are read seldom and sums often: a thread has some columns of all chunks, in turn;
 //   5. the chunks' sums are added up, in order, and written out, the columns dealt to the threads.
 // No sum is ever split between threads, and none depends on the other tokens of the tile. So a token's result depends
 // neither on the number of threads nor on its batch.
@@ -22,9 +23,10 @@
 
 namespace {
 
-constexpr int TILE = 16;      // tokens at once
+constexpr int TILE = 64;      // tokens at once, at most
 static_assert(TILE <= MOST_MASKED);
-constexpr int GROUP = 8;      // rows at once in the first linear
+constexpr int FEW = 16;       // to which rows are what takes the time
+constexpr int GROUP = 16;     // rows at once in the first linear
 constexpr int ADDED = 16;     // and in the second
 constexpr int CHUNKS = 8;     // of the experts, each with sums of its own in the second linear
 constexpr int APART = 16384;  // floats between the sums of chunks, or a core's prefetching takes what another writes
@@ -44,11 +46,12 @@ struct Tile {
     void* narrow[TILE];               // [rank] between the router's two projections
     float* logits;                    // [TILE, E]; turned into probabilities, then into what an expert is multiplied by
     uint8_t* active;                  // [TILE, E]
+    Tokens* takers;                   // [E], tokens that take the expert
 
     // The experts of any token, ascending.
     int64_t listed;
     int32_t* experts;
-    uint32_t* masks;       // tokens that take the expert
+    Tokens* masks;         // tokens that take the expert
     int64_t* cost_before;  // [listed + 1], of one neuron each
     int64_t* neurons;      // where the expert's activations start, [D, tokens that take it]
     float* hidden;         // activations
@@ -57,6 +60,12 @@ struct Tile {
 
     int64_t chunk[CHUNKS + 1];  // where each chunk starts in the list
 };
+
+// f(token, how many of the set come before it), ascending.
+template <class F>
+INLINE void each_of(Tokens set, const F& f) {
+    for (int k = 0; set; set &= set - 1) f(__builtin_ctzll(set), k++);
+}
 
 int64_t share(int64_t total, int part, int parts) { return total * part / parts; }
 
@@ -132,17 +141,29 @@ void select(const Tile& s, int t) {
 // The union of the tokens' experts that have weights, and what computing them costs.
 void list_experts(Tile& s) {
     const Arguments& a = *s.args;
+    // A token's row of flags after the other: they lie together.
+    std::memset(s.takers, 0, a.kept * sizeof(Tokens));
+    for (int t = 0; t < s.tokens; t++) {
+        const uint8_t* active = s.active + t * a.experts;
+        int64_t e = 0;
+        for (; e + 8 <= a.kept; e += 8) {
+            typedef uint8_t Flags __attribute__((vector_size(8)));
+            typedef Tokens Sets __attribute__((vector_size(8 * sizeof(Tokens))));
+            const Sets flags = __builtin_convertvector(load<Flags>(active + e), Sets);
+            store(s.takers + e, load<Sets>(s.takers + e) | flags << t);
+        }
+        for (; e < a.kept; e++) s.takers[e] |= (Tokens)active[e] << t;
+    }
     int64_t listed = 0, cost = 0, neurons = 0;
     for (int64_t e = 0; e < a.kept; e++) {
-        uint32_t mask = 0;
-        for (int t = 0; t < s.tokens; t++) mask |= (uint32_t)s.active[t * a.experts + e] << t;
+        const Tokens mask = s.takers[e];
         if (!mask) continue;
         s.read[e] = 1;
         s.experts[listed] = e;
         s.masks[listed] = mask;
         s.cost_before[listed] = cost;
         s.neurons[listed++] = neurons;
-        const int tokens = __builtin_popcount(mask);
+        const int tokens = __builtin_popcountll(mask);
         cost += a.expert_size * (3 + tokens);  // reading the rows costs about as much as three tokens
         neurons += a.expert_size * tokens;
     }
@@ -159,7 +180,7 @@ void list_experts(Tile& s) {
 // Neurons with the same tokens, computed together.
 struct Group {
     int size = 0;
-    uint32_t mask = 0;
+    Tokens mask = 0;
     int64_t neuron[GROUP];  // of F
     float gate[GROUP][TILE];
     float* hidden;  // the first one's activations, which the others' follow
@@ -191,13 +212,13 @@ void compute(const Tile& s, const Group& g, const Group& next) {
     const Arguments& a = *s.args;
     const int64_t all_neurons = a.kept * a.expert_size;
     const void* inputs[TILE];
-    int tokens = 0;
-    for (int t = 0; t < s.tokens; t++)
-        if (g.mask >> t & 1) inputs[tokens++] = s.inputs[t];
+    each_of(g.mask, [&](int t, int k) { inputs[k] = s.inputs[t]; });
+    const int tokens = __builtin_popcountll(g.mask);
     const int num_rows = g.size << a.glu;
     const void* ahead[GROUP] = {};
     look_ahead(g.rows, num_rows, next.rows, next.size << a.glu, ahead);
-    float out[GROUP * TILE + WIDTH] = {};
+    float out[GROUP * TILE + WIDTH];
+    std::memset(out + num_rows * tokens, 0, WIDTH * sizeof(float));
     s.weights.dot(g.rows, ahead, num_rows, inputs, tokens, a.hidden, out);
     if (a.scale_in || a.b_in)
         for (int r = 0; r < num_rows; r++) {
@@ -208,8 +229,9 @@ void compute(const Tile& s, const Group& g, const Group& next) {
             for (int k = 0; k < tokens; k++) out[r * tokens + k] = out[r * tokens + k] * scale + bias;
         }
     const int values = g.size * tokens;
-    float pre[GROUP * TILE] = {};
+    float pre[GROUP * TILE + WIDTH];
     std::memcpy(pre, out, values * sizeof(float));
+    std::memset(pre + values, 0, WIDTH * sizeof(float));
     activate(a.activation, pre, values);
     const bool gated = s.routed && a.sigmoid_gate;
     for (int i = 0; i < g.size && (a.scale_out || gated); i++) {
@@ -232,7 +254,7 @@ void begin_of(const Tile& s, int64_t cost, int64_t& place, int64_t& neuron) {
         (s.cost_before[middle] <= cost ? low : high) = middle;
     }
     place = low;
-    neuron = (cost - s.cost_before[low]) / (3 + __builtin_popcount(s.masks[low]));
+    neuron = (cost - s.cost_before[low]) / (3 + __builtin_popcountll(s.masks[low]));
 }
 
 // Stage 3.
@@ -240,7 +262,7 @@ void first_linear(const Tile& s, int worker) {
     const Arguments& a = *s.args;
     if (!s.listed) return;
     const int64_t total = s.cost_before[s.listed];
-    const int most = a.glu ? GROUP / 2 : GROUP;
+    const int most = GROUP >> a.glu;
     int64_t place, neuron, end_place, end_neuron;
     begin_of(s, share(total, worker, s.workers), place, neuron);
     if (worker + 1 == s.workers)
@@ -260,8 +282,8 @@ void first_linear(const Tile& s, int worker) {
         building = 1 - building;
     };
     for (; place < end_place || (place == end_place && end_neuron); place++, neuron = 0) {
-        const uint32_t mask = s.masks[place];
-        const int tokens = __builtin_popcount(mask);
+        const Tokens mask = s.masks[place];
+        const int tokens = __builtin_popcountll(mask);
         const int64_t end = place == end_place ? end_neuron : a.expert_size;
         for (; neuron < end; neuron++) {
             if (groups[building].size == most || (groups[building].size && groups[building].mask != mask)) close();
@@ -270,8 +292,9 @@ void first_linear(const Tile& s, int worker) {
             g.neuron[g.size] = s.experts[place] * a.expert_size + neuron;
             if (!g.size) g.hidden = s.hidden + s.neurons[place] + neuron * tokens;
             if (s.routed && a.sigmoid_gate)
-                for (int t = 0, k = 0; t < s.tokens; t++)
-                    if (mask >> t & 1) g.gate[g.size][k++] = s.logits[t * padded(a.experts) + s.experts[place]];
+                each_of(mask, [&](int t, int k) {
+                    g.gate[g.size][k] = s.logits[t * padded(a.experts) + s.experts[place]];
+                });
             g.size++;
         }
         if (place == end_place) break;
@@ -291,23 +314,26 @@ void end_of(const Tile& s, int64_t cost, int64_t blocks, int& chunk, int64_t& bl
     block = 0;
 }
 
+bool by_columns(const Tile& s) { return s.tokens > FEW; }
+
+// Where there are sums for a token; the total is in the first.
 float* sums_of(const Tile& s, int chunk, int token) {
     const int64_t width = padded(s.args->hidden);
     return s.sums + chunk * (s.tokens * width + APART) + token * width;
 }
 
-// One chunk's sums of the columns from begin on.
-void add_chunk(const Tile& s, int chunk, int64_t begin, int64_t after) {
+// One chunk's sums of the columns from begin on, where those number `place` are.
+void add_chunk(const Tile& s, int chunk, int place, int64_t begin, int64_t after) {
     const Arguments& a = *s.args;
     const int64_t end = after < a.hidden ? after : a.hidden;
     float* sums[TILE];
     for (int t = 0; t < s.tokens; t++) {
-        sums[t] = sums_of(s, chunk, t);
+        sums[t] = sums_of(s, place, t);
         std::memset(sums[t] + begin, 0, (after - begin) * sizeof(float));
     }
     struct Rows {
         int size = 0;
-        uint32_t mask = 0;
+        Tokens mask = 0;
         const float* factors;  // the neurons' activations, which follow one another as long as the mask is the same
         const void* rows[ADDED];
     } groups[2];
@@ -318,66 +344,90 @@ void add_chunk(const Tile& s, int chunk, int64_t begin, int64_t after) {
             const void* ahead[ADDED];
             look_ahead(g.rows, g.size, next.rows, next.size, ahead);
             float* out[TILE];
-            int tokens = 0;
-            for (int t = 0; t < s.tokens; t++)
-                if (g.mask >> t & 1) out[tokens++] = sums[t];
-            s.weights.add(g.rows, ahead, g.size, g.factors, tokens, out, begin, end);
+            each_of(g.mask, [&](int t, int k) { out[k] = sums[t]; });
+            s.weights.add(g.rows, ahead, g.size, g.factors, __builtin_popcountll(g.mask), out, begin, end);
         }
         g.size = 0;
         building = 1 - building;
     };
-    for (int64_t place = s.chunk[chunk]; place < s.chunk[chunk + 1]; place++) {
-        const uint32_t mask = s.masks[place];
-        const int tokens = __builtin_popcount(mask);
+    for (int64_t listed = s.chunk[chunk]; listed < s.chunk[chunk + 1]; listed++) {
+        const Tokens mask = s.masks[listed];
+        const int tokens = __builtin_popcountll(mask);
         for (int64_t neuron = 0; neuron < a.expert_size; neuron++) {
             if (groups[building].size == ADDED || (groups[building].size && groups[building].mask != mask)) close();
             Rows& g = groups[building];
-            if (!g.size) g.factors = s.hidden + s.neurons[place] + neuron * tokens;
+            if (!g.size) g.factors = s.hidden + s.neurons[listed] + neuron * tokens;
             g.mask = mask;
             g.rows[g.size++] = (const char*)a.w_out +
-                               (s.experts[place] * a.expert_size + neuron) * a.hidden * s.weights.element_bytes;
+                               (s.experts[listed] * a.expert_size + neuron) * a.hidden * s.weights.element_bytes;
         }
     }
     close();
     close();
 }
 
+// The columns of a thread that has some of all chunks, and that it writes out.
+void columns_of(const Tile& s, int worker, int64_t& begin, int64_t& after) {
+    const int64_t blocks = padded(s.args->hidden) / BLOCK;
+    begin = share(blocks, worker, s.workers) * BLOCK;
+    after = share(blocks, worker + 1, s.workers) * BLOCK;
+}
+
+// Some columns' second sums are added to the first.
+void add_up(const Tile& s, int64_t begin, int64_t after) {
+    for (int t = 0; t < s.tokens; t++) {
+        float *total = sums_of(s, 0, t), *sums = sums_of(s, 1, t);
+        for (int64_t i = begin; i < after; i += WIDTH) store(total + i, load<Floats>(total + i) + load<Floats>(sums + i));
+    }
+}
+
 // Stage 4.
 void second_linear(const Tile& s, int worker) {
-    const int64_t blocks = padded(s.args->hidden) / BLOCK, total = s.cost_before[s.listed];
     int chunk = 0, last = 0;
     int64_t begin = 0, end = 0;
+    if (by_columns(s)) {
+        columns_of(s, worker, begin, end);
+        for (; chunk < CHUNKS; chunk++) {
+            if (chunk && s.chunk[chunk] == s.chunk[chunk + 1]) continue;
+            add_chunk(s, chunk, chunk ? 1 : 0, begin, end);
+            if (chunk) add_up(s, begin, end);
+        }
+        return;
+    }
+    const int64_t blocks = padded(s.args->hidden) / BLOCK, total = s.cost_before[s.listed];
     end_of(s, share(total, worker, s.workers), blocks, chunk, begin);
     end_of(s, share(total, worker + 1, s.workers), blocks, last, end);
     for (; chunk < CHUNKS && chunk <= last; chunk++, begin = 0) {
         const int64_t after = chunk == last ? end : blocks;
-        if (begin < after && s.chunk[chunk] < s.chunk[chunk + 1]) add_chunk(s, chunk, begin * BLOCK, after * BLOCK);
+        if (begin < after && s.chunk[chunk] < s.chunk[chunk + 1])
+            add_chunk(s, chunk, chunk, begin * BLOCK, after * BLOCK);
     }
 }
 
 // Stage 5.
 void write_out(const Tile& s, int worker) {
     const Arguments& a = *s.args;
-    const int64_t blocks = padded(a.hidden) / BLOCK;
-    const int64_t begin = share(blocks, worker, s.workers) * BLOCK;
-    const int64_t after = share(blocks, worker + 1, s.workers) * BLOCK, end = after < a.hidden ? after : a.hidden;
+    int64_t begin, after;
+    columns_of(s, worker, begin, after);
+    const int64_t end = after < a.hidden ? after : a.hidden;
     for (int t = 0; t < s.tokens; t++) {
         float* sums = sums_of(s, 0, t);
-        for (int64_t i = begin; i < after; i += WIDTH) {
+        for (int64_t i = begin; i < after && !by_columns(s); i += WIDTH) {
             Floats v{};
             for (int chunk = 0; chunk < CHUNKS; chunk++)
                 if (s.chunk[chunk] < s.chunk[chunk + 1]) v += load<Floats>(sums_of(s, chunk, t) + i);
             store(sums + i, v);
         }
-        const int64_t row = (s.first + t) * a.hidden;
-        for (int64_t i = begin; i < end; i++) {
-            float v = sums[s.weights.slot(i)];
-            if (a.b_out) v += element(a.b_out, a.b_out_type, i);
-            switch (a.x_type) {
-                case FLOAT32: ((float*)a.y)[row + i] = v; break;
-                case FLOAT16: ((uint16_t*)a.y)[row + i] = float_to_half(v); break;
-                default: ((uint16_t*)a.y)[row + i] = float_to_bfloat(v);
-            }
+        s.weights.order(sums, begin, after);
+        const int64_t bytes = a.x_type == FLOAT32 ? 4 : 2;
+        char* row = (char*)a.y + (s.first + t) * a.hidden * bytes;
+        for (int64_t i = begin; i < end; i += WIDTH) {
+            const int64_t count = end - i < WIDTH ? end - i : WIDTH;
+            for (int64_t k = 0; a.b_out && k < count; k++) sums[i + k] += element(a.b_out, a.b_out_type, i + k);
+            char out[WIDTH * sizeof(float)];
+            const bool whole = count == WIDTH;
+            narrow(load<Floats>(sums + i), a.x_type, whole ? row + i * bytes : out);
+            if (!whole) std::memcpy(row + i * bytes, out, count * bytes);
         }
     }
 }
@@ -416,7 +466,7 @@ void run(void* shared) {
     if (works) first_linear(s, worker);
     GOMP_barrier();
     if (works) second_linear(s, worker);
-    if (s.workers > 1) GOMP_barrier();
+    if (s.workers > 1 && !by_columns(s)) GOMP_barrier();
     if (works) write_out(s, worker);
 }
 
@@ -432,6 +482,7 @@ int routed_ffn(const Arguments& a) {
     const bool same_input = a.router_input == a.x && reader.dot == s.weights.dot;
     const int64_t most = a.tokens < TILE ? a.tokens : TILE;
     const int64_t all_neurons = a.kept * a.expert_size;
+    const int64_t places = a.tokens > FEW ? 2 : CHUNKS;  // a step's tiles are of one kind
     const int64_t width = padded(a.hidden), wide = padded(a.hidden > a.experts ? a.hidden : a.experts);
 
     Arena arena;
@@ -443,14 +494,15 @@ int routed_ffn(const Arguments& a) {
         arena.take(narrow, a.router_down ? most * padded(a.rank) : 0);
         arena.take(s.logits, most * padded(a.experts));
         arena.take(s.active, most * a.experts);
+        arena.take(s.takers, a.experts);
         arena.take(s.experts, a.experts);
         arena.take(s.masks, a.experts);
         arena.take(s.cost_before, a.experts + 1);
         arena.take(s.neurons, a.experts);
         arena.take(s.read, a.experts);
         // Before the sums, probabilities are there.
-        arena.take(s.sums, CHUNKS * APART + most * (CHUNKS * width > wide ? CHUNKS * width : wide));
-        arena.take(s.hidden, most * all_neurons);
+        arena.take(s.sums, places * APART + most * (places * width > wide ? places * width : wide));
+        arena.take(s.hidden, most * all_neurons + WIDTH);  // whole vectors are read
         if (pass) break;
         arena.base = (char*)std::aligned_alloc(64, arena.used);
         if (!arena.base) return 1;
@@ -463,8 +515,10 @@ int routed_ffn(const Arguments& a) {
     const int available = omp_get_max_threads();
     const int wanted = a.threads > 0 ? a.threads : available;
     const int64_t element_bytes[] = {4, 2, 2, 1};
-    for (s.first = 0; s.first < a.tokens; s.first += TILE) {
-        s.tokens = a.tokens - s.first < TILE ? a.tokens - s.first : TILE;
+    const int64_t tiles = (a.tokens + TILE - 1) / TILE;
+    for (int64_t tile = 0; tile < tiles; tile++) {
+        s.first = share(a.tokens, tile, tiles);
+        s.tokens = share(a.tokens, tile + 1, tiles) - s.first;
         s.workers = wanted;
         s.routed = a.sigmoid_gate;
         for (int t = 0; t < s.tokens; t++) {

@@ -22,7 +22,8 @@ constexpr int WIDTH = 8;
 constexpr int WIDTH = 4;
 #endif
 constexpr int BLOCK = 2 * WIDTH;     // elements that are loaded at once
-constexpr int MOST_MASKED = 32;      // tokens at once, at most: a set of them is a bit mask
+using Tokens = uint64_t;             // a set of those that are computed at once
+constexpr int MOST_MASKED = 64;      // so many, at most
 
 // Up to whole blocks.
 int64_t padded(int64_t n) { return (n + BLOCK - 1) / BLOCK * BLOCK; }
@@ -48,12 +49,19 @@ INLINE void store(void* p, V v) {
 
 INLINE Floats splat(float v) { return v - Floats{}; }  // not v + 0, which would turn -0 into 0
 
-INLINE float sum(Floats v) {
-    float lanes[WIDTH];
-    store(lanes, v);
-    for (int half = WIDTH / 2; half; half /= 2)
-        for (int i = 0; i < half; i++) lanes[i] += lanes[i + half];
-    return lanes[0];
+// Halves are added to halves.
+template <int LANES = WIDTH, class V>
+INLINE float sum(V v) {
+    if constexpr (LANES == 1) {
+        return v;
+    } else if constexpr (LANES == 2) {
+        return v[0] + v[1];
+    } else {
+        typedef float Half __attribute__((vector_size(LANES * 2)));
+        Half halves[2];
+        std::memcpy(halves, &v, sizeof v);
+        return sum<LANES / 2>(halves[0] + halves[1]);
+    }
 }
 
 INLINE float from_bits(uint32_t bits) { return load<float>(&bits); }
@@ -114,6 +122,17 @@ INLINE Floats round_to_bfloat(Floats v) {
     const Bits bits = (Bits)v;
     const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) & 0xffff0000u;
     return v == v ? (Floats)rounded : v;
+}
+
+// A vector as elements of float32, float16 or bfloat16.
+INLINE void narrow(Floats v, int32_t type, void* to) {
+    typedef uint16_t Halves __attribute__((vector_size(WIDTH * 2)));
+    if (type == FLOAT32)
+        store(to, v);
+    else if (type == BFLOAT16)
+        store(to, __builtin_convertvector((Bits)round_to_bfloat(v) >> 16, Halves));
+    else
+        for (int i = 0; i < WIDTH; i++) ((uint16_t*)to)[i] = float_to_half(v[i]);
 }
 
 INLINE float element(const void* p, int32_t type, int64_t i) {
@@ -352,7 +371,7 @@ constexpr int SIDE_BY_SIDE = 8 / TOKENS;  // eight sums at once, for which every
 #endif
 
 // `ahead` are the rows that will be read next. Experts lie apart, which the processor's own prefetching cannot foresee.
-template <class Type, int ROWS, int TOKENS>
+template <class Type, int ROWS, int TOKENS, bool FIRST>
 INLINE void dot_tile(const void* const* rows, const void* const* ahead, const void* const* inputs, int64_t hidden,
                      float* out, int stride) {
     using Stored = typename Type::Stored;
@@ -369,7 +388,7 @@ INLINE void dot_tile(const void* const* rows, const void* const* ahead, const vo
         repeat<ROWS>(EACH(r) {
             typename Fetched<Input>::Array w;
             fetch<Type>(w, from[r.value] + i);
-            __builtin_prefetch(next[r.value] + i, 0, ONCE);
+            if constexpr (FIRST) __builtin_prefetch(next[r.value] + i, 0, TOKENS > 1 ? 2 : ONCE);
             repeat<TOKENS>(EACH(t) {
                 acc[r.value][t.value] = multiply<Type>(acc[r.value][t.value], w, x[t.value] + i);
             });
@@ -386,9 +405,11 @@ INLINE void dot_tile(const void* const* rows, const void* const* ahead, const vo
     if constexpr (ROWS * TOKENS == 16) {
         Floats all[16];
         repeat<16>(EACH(i) { all[i.value] = acc[i.value / TOKENS][i.value % TOKENS]; });
-        float values[16];
-        store(values, sums_of_16(all));
-        for (int r = 0; r < ROWS; r++) std::memcpy(out + r * stride, values + r * TOKENS, TOKENS * sizeof(float));
+        typedef float Row __attribute__((vector_size(TOKENS * 4)));
+        const Floats values = sums_of_16(all);
+        Row of[ROWS];
+        std::memcpy(of, &values, sizeof values);
+        repeat<ROWS>(EACH(r) { store(out + r.value * stride, of[r.value]); });
         return;
     }
 #endif
@@ -397,15 +418,15 @@ INLINE void dot_tile(const void* const* rows, const void* const* ahead, const vo
     });
 }
 
-template <class Type, int TOKENS>
+template <class Type, int TOKENS, bool FIRST>
 INLINE void dot_tokens(const void* const* rows, const void* const* ahead, int num_rows, const void* const* inputs,
                        int64_t hidden, float* out, int stride) {
     constexpr int ROWS = SIDE_BY_SIDE<Type, TOKENS>;
     int r = 0;
     for (; r + ROWS <= num_rows; r += ROWS)
-        dot_tile<Type, ROWS, TOKENS>(rows + r, ahead + r, inputs, hidden, out + r * stride, stride);
+        dot_tile<Type, ROWS, TOKENS, FIRST>(rows + r, ahead + r, inputs, hidden, out + r * stride, stride);
     for (; ROWS > 1 && r < num_rows; r++)
-        dot_tile<Type, 1, TOKENS>(rows + r, ahead + r, inputs, hidden, out + r * stride, stride);
+        dot_tile<Type, 1, TOKENS, FIRST>(rows + r, ahead + r, inputs, hidden, out + r * stride, stride);
 }
 
 // out[r, t] = rows[r] . inputs[t], [num_rows, num_tokens]; inputs in the order of Type, zero up to a whole block.
@@ -413,13 +434,23 @@ template <class Type>
 void dot(const void* const* rows, const void* const* ahead, int num_rows, const void* const* inputs, int num_tokens,
          int64_t hidden, float* out) {
     int t = 0;
-    for (; MOST_TOKENS == 8 && t + 8 <= num_tokens; t += 8, ahead = rows)
-        dot_tokens<Type, MOST_TOKENS>(rows, ahead, num_rows, inputs + t, hidden, out + t, num_tokens);
-    for (; t + 4 <= num_tokens; t += 4, ahead = rows)
-        dot_tokens<Type, 4>(rows, ahead, num_rows, inputs + t, hidden, out + t, num_tokens);
-    for (; t + 2 <= num_tokens; t += 2, ahead = rows)
-        dot_tokens<Type, 2>(rows, ahead, num_rows, inputs + t, hidden, out + t, num_tokens);
-    if (t < num_tokens) dot_tokens<Type, 1>(rows, ahead, num_rows, inputs + t, hidden, out + t, num_tokens);
+    auto some = [&](auto count, auto first) __attribute__((always_inline)) {
+        dot_tokens<Type, count.value, first.value>(rows, ahead, num_rows, inputs + t, hidden, out + t, num_tokens);
+        t += count.value;
+    };
+    auto any = [&](auto first) __attribute__((always_inline)) {
+        const int left = num_tokens - t;
+        if (MOST_TOKENS == 8 && left >= 8)
+            some(Index<MOST_TOKENS>{}, first);
+        else if (left >= 4)
+            some(Index<4>{}, first);
+        else if (left >= 2)
+            some(Index<2>{}, first);
+        else
+            some(Index<1>{}, first);
+    };
+    if (num_tokens) any(Index<1>{});
+    while (t < num_tokens) any(Index<0>{});
 }
 
 template <class Type, int ROWS>
@@ -467,8 +498,10 @@ INLINE void add_pairs(const void* const* rows, const void* const* ahead, const f
     uint32_t both[PAIRS][MOST_MASKED];
     for (int r = 0; r < ROWS; r++) from[r] = (const Stored*)rows[r];
     for (int p = 0; p < PAIRS; p++)
-        for (int t = 0; t < num_tokens; t++)
-            both[p][t] = to_bits(factors[2 * p * num_tokens + t]) | to_bits(factors[(2 * p + 1) * num_tokens + t]) >> 16;
+        for (int t = 0; t < num_tokens; t += WIDTH) {  // what is beyond the tokens is not used
+            const float* upper = factors + 2 * p * num_tokens + t;
+            store(both[p] + t, load<Bits>(upper) | load<Bits>(upper + num_tokens) >> 16);
+        }
     Stored rest[ROWS][BLOCK];
     int64_t i = begin;
     for (int64_t whole = begin + (end - begin) / BLOCK * BLOCK;; whole = end) {  // whole blocks, then the rest
@@ -538,6 +571,17 @@ void pack(const void* from, int32_t from_type, int64_t count, void* to) {
     }
 }
 
+// From the order of Type to the elements' own, from begin to end, multiples of BLOCK.
+template <class Type>
+void order(float* v, int64_t begin, int64_t end) {
+    if (Type::slot(1) == 1) return;
+    for (int64_t i = begin; i < end; i += BLOCK) {
+        float block[BLOCK];
+        std::memcpy(block, v + i, sizeof block);
+        repeat<BLOCK>(EACH(k) { v[i + k.value] = block[Type::slot(k.value)]; });
+    }
+}
+
 template <class Type>
 int64_t slot(int64_t i) {
     return Type::slot(i);
@@ -548,6 +592,7 @@ struct Product {
     void (*dot)(const void* const*, const void* const*, int, const void* const*, int, int64_t, float*);
     void (*add)(const void* const*, const void* const*, int, const float*, int, float* const*, int64_t, int64_t);
     void (*pack)(const void*, int32_t, int64_t, void*);
+    void (*order)(float*, int64_t, int64_t);
     int64_t (*slot)(int64_t);
     int element_bytes;
     bool rounded;  // the second linear's factors are to be bfloat16
@@ -556,7 +601,7 @@ struct Product {
 
 template <class Type>
 Product product() {
-    return {dot<Type>, add<Type>, pack<Type>, slot<Type>, (int)sizeof(typename Type::Stored), ROUNDED<Type>, Type::UNIT};
+    return {dot<Type>, add<Type>, pack<Type>, order<Type>, slot<Type>, (int)sizeof(typename Type::Stored), ROUNDED<Type>, Type::UNIT};
 }
 
 // For rows of one type and inputs of another.
