@@ -27,8 +27,8 @@ library's dense product is as fast as its own in float32."""
 
 DENSE_NATIVE_TOKENS = 64
 """Tokens up to which a step of every expert takes it, too, where it has AVX-512: a library's product first brings
-weights in rows into an order of its own. Measured on one Zen 5 core, bfloat16, SmolLM2's and Qwen2.5-1.5B's shapes: 64 tokens
-.97 and 14.7 ms against 1.10 and 15.8, 128 tokens 2.0 and 29.8 against 1.85 and 26.3."""
+weights in rows into an order of its own. Measured on one Zen 5 core, bfloat16, SmolLM2's and Qwen2.5-1.5B's shapes:
+64 tokens .97 and 14.7 ms against 1.10 and 15.8, 128 tokens 2.0 and 29.8 against 1.85 and 26.3."""
 
 QUANTISED_NATIVE_TOKENS = 256
 """NATIVE_TOKENS of quantised experts, which a library's product needs widened: as long as some hundred tokens take.
