@@ -29,7 +29,7 @@ constexpr int FEW = 16;       // to which rows are what takes the time
 constexpr int GROUP = 16;     // rows at once in the first linear
 constexpr int ADDED = 16;     // and in the second
 constexpr int CHUNKS = 8;     // of the experts, each with sums of its own in the second linear
-constexpr int APART = 16384;  // floats between the sums of chunks, or a core's prefetching takes what another writes
+constexpr int APART = 16384;  // floats between sums of several threads: a core's prefetching takes what others write
 constexpr int PIECE = 4;      // blocks of columns; a thread's share of a chunk ends at a multiple
 
 // Everything the threads share while they compute a tile.
@@ -319,19 +319,37 @@ void end_of(const Tile& s, int64_t cost, int64_t blocks, int& chunk, int64_t& bl
 
 bool by_columns(const Tile& s) { return s.tokens > FEW; }
 
-// Where there are sums for a token; the total is in the first.
-float* sums_of(const Tile& s, int chunk, int token) {
-    const int64_t width = padded(s.args->hidden);
-    return s.sums + chunk * (s.tokens * width + APART) + token * width;
+// The columns of a thread that has some of all chunks, and that it writes out.
+void columns_of(const Tile& s, int worker, int64_t& begin, int64_t& after) {
+    const int64_t blocks = padded(s.args->hidden) / BLOCK;
+    begin = share(blocks, worker, s.workers) * BLOCK;
+    after = share(blocks, worker + 1, s.workers) * BLOCK;
 }
 
-// One chunk's sums of the columns from begin on, where those number `place` are.
-void add_chunk(const Tile& s, int chunk, int place, int64_t begin, int64_t after) {
+// Where a thread has sums: chunks' in several places, the total in the first.
+struct Sums {
+    float* first;
+    int64_t row, place;  // floats from a token's to the next one's, and from a place to the next
+
+    Sums(const Tile& s, int worker) : first(s.sums), row(padded(s.args->hidden)), place(s.tokens * row + APART) {
+        if (!by_columns(s)) return;
+        // Its columns alone, in memory of its own, from which the first one's address is counted.
+        int64_t begin, after;
+        columns_of(s, worker, begin, after);
+        first += worker * APART + 2 * s.tokens * begin - begin;
+        row = after - begin;
+        place = s.tokens * row;
+    }
+    float* of(int number, int token) const { return first + number * place + token * row; }
+};
+
+// One chunk's sums of the columns from begin on, in place number `place`.
+void add_chunk(const Tile& s, const Sums& all, int chunk, int place, int64_t begin, int64_t after) {
     const Arguments& a = *s.args;
     const int64_t end = after < a.hidden ? after : a.hidden;
     float* sums[TILE];
     for (int t = 0; t < s.tokens; t++) {
-        sums[t] = sums_of(s, place, t);
+        sums[t] = all.of(place, t);
         std::memset(sums[t] + begin, 0, (after - begin) * sizeof(float));
     }
     struct Rows {
@@ -369,31 +387,25 @@ void add_chunk(const Tile& s, int chunk, int place, int64_t begin, int64_t after
     close();
 }
 
-// The columns of a thread that has some of all chunks, and that it writes out.
-void columns_of(const Tile& s, int worker, int64_t& begin, int64_t& after) {
-    const int64_t blocks = padded(s.args->hidden) / BLOCK;
-    begin = share(blocks, worker, s.workers) * BLOCK;
-    after = share(blocks, worker + 1, s.workers) * BLOCK;
-}
-
 // Some columns' second sums are added to the first.
-void add_up(const Tile& s, int64_t begin, int64_t after) {
+void add_up(const Tile& s, const Sums& all, int64_t begin, int64_t after) {
     for (int t = 0; t < s.tokens; t++) {
-        float *total = sums_of(s, 0, t), *sums = sums_of(s, 1, t);
+        float *total = all.of(0, t), *sums = all.of(1, t);
         for (int64_t i = begin; i < after; i += WIDTH) store(total + i, load<Floats>(total + i) + load<Floats>(sums + i));
     }
 }
 
 // Stage 4.
 void second_linear(const Tile& s, int worker) {
+    const Sums all(s, worker);
     int chunk = 0, last = 0;
     int64_t begin = 0, end = 0;
     if (by_columns(s)) {
         columns_of(s, worker, begin, end);
         for (; chunk < CHUNKS; chunk++) {
             if (chunk && s.chunk[chunk] == s.chunk[chunk + 1]) continue;
-            add_chunk(s, chunk, chunk ? 1 : 0, begin, end);
-            if (chunk) add_up(s, begin, end);
+            add_chunk(s, all, chunk, chunk ? 1 : 0, begin, end);
+            if (chunk) add_up(s, all, begin, end);
         }
         return;
     }
@@ -403,7 +415,7 @@ void second_linear(const Tile& s, int worker) {
     for (; chunk < CHUNKS && chunk <= last; chunk++, begin = 0) {
         const int64_t after = chunk == last ? end : blocks;
         if (begin < after && s.chunk[chunk] < s.chunk[chunk + 1])
-            add_chunk(s, chunk, chunk, begin * BLOCK, after * BLOCK);
+            add_chunk(s, all, chunk, chunk, begin * BLOCK, after * BLOCK);
     }
 }
 
@@ -413,12 +425,13 @@ void write_out(const Tile& s, int worker) {
     int64_t begin, after;
     columns_of(s, worker, begin, after);
     const int64_t end = after < a.hidden ? after : a.hidden;
+    const Sums all(s, worker);
     for (int t = 0; t < s.tokens; t++) {
-        float* sums = sums_of(s, 0, t);
+        float* sums = all.of(0, t);
         for (int64_t i = begin; i < after && !by_columns(s); i += WIDTH) {
             Floats v{};
             for (int chunk = 0; chunk < CHUNKS; chunk++)
-                if (s.chunk[chunk] < s.chunk[chunk + 1]) v += load<Floats>(sums_of(s, chunk, t) + i);
+                if (s.chunk[chunk] < s.chunk[chunk + 1]) v += load<Floats>(all.of(chunk, t) + i);
             store(sums + i, v);
         }
         s.weights.order(sums, begin, after);
@@ -474,9 +487,9 @@ void compute_tile(Tile& s, int worker) {
 }
 
 // Memory for tiles of up to `most` tokens.
-void take_memory(Tile& s, Arena& arena, int64_t most) {
+void lay_out(Tile& s, Arena& arena, int64_t most) {
     const Arguments& a = *s.args;
-    const int64_t places = most > FEW ? 2 : CHUNKS;
+    const int64_t places = most > FEW ? 2 : CHUNKS, apart = most > FEW ? s.workers : CHUNKS;
     const int64_t width = padded(a.hidden), wide = padded(a.hidden > a.experts ? a.hidden : a.experts);
     arena.take(s.packed, most * width);
     arena.take(s.router_packed, s.same_input ? 0 : most * width);
@@ -490,7 +503,7 @@ void take_memory(Tile& s, Arena& arena, int64_t most) {
     arena.take(s.neurons, a.experts);
     arena.take(s.read, a.experts);
     // Before the sums, probabilities are there.
-    arena.take(s.sums, places * APART + most * (places * width > wide ? places * width : wide));
+    arena.take(s.sums, apart * APART + most * (places * width > wide ? places * width : wide));
     arena.take(s.hidden, most * a.kept * a.expert_size + WIDTH);  // whole vectors are read
     if (!arena.base) return;
     std::memset(s.read, 0, a.experts);
@@ -584,7 +597,7 @@ int routed_ffn(const Arguments& a) {
             s.down = a.router_down ? product_of(a.router_down_type, a.router_input_type) : s.router;
             s.bottleneck = product_of(a.router_weight_type, FLOAT32);
             s.same_input = a.router_input == a.x && s.down.dot == s.weights.dot;
-            take_memory(s, arena, (a.tokens + count - 1) / count);
+            lay_out(s, arena, (a.tokens + count - 1) / count);
         }
         if (pass) break;
         arena.base = (char*)std::aligned_alloc(64, arena.used);
