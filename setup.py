@@ -55,7 +55,7 @@ setup(
         Extension(
             "prunepath_vllm.kernels.native.library",
             sources=[f"{NATIVE}/{name}.cpp" for name in ("processor", "routed_ffn", "selection")],
-            depends=[f"{NATIVE}/{name}.h" for name in ("arena", "interface", "openmp", "select", "vectors")],
+            depends=sorted(map(str, Path(NATIVE).glob("*.h"))),
         )
     ],
     cmdclass={"build_ext": BuildNative, "bdist_wheel": PlatformWheel},
