@@ -22,8 +22,8 @@ GATHER_BELOW = 0.35
 dense layer takes as long as gathering 0.4 of it at one token, more at sixteen."""
 
 NATIVE_TOKENS = 16
-"""Tokens up to which a step takes the native kernel whatever its taus. Beyond, :func:`step_tokens` decides, where a
-library's dense product is as fast as its own in float32."""
+"""Tokens up to which a step takes the native kernel whatever its taus. Beyond, where the processor multiplies the
+dtype fast (:func:`has_fast_product`), :func:`step_tokens` decides."""
 
 DENSE_NATIVE_TOKENS = 64
 """Tokens up to which a step of every expert takes it, too, where it has AVX-512: a library's product first brings
@@ -117,7 +117,8 @@ def step_tokens(tau: Tensor, dtype: torch.dtype, *, quantised: bool, at_least: b
     """Tokens up to which a step of these taus [T] takes the native kernel: :func:`native_tokens`, or more.
 
     One that leaves experts out takes it at any size: it computes what each token needs, where a dense product computes
-    all. Measured on one Zen 5 core at 24 to 512 tokens, tau .75 and .5, both shapes: 1.8 to 5 times faster.
+    all. Measured on one Zen 5 core at 24 to 512 tokens, tau .75 and .5, both shapes: 1.8 to 5 times faster. With
+    `at_least` the taus are the least that tokens get: they take every expert.
     """
     most = native_tokens(dtype, quantised=quantised)
     if len(tau) <= most or not most or not _is_fast(dtype, quantised=quantised):

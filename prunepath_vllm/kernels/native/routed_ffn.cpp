@@ -71,7 +71,6 @@ void lay_out(Tile& s, Arena& arena, int64_t most) {
     arena.take(s.active, most * a.experts);
     arena.take(s.takers, a.experts);
     arena.take(s.experts, a.experts);
-    arena.take(s.masks, a.experts);
     arena.take(s.cost_before, a.experts + 1);
     arena.take(s.neurons, a.experts);
     arena.take(s.read, a.experts);
@@ -104,11 +103,10 @@ void begin_tile(Tile& s, int64_t tile, int64_t tiles) {
         }
         list_experts(s);
     }
-    const Product& reader = a.router_down ? s.down : s.router;
     for (int t = 0; s.routed && t < s.tokens; t++) {
         s.router_inputs[t] = s.same_input ? s.inputs[t] : s.router_packed + t * width;
         if (!s.same_input)
-            reader.pack((const char*)a.router_input + (s.first + t) * a.hidden * element_bytes[a.router_input_type],
+            s.down.pack((const char*)a.router_input + (s.first + t) * a.hidden * element_bytes[a.router_input_type],
                         a.router_input_type, a.hidden, s.router_packed + t * width);
     }
 }

@@ -28,7 +28,7 @@ struct Tile {
     bool routed;      // false: every token takes every expert, ungated
     bool same_input;  // the router reads what the first linear reads, packed alike
 
-    Product weights, router, down, bottleneck;
+    Product weights, router, down, bottleneck;  // down: of whatever reads the router's input
     const void* inputs[TILE];         // what the first linear reads, packed
     const void* router_inputs[TILE];  // what the router (or its down projection) reads
     float *packed, *router_packed;    // where they lie
@@ -40,7 +40,6 @@ struct Tile {
     // The experts of any token, ascending.
     int64_t listed;
     int32_t* experts;
-    Tokens* masks;         // of the experts listed, as in takers
     int64_t* cost_before;  // [listed + 1], of one neuron each
     int64_t* neurons;      // where the expert's activations start, [D, tokens that take it]
     float* hidden;         // activations
@@ -149,7 +148,6 @@ void list_experts(Tile& s) {
         if (!mask) continue;
         s.read[e] = 1;
         s.experts[listed] = e;
-        s.masks[listed] = mask;
         s.cost_before[listed] = cost;
         s.neurons[listed++] = neurons;
         const int tokens = __builtin_popcountll(mask);
@@ -243,7 +241,7 @@ void begin_of(const Tile& s, int64_t cost, int64_t& place, int64_t& neuron) {
         (s.cost_before[middle] <= cost ? low : high) = middle;
     }
     place = low;
-    neuron = (cost - s.cost_before[low]) / (3 + __builtin_popcountll(s.masks[low]));
+    neuron = (cost - s.cost_before[low]) / (3 + __builtin_popcountll(s.takers[s.experts[low]]));
 }
 
 // Stage 3.
@@ -271,7 +269,7 @@ void first_linear(const Tile& s, int worker) {
         building = 1 - building;
     };
     for (; place < end_place || (place == end_place && end_neuron); place++, neuron = 0) {
-        const Tokens mask = s.masks[place];
+        const Tokens mask = s.takers[s.experts[place]];
         const int tokens = __builtin_popcountll(mask);
         const int64_t end = place == end_place ? end_neuron : a.expert_size;
         for (; neuron < end; neuron++) {
@@ -358,7 +356,7 @@ void add_chunk(const Tile& s, const Sums& all, int chunk, int place, int64_t beg
         building = 1 - building;
     };
     for (int64_t listed = s.chunk[chunk]; listed < s.chunk[chunk + 1]; listed++) {
-        const Tokens mask = s.masks[listed];
+        const Tokens mask = s.takers[s.experts[listed]];
         const int tokens = __builtin_popcountll(mask);
         for (int64_t neuron = 0; neuron < a.expert_size; neuron++) {
             if (groups[building].size == ADDED || (groups[building].size && groups[building].mask != mask)) close();
@@ -414,12 +412,13 @@ void write_out(const Tile& s, int worker) {
     const Sums all(s, worker);
     for (int t = 0; t < s.tokens; t++) {
         float* sums = all.of(0, t);
-        for (int64_t i = begin; i < after && !by_columns(s); i += WIDTH) {
-            Floats v{};
-            for (int chunk = 0; chunk < CHUNKS; chunk++)
-                if (s.chunk[chunk] < s.chunk[chunk + 1]) v += load<Floats>(all.of(chunk, t) + i);
-            store(sums + i, v);
-        }
+        if (!by_columns(s))
+            for (int64_t i = begin; i < after; i += WIDTH) {
+                Floats v{};
+                for (int chunk = 0; chunk < CHUNKS; chunk++)
+                    if (s.chunk[chunk] < s.chunk[chunk + 1]) v += load<Floats>(all.of(chunk, t) + i);
+                store(sums + i, v);
+            }
         s.weights.order(sums, begin, after);
         const int64_t bytes = a.x_type == FLOAT32 ? 4 : 2;
         char* row = (char*)a.y + (s.first + t) * a.hidden * bytes;
