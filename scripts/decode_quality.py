@@ -10,6 +10,7 @@ that token is the score. Prompts (--context tokens) are read at the same tau and
 import argparse
 import json
 import math
+import os
 from pathlib import Path
 
 import torch
@@ -84,6 +85,7 @@ def main() -> None:
     tokenizer = load_tokenizer(args.checkpoint)
     sequences = read_sequences(tokenizer, args.text, length=args.length, max_tokens=count * args.length, minimum=count)
     texts = [batch.tolist() for batch in sequences.split(args.batch_size)]
+    os.environ["VLLM_USE_V2_MODEL_RUNNER"] = "0"  # the other runner takes no processor of one request's logits
     llm = LLM(
         args.checkpoint, max_model_len=args.length + 1, max_num_seqs=args.batch_size, kv_cache_memory_bytes=1 << 30,
         gpu_memory_utilization=0.05, logits_processors=[TeacherForcing],
