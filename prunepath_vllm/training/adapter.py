@@ -7,7 +7,7 @@ of a low-rank training are exact; those of full fine-tuning are rounded to a few
 import functools
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +26,18 @@ from prunepath_vllm.errors import CheckpointError, UsageError
 from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.files import check_absent_or_empty, new_directory, replace_file
 from prunepath_vllm.kernels.layer import dequantise
+from prunepath_vllm.training.levels import from_levels
 from prunepath_vllm.training.moments import input_moments
-from prunepath_vllm.training.packed import deal_bits, pack, rounding_errors, unpack
+from prunepath_vllm.training.packed import pack_within, unpack
 
 ORDER = "{}.neuron_order"
 """Name of a layer's permutation, over the layer's feed-forward module: int16 (int32 beyond 32767 neurons) [F]."""
 UP, DOWN = ".up", ".down"
 """Suffixes of a linear's update: [outputs, rank] and [rank, inputs]."""
+NUMBERS, STEP = ".numbers", ".step"
+"""Suffixes of a weight's update in few bits, of :func:`prunepath_vllm.training.packed.pack_within`."""
 CODES, SCALE = ".delta", ".delta_scale"
-"""Suffixes of a weight's update in few bits, of :func:`prunepath_vllm.training.packed.pack`."""
+"""Suffixes of the same in an adapter of version 0.2.0, for :func:`prunepath_vllm.training.levels.from_levels`."""
 FLOAT8, FLOAT8_SCALE = ".float8", ".float8_scale"
 """Suffixes of a matrix that is held itself, in float8 with a float32 scale per row."""
 METADATA = "prunepath"
@@ -74,6 +77,19 @@ def neuron_order(dense: str | Path, converted: str | Path) -> list[Tensor]:
                 "from with gate 'none'"
             ) from None
     return orders
+
+
+def order_of(adapter: str | Path, merged: str | Path) -> list[Tensor]:
+    """What :func:`neuron_order` gave when an adapter was written, from the adapter and the checkpoint it makes.
+
+    Raises:
+        CheckpointError, ConfigError: as :func:`read_adapter`.
+    """
+    tensors, *_ = read_adapter(adapter)
+    config = read_config(merged)
+    family = family_of(config, converted=True)
+    names = [ORDER.format(family.ffn.format(layer)) for layer in range(family.num_layers(config))]
+    return [_wanted(tensors, name).long() for name in names]
 
 
 def _neurons(path: Path, family: Family, layer: int) -> list[bytes]:
@@ -132,9 +148,9 @@ def save_delta(
 ) -> Path:
     """Write the difference of a fine-tuned checkpoint to its dense model in a few bits a weight.
 
-    Matrices that differ are held as :func:`prunepath_vllm.training.packed.pack` rounds their difference, those that
-    matter most in the most bits, and those without bits not at all; routers' matrices in float8, each row with a scale;
-    vectors that differ in bfloat16. Merging gives the checkpoint back but for that rounding.
+    Of matrices that differ, the difference is held as :func:`prunepath_vllm.training.packed.pack_within` rounds it, in
+    most bits where it matters most; routers' matrices in float8, each row with a scale; vectors that differ in
+    bfloat16. Merging gives the checkpoint back but for that rounding.
 
     Args:
         dense: the dense model.
@@ -152,7 +168,7 @@ def save_delta(
     device = "cuda" if torch.cuda.is_available() else "cpu"
     moments = _moments(checkpoint, sequences, lowest_tau, device) if sequences else {}
     tensors: dict[str, Tensor] = {}
-    matrices: dict[str, tuple[int, Sequence[float]]] = {}
+    matrices: list[str] = []
     axes = {name: (axis, layer) for layer in range(len(orders)) for name, axis in family.neuron_axes(layer).items()}
 
     def change(name: str, tensor: Tensor) -> Tensor:
@@ -168,24 +184,29 @@ def save_delta(
             tensors[f"{name}{FLOAT8}"], tensors[f"{name}{FLOAT8_SCALE}"] = quantise_weight(tensor, 0, "float8_e4m3fn")
         elif ".router." in name:
             tensors[name] = tensor.bfloat16()
-        elif (difference := change(name, tensor)).any():
+        elif change(name, tensor).any():
             if tensor.dim() == 2:
-                matrices[name] = difference.numel(), rounding_errors(difference, moments.get(name))
+                matrices.append(name)
             else:
                 tensors[name] = tensor.bfloat16()
-    dealt: dict[str, int] = {}
     for fitted in (True, False):  # errors with and without a moment do not compare
-        alike = {name: cost for name, cost in matrices.items() if (name in moments) is fitted}
-        dealt |= {name: count for name, count in deal_bits(alike, bits).items() if count}
-    changed = stream_tensors(checkpoint, index, list(dealt))
-    for name, tensor in tqdm(changed, total=len(dealt), desc="packing", unit="tensor"):
-        codes, scale = pack(change(name, tensor), dealt[name], moments.get(name))
-        tensors[f"{name}{CODES}"], tensors[f"{name}{SCALE}"] = codes.cpu(), scale.cpu()
+        alike = [name for name in matrices if (name in moments) is fitted]
+        changed = functools.partial(_changes, checkpoint, index, alike, change)
+        for name, (numbers, step) in pack_within(bits, changed, moments if fitted else {}).items():
+            tensors[f"{name}{NUMBERS}"], tensors[f"{name}{STEP}"] = numbers, step
     return _write(dense, checkpoint, orders, tensors, Path(destination))
 
 
+def _changes(
+    checkpoint: Path, index: Mapping[str, Any], names: list[str], change: Callable[[str, Tensor], Tensor]
+) -> Iterator[tuple[str, Tensor]]:
+    """Each of some weights' name and change."""
+    for name, tensor in stream_tensors(checkpoint, index, names):
+        yield name, change(name, tensor)
+
+
 def _moments(checkpoint: Path, sequences: Sequence[Tensor], lowest_tau: float, device: str) -> dict[str, Tensor]:
-    """:func:`input_moments` of a causal checkpoint."""
+    """:func:`input_moments` of a causal checkpoint, each over its weight's rows: what an error of one entry costs."""
     from transformers import AutoModelForCausalLM
 
     from prunepath_vllm.modeling import register_auto_classes
@@ -193,7 +214,8 @@ def _moments(checkpoint: Path, sequences: Sequence[Tensor], lowest_tau: float, d
     register_auto_classes()
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=dtype).requires_grad_(False).eval().to(device)
-    return input_moments(model, sequences, lowest_tau=lowest_tau, seed=0)
+    moments = input_moments(model, sequences, lowest_tau=lowest_tau, seed=0)
+    return {name: moment / len(model.get_parameter(name)) for name, moment in moments.items()}
 
 
 def _write(
@@ -289,13 +311,13 @@ def merge_adapter(dense: str | Path, adapter: str | Path, destination: str | Pat
         for layer in range(summary.num_layers):
             updates |= _ordered(dense, summary.family, layer, tensors, tuple(summary.tensors))
         for name, tensor in tensors.items():
-            if name.endswith((UP, CODES)):
-                target = f"{name.removesuffix(UP)}.weight" if name.endswith(UP) else name.removesuffix(CODES)
+            if name.endswith((UP, NUMBERS, CODES)):
+                target = f"{name.removesuffix(UP)}.weight" if name.endswith(UP) else name.rpartition(".")[0]
                 weight = updates.get(target)
                 weight = _read(dense, summary.family, target) if weight is None else weight
                 misfit = f"{adapter}: {name} does not fit {target} {list(weight.shape)}"
                 try:
-                    update = _update(summary.family, tensors, name, weight.shape[-1])
+                    update = _update(summary.family, tensors, name, weight.shape)
                 except (RuntimeError, ValueError) as error:
                     raise CheckpointError(f"{misfit} ({error})") from None
                 if update.shape != weight.shape:
@@ -304,7 +326,7 @@ def merge_adapter(dense: str | Path, adapter: str | Path, destination: str | Pat
             elif name.endswith(FLOAT8):
                 scale = _wanted(tensors, name.removesuffix(FLOAT8) + FLOAT8_SCALE)
                 updates[name.removesuffix(FLOAT8)] = dequantise(tensor, scale, torch.float32)
-            elif not name.endswith((DOWN, SCALE, FLOAT8_SCALE, ORDER.removeprefix("{}"))):
+            elif not name.endswith((DOWN, STEP, SCALE, FLOAT8_SCALE, ORDER.removeprefix("{}"))):
                 updates[name] = tensor
         unknown = sorted(name for name in updates if name not in summary.tensors and not name.endswith("router.bias"))
         if unknown:
@@ -313,10 +335,13 @@ def merge_adapter(dense: str | Path, adapter: str | Path, destination: str | Pat
     return destination
 
 
-def _update(family: Family, tensors: Mapping[str, Tensor], name: str, columns: int) -> Tensor:
-    """What is added to one weight, of whose columns there are so many."""
+def _update(family: Family, tensors: Mapping[str, Tensor], name: str, shape: torch.Size) -> Tensor:
+    """What is added to one weight of that shape."""
+    if name.endswith(NUMBERS):
+        step = _wanted(tensors, name.removesuffix(NUMBERS) + STEP)
+        return unpack(tensors[name], *shape) * step.float()
     if name.endswith(CODES):
-        return unpack(tensors[name], _wanted(tensors, name.removesuffix(CODES) + SCALE), columns)
+        return from_levels(tensors[name], _wanted(tensors, name.removesuffix(CODES) + SCALE), shape[-1])
     return family.out_in(tensors[name].float() @ _wanted(tensors, name.removesuffix(UP) + DOWN).float())
 
 

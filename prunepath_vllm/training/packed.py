@@ -1,185 +1,219 @@
-"""A matrix in one, two or four bits an entry and a scale per row: how an adapter holds what full training changed.
+"""A matrix as small whole numbers with a step for each column: how an adapter holds what full training changed.
 
-Rounding to the nearest level is best for the entries. With the moment M of what the matrix E multiplies, mean of x x',
-codes are chosen that leave the products alone: tr(E M E') counts, so that errors of inputs that come together cancel.
+Entry [r, c] is numbers[r, c] * step[c]. What counts is what rounding does to products, tr(E M E') for the error E and
+the moment M of what the matrix multiplies, mean of x x'. So an error of one step is to cost as much in every column:
+steps are delta / sqrt(M[c, c]), and numbers are chosen so that errors of inputs that come together cancel. Most numbers
+are 0 or 1, which lzma writes in little more than their entropy.
 """
 
-import functools
-import heapq
-from collections.abc import Mapping, Sequence
+import lzma
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
-BITS = (1, 2, 4)
-_QUANTILES = 1 << 16
-_ROUNDS = 200
-_PASSES = 6
+MOST = 127
+_PASSES = 4
 _BLOCK = 64
 _DAMPING = 0.01
 """Share of the moment's mean diagonal that is added to it: so much is every input taken to vary by itself."""
+_TO_A_BYTE = ((0, 0), (1, 5), (2, 3), (7, 2), (MOST, 1))
+"""(largest number, how many to a byte): a column's numbers are digits of bytes, as in the first row that holds them."""
+_FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0}]
+_SAMPLED = 32
+"""Rows of each matrix, about, on which a delta is sought."""
+_HALVINGS, _TRIES, _NEAR = 12, 6, 0.99
+"""Of the range that a delta is sought in; packings until one takes between 99% and all of the bits."""
 
 
-@functools.cache
-def levels(bits: int) -> Tensor:
-    """The 2^bits values that approximate a standard normal variable with the least squared error, ascending: float32.
+def quantise(matrix: Tensor, delta: float, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Whole numbers and steps whose products are near those of a matrix.
 
-    Lloyd's method (Lloyd-Max levels) on evenly spaced quantiles.
-    """
-    sample = torch.special.ndtri((torch.arange(_QUANTILES, dtype=torch.float64) + 0.5) / _QUANTILES)
-    values = torch.special.ndtri((torch.arange(2**bits, dtype=torch.float64) + 0.5) / 2**bits)
-    for _ in range(_ROUNDS):
-        nearest = torch.bucketize(sample, _borders(values))
-        values = torch.zeros_like(values).scatter_reduce(0, nearest, sample, "mean", include_self=False)
-    return values.float()
-
-
-def _borders(values: Tensor) -> Tensor:
-    """Where the nearest of ascending values changes."""
-    return (values[1:] + values[:-1]) / 2
-
-
-@functools.cache
-def error_share(bits: int) -> float:
-    """Which share of a normal variable's squared size rounding leaves: .363, .118 and .010; 1 for 0 bits."""
-    if bits == 0:
-        return 1.0
-    values = levels(bits).double()
-    share = torch.special.ndtr(_borders(values)).diff(prepend=torch.zeros(1), append=torch.ones(1))
-    # Levels are the means of what is rounded to them, so the error is what their variance lacks.
-    return 1 - float((share * values.square()).sum())
-
-
-def rounding_errors(matrix: Tensor, moment: Tensor | None = None) -> tuple[float, ...]:
-    """What leaving a matrix out, and rounding it to each of :data:`BITS`, costs; comparable between matrices.
-
-    Args:
-        matrix: [R, C].
-        moment: as :func:`pack` takes it; then rounding to one bit is tried, and more bits are taken to gain what they
-            do without.
-
-    Returns:
-        The errors' squared size; with a moment, tr(E M E') / R.
-    """
-    shares = [error_share(bits) for bits in BITS]
-    if moment is None:
-        size = float(matrix.double().square().sum())
-        return size, *(size * share for share in shares)
-    matrix = matrix.float()
-    left = unpack(*pack(matrix, 1, moment), matrix.shape[1]) - matrix
-    size, one = (float(((part @ moment) * part).sum()) / len(matrix) for part in (matrix, left))
-    return size, *(one * share / shares[0] for share in shares)
-
-
-def deal_bits(matrices: Mapping[str, tuple[int, Sequence[float]]], mean: float) -> dict[str, int]:
-    """Bits for each matrix, `mean` an entry at most, so that the errors add up to least.
-
-    The step that saves the most error a bit comes first: from 0 to 1 bits, from 1 to 2, from 2 to 4.
-
-    Args:
-        matrices: name -> (entries, errors of :func:`rounding_errors`).
-        mean: bits an entry, over all matrices.
-
-    Returns:
-        Name -> 0 or one of :data:`BITS`.
-    """
-    rungs = (0, *BITS)
-    steps: list[tuple[float, str, int, int]] = []
-
-    def offer(name: str, rung: int) -> None:
-        """The step of a matrix to its bits at `rung`."""
-        if rung < len(rungs):
-            entries, errors = matrices[name]
-            cost = (rungs[rung] - rungs[rung - 1]) * entries
-            heapq.heappush(steps, ((errors[rung] - errors[rung - 1]) / cost, name, rung, cost))
-
-    for name in matrices:
-        offer(name, 1)
-    left = mean * sum(entries for entries, _ in matrices.values())
-    dealt = dict.fromkeys(matrices, 0)
-    while steps:
-        _, name, rung, cost = heapq.heappop(steps)
-        if cost <= left:
-            dealt[name] = rungs[rung]
-            left -= cost
-            offer(name, rung + 1)
-    return dealt
-
-
-def pack(matrix: Tensor, bits: int, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Round every entry to a level times its row's scale: the nearest, or those that leave the products alone.
-
-    Scales are fitted by alternating least squares.
+    Coordinate descent on tr(E M E'): a column's numbers are set to what is best beside all others', column after
+    column. Then steps are fitted by least squares.
 
     Args:
         matrix: [R, C], any float dtype, finite.
-        bits: one of :data:`BITS`.
-        moment: float32 [C, C], symmetric, positive semi-definite: of what the matrix multiplies. Without it every entry
-            gets the nearest level.
+        delta: the step of a column that is multiplied by inputs of size 1; larger ones take fewer bits.
+        moment: float32 [C, C], symmetric, positive semi-definite; None for the identity, which rounds to the nearest.
 
     Returns:
-        Codes, 8 / bits of them to a byte, lowest bits first: uint8 [R, ceil(C * bits / 8)]; scales: float32 [R].
-
-    Raises:
-        ValueError: fewer than 5 columns, of whose codes the number of bits could not be told.
+        Numbers from -MOST to MOST: int8 [R, C]; steps: bfloat16 [C].
     """
-    if matrix.shape[1] < 5:
-        raise ValueError(f"matrix of {matrix.shape[1]} columns; expected at least 5")
     matrix = matrix.float()
-    values = levels(bits).to(matrix.device)
-    borders = _borders(values)
-    scale = matrix.square().mean(dim=1).sqrt()
-    for _ in range(3):
-        rounded = values[_nearest(matrix, scale, borders)]
-        scale = (matrix * rounded).sum(dim=1) / rounded.square().sum(dim=1)
-    codes = _nearest(matrix, scale, borders)
-    if moment is not None:
-        codes, scale = _settled(matrix, codes, scale, values, moment)
-    places = 8 // bits
-    codes = torch.nn.functional.pad(codes.to(torch.uint8), (0, -matrix.shape[1] % places))
-    shifts = torch.arange(places, device=matrix.device, dtype=torch.uint8) * bits
-    grouped = codes.view(len(codes), -1, places) << shifts
-    return grouped.sum(dim=-1, dtype=torch.uint8), scale
+    step = _steps(matrix, delta, moment)
+    wanted = matrix / step
+    numbers = wanted.round()
+    if moment is None:
+        factors = (numbers * wanted).sum(dim=0) / numbers.square().sum(dim=0)
+    else:
+        moment = _damped(moment) * step[:, None] * step
+        _descend(numbers, wanted, moment)
+        factors = _fitted(numbers, wanted, moment)
+    fits = numbers.any(dim=0) & factors.isfinite()
+    return numbers.to(torch.int8), (step * torch.where(fits, factors, 1.0)).bfloat16()
 
 
-def _settled(matrix: Tensor, codes: Tensor, scale: Tensor, values: Tensor, moment: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes and scales after some rounds of coordinate descent on tr(E M E'), none of which makes it larger.
+def _damped(moment: Tensor) -> Tensor:
+    more = _DAMPING * moment.diagonal().mean() + torch.finfo(torch.float32).tiny
+    return moment + more * torch.eye(len(moment), device=moment.device)
 
-    A column's codes are set to what is best beside all others', column after column; then every row's scale.
-    """
+
+def _steps(matrix: Tensor, delta: float, moment: Tensor | None) -> Tensor:
+    """[C]: so that an error of one costs as much in every column, but large enough for the largest entry."""
+    sizes = torch.ones(matrix.shape[1], device=matrix.device) if moment is None else _damped(moment).diagonal().sqrt()
+    least = (matrix.abs().amax(dim=0) / MOST).clamp_min(torch.finfo(torch.float32).tiny)
+    return torch.maximum(delta / sizes, least)
+
+
+def _descend(numbers: Tensor, wanted: Tensor, moment: Tensor) -> None:
+    """Rounds of coordinate descent on tr(E M E') with E = numbers - wanted, none of which makes it larger: in place."""
     columns = len(moment)
-    tiny = torch.finfo(torch.float32).tiny
-    moment = moment + (_DAMPING * moment.diagonal().mean() + tiny) * torch.eye(columns, device=moment.device)
-    borders, rounded = _borders(values), values[codes]
     for _ in range(_PASSES):
-        slope = (rounded * scale[:, None] - matrix) @ moment
+        slope = (numbers - wanted) @ moment
         for begin in range(0, columns, _BLOCK):
             block = slice(begin, min(begin + _BLOCK, columns))
-            inner, own, before = moment[block, block], slope[:, block].clone(), rounded[:, block].clone()
+            inner, own, before = moment[block, block], slope[:, block].clone(), numbers[:, block].clone()
             for j in range(len(inner)):
-                wanted = before[:, j] * scale - own[:, j] / inner[j, j]
-                rounded[:, begin + j] = values[_nearest(wanted[:, None], scale, borders)[:, 0]]
-                own += ((rounded[:, begin + j] - before[:, j]) * scale)[:, None] * inner[j]
+                best = (before[:, j] - own[:, j] / inner[j, j]).round().clamp(-MOST, MOST)
+                own += (best - before[:, j])[:, None] * inner[j]
+                numbers[:, begin + j] = best
             # The other columns hear of a block's changes at once: one large product instead of many thin ones.
-            slope += ((rounded[:, block] - before) * scale[:, None]) @ moment[block]
-        seen = rounded @ moment
-        scale = ((seen * matrix).sum(dim=1) / (seen * rounded).sum(dim=1).clamp_min(tiny)).clamp_min(0)
-    return torch.bucketize(rounded, borders), scale
+            slope += (numbers[:, block] - before) @ moment[block]
 
 
-def _nearest(matrix: Tensor, scale: Tensor, borders: Tensor) -> Tensor:
-    return torch.bucketize(matrix / scale.clamp_min(torch.finfo(torch.float32).tiny)[:, None], borders)
+def _fitted(numbers: Tensor, wanted: Tensor, moment: Tensor) -> Tensor:
+    """Factors f [C] with which tr(E M E') for E = numbers * f - wanted is least."""
+    square = moment * (numbers.T @ numbers)
+    square.diagonal().clamp_min_(torch.finfo(torch.float32).tiny)
+    square.diagonal().mul_(1 + 1e-6)
+    return torch.linalg.solve(square, (numbers * (wanted @ moment)).sum(dim=0))
 
 
-def unpack(codes: Tensor, scale: Tensor, columns: int) -> Tensor:
-    """What :func:`pack` has rounded to: float32 [R, columns].
+def pack(numbers: Tensor) -> Tensor:
+    """Numbers of :func:`quantise`, int8 [R, C] on the CPU, in as few bytes as lzma finds: uint8 [bytes]."""
+    largest = numbers.abs().amax(dim=0)
+    kinds = torch.bucketize(largest, torch.tensor([most for most, _ in _TO_A_BYTE], dtype=torch.int8))
+    parts = [kinds.to(torch.uint8)]
+    for kind, (most, count) in enumerate(_TO_A_BYTE):
+        if count:
+            digits = numbers[:, kinds == kind].T.int() + most
+            digits = torch.nn.functional.pad(digits, (0, -digits.shape[1] % count)).unflatten(1, (-1, count))
+            parts.append((digits * _places(most, count)).sum(dim=-1).to(torch.uint8).flatten())
+    packed = lzma.compress(torch.cat(parts).numpy().tobytes(), format=lzma.FORMAT_RAW, filters=_FILTERS)
+    return torch.frombuffer(bytearray(packed), dtype=torch.uint8)
+
+
+def _places(most: int, count: int) -> Tensor:
+    return (2 * most + 1) ** torch.arange(count, dtype=torch.int32)
+
+
+def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
+    """The numbers that :func:`pack` was given: int8 [rows, columns].
 
     Raises:
-        ValueError: the codes are not those of so many columns.
+        ValueError: what is packed are not numbers of so many rows and columns.
     """
-    bits = next((bits for bits in BITS if codes.shape[1] == -(-columns * bits // 8)), None)
-    if bits is None:
-        raise ValueError(f"codes of {codes.shape[1]} bytes a row; expected {columns} columns in {BITS} bits each")
-    shifts = torch.arange(8 // bits, device=codes.device, dtype=torch.uint8) * bits
-    entries = (codes[:, :, None] >> shifts & (2**bits - 1)).flatten(1)[:, :columns]
-    return levels(bits).to(codes.device)[entries.long()] * scale.float()[:, None]
+    try:
+        content = lzma.decompress(packed.numpy().tobytes(), format=lzma.FORMAT_RAW, filters=_FILTERS)
+    except lzma.LZMAError as error:
+        raise ValueError(f"numbers are no lzma stream: {error}") from None
+    left = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    kinds, left = left[:columns], left[columns:]
+    known = len(kinds) == columns and bool((kinds < len(_TO_A_BYTE)).all())
+    counts = torch.tensor([count for _, count in _TO_A_BYTE])
+    lengths = [-(-rows // count) if count else 0 for count in counts.tolist()]
+    if not known or len(left) != int(torch.tensor(lengths)[kinds.long()].sum()):
+        raise ValueError(f"numbers of {len(content)} bytes; expected those of {rows} rows and {columns} columns")
+    numbers = torch.zeros(columns, rows, dtype=torch.int8)
+    for kind, (most, count) in enumerate(_TO_A_BYTE):
+        where = (kinds == kind).nonzero()[:, 0]
+        size = len(where) * lengths[kind]
+        if count and size:
+            digits = left[:size].view(len(where), -1, 1) // _places(most, count) % (2 * most + 1) - most
+            numbers[where] = digits.flatten(1)[:, :rows].to(torch.int8)
+        left = left[size:]
+    return numbers.T.contiguous()
+
+
+def pack_within(
+    bits: float, matrices: Callable[[], Iterable[tuple[str, Tensor]]], moments: Mapping[str, Tensor]
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """Matrices in `bits` an entry at most, mean over all, with one delta: more of them where errors cost more.
+
+    Args:
+        bits: of the packed numbers; steps come on top.
+        matrices: called some times over, gives name -> [R, C].
+        moments: name -> of what a matrix multiplies, per row of its own: all of the matrices have one, or none.
+
+    Returns:
+        Name -> packed numbers and steps; without matrices of which nothing is left.
+    """
+    sample = {name: (_some_rows(matrix.float()), moments.get(name)) for name, matrix in matrices()}
+    if not sample:
+        return {}
+    size = max(_weighted_size(sample.values()), torch.finfo(torch.float32).tiny)
+    delta = _delta_for(bits, size, sample)
+    packed: dict[str, tuple[Tensor, Tensor]] = {}
+    best, tried = math.inf, []
+    for _ in range(_TRIES):
+        parts: dict[str, tuple[Future[Tensor], Tensor]] = {}
+        entries = 0
+        with ThreadPoolExecutor() as pool:  # lzma takes as long as all else
+            for name, matrix in tqdm(matrices(), total=len(sample), desc="packing", unit="matrix"):
+                numbers, step = quantise(matrix, delta, moments.get(name))
+                entries += numbers.numel()
+                if numbers.any():
+                    parts[name] = pool.submit(pack, numbers.cpu()), step.cpu()
+        candidate = {name: (part.result(), step) for name, (part, step) in parts.items()}
+        found = 8 * sum(part.numel() for part, _ in candidate.values()) / entries
+        # The most of what fits; until something does, the least.
+        if found < best if best > bits else best < found <= bits:
+            packed, best = candidate, found
+        if _NEAR * bits <= found <= bits or not candidate:
+            break
+        tried.append((math.log2(delta), found))
+        delta = 2 ** _next(tried, 0.5 * (1 + _NEAR) * bits)
+    return packed
+
+
+def _some_rows(matrix: Tensor) -> Tensor:
+    return matrix[:: max(1, len(matrix) // _SAMPLED)].clone()
+
+
+def _next(tried: Sequence[tuple[float, float]], bits: float) -> float:
+    """The log of the delta to try for so many bits: between two that were tried, or as if doubling it took one off."""
+    below = max((one for one in tried if one[1] <= bits), key=lambda one: one[1], default=None)
+    above = min((one for one in tried if one[1] > bits), key=lambda one: one[1], default=None)
+    if below is None or above is None:
+        log, found = tried[-1]
+        return log + found - bits
+    share = (above[1] - bits) / (above[1] - below[1])
+    return above[0] + share * (below[0] - above[0])
+
+
+def _delta_for(bits: float, size: float, sample: Mapping[str, tuple[Tensor, Tensor | None]]) -> float:
+    """The delta at which the nearest numbers of some rows take so many bits an entry."""
+    entries = sum(matrix.numel() for matrix, _ in sample.values())
+    low, high = math.log2(size) - 8, math.log2(size) + 8  # from all numbers large to all of them 0
+    for _ in range(_HALVINGS):
+        middle = (low + high) / 2
+        taken = 0
+        for matrix, moment in sample.values():
+            step = _steps(matrix, 2**middle, moment)
+            taken += 8 * pack((matrix / step).round().to(torch.int8).cpu()).numel()
+        low, high = (middle, high) if taken > bits * entries else (low, middle)
+    return float(2**high)
+
+
+def _weighted_size(matrices: Iterable[tuple[Tensor, Tensor | None]]) -> float:
+    """Root mean square of entries, each times the size of the inputs of its column."""
+    total = count = 0.0
+    for matrix, moment in matrices:
+        weight = 1.0 if moment is None else moment.diagonal()
+        total += float((matrix.square() * weight).sum())
+        count += matrix.numel()
+    return math.sqrt(total / count)

@@ -51,6 +51,9 @@ class Model(Section):
     convert: Conversion | None = Field(
         default=None, description="how to convert a dense `path`; null trains `path` as it is"
     )
+    adapter: str | None = Field(
+        default=None, description="adapter.safetensors that a run made of the dense model `path`, to go on from"
+    )
     scratch: dict[str, Any] | None = Field(
         default=None, description="config.json fields of a new random dense model; `path` then gives its tokenizer"
     )
@@ -64,7 +67,7 @@ class Model(Section):
         default="trained", description="frozen: token embeddings and output head stay as they are"
     )
     adapter_bits: float | None = Field(
-        default=None, gt=0, le=4,
+        default=None, gt=0, le=6,
         description="also write adapter.safetensors: weights' changes, rounded to so many bits, mean over the matrices",
     )  # fmt: skip
     adapter_sequences: int = Field(
@@ -273,6 +276,10 @@ class Recipe(Section):
             raise ValueError("model.rank goes with a causal model; expected null for classification")
         if self.model.adapter_bits is not None and self.model.rank is not None:
             raise ValueError("model.adapter_bits goes with full fine-tuning; expected null with model.rank")
+        others = {"convert": self.model.convert, "scratch": self.model.scratch, "rank": self.model.rank}
+        for name, value in others.items() if self.model.adapter is not None else ():
+            if value is not None:
+                raise ValueError(f"model.adapter goes without model.{name}; expected null")
         return self
 
 

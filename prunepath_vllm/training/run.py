@@ -29,7 +29,15 @@ from prunepath_vllm.files import new_directory
 from prunepath_vllm.modeling import load_tokenizer
 from prunepath_vllm.modeling.modeling_utils import checkpoint_directory
 from prunepath_vllm.tau import level_curve
-from prunepath_vllm.training.adapter import neuron_order, save_adapter, save_delta, update_configuration
+from prunepath_vllm.training.adapter import (
+    merge_adapter,
+    neuron_order,
+    order_of,
+    read_adapter,
+    save_adapter,
+    save_delta,
+    update_configuration,
+)
 from prunepath_vllm.training.data import (
     TEXT_SUFFIXES,
     Sequences,
@@ -100,6 +108,8 @@ def _check_inputs(recipe: Recipe, output: Path, *, resume: bool) -> None:
     text = recipe.model.convert.text if recipe.model.convert is not None else None
     if text is not None and not Path(text).is_file():
         raise UsageError(f"model.convert.text: {text}: no such file; expected a text file")
+    if recipe.model.adapter is not None:
+        read_adapter(recipe.model.adapter)
     if recipe.runtime.tensorboard:
         require_package("tensorboard", "train", "runtime.tensorboard")
 
@@ -118,7 +128,9 @@ def _train(recipe: Recipe, output: Path, *, resume: bool) -> Path:
                 _make_dense(recipe, output / DENSE)
             if recipe.model.convert is not None and not (output / START).exists():
                 _convert(recipe, recipe.model.convert, output / START)
-    start = output / START if recipe.model.convert is not None else _directory(_source(recipe))
+            if recipe.model.adapter is not None and not (output / START).exists():
+                merge_adapter(_directory(recipe.model.path), recipe.model.adapter, output / START)
+    start = output / START if _has_dense(recipe) else _directory(_source(recipe))
     tokenizer = load_tokenizer(start)
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
@@ -186,6 +198,11 @@ def _gathered(trainer: PrunePathTrainer, start: Path, tokenizer: PreTrainedToken
 def _is_made(recipe: Recipe) -> bool:
     """Whether the dense model to convert or train is made first: random, or given a new head."""
     return recipe.model.scratch is not None or (recipe.model.labels is not None and recipe.model.convert is not None)
+
+
+def _has_dense(recipe: Recipe) -> bool:
+    """Whether `path` is a dense model, from which the checkpoint to train is made."""
+    return recipe.model.convert is not None or recipe.model.adapter is not None
 
 
 def _source(recipe: Recipe) -> str:
@@ -294,7 +311,7 @@ def load_model(recipe: Recipe, start: Path, tokenizer: PreTrainedTokenizerBase) 
     if recipe.model.labels is not None and not _is_made(recipe):
         options = dict(num_labels=recipe.model.labels, ignore_mismatched_sizes=True)
     small = recipe.model.rank is not None or recipe.model.adapter_bits is not None
-    if small and recipe.model.dense is None and recipe.model.convert is None:
+    if small and recipe.model.dense is None and not _has_dense(recipe):
         raise UsageError(
             "model.dense: null; expected the dense model that model.path was converted from, with rank or adapter_bits"
         )
@@ -386,7 +403,9 @@ def _export(
     write_adapter: Callable[[], Any] | None = None
     if recipe.model.rank is not None or recipe.model.adapter_bits is not None:
         dense = _directory(recipe.model.dense or _source(recipe))
-        orders = neuron_order(dense, start)
+        # Where neurons have been trained, only the adapter tells where each came from.
+        before = recipe.model.adapter
+        orders = neuron_order(dense, start) if before is None else order_of(before, start)
     if recipe.model.adapter_bits is not None:
         count = recipe.model.adapter_sequences if recipe.data.task != "classification" else 0
         write_adapter = functools.partial(
