@@ -75,7 +75,8 @@ void lay_out(Tile& s, Arena& arena, int64_t most) {
     arena.take(s.neurons, a.experts);
     arena.take(s.read, a.experts);
     // Before the sums, probabilities are there.
-    arena.take(s.sums, apart * APART + most * (places * width > wide ? places * width : wide));
+    const int64_t sums = places * (width + BESIDE);
+    arena.take(s.sums, apart * (APART + 2 * most * BESIDE) + most * (sums > wide ? sums : wide));
     arena.take(s.hidden, most * a.kept * a.expert_size + WIDTH);  // whole vectors are read
     if (!arena.base) return;
     std::memset(s.read, 0, a.experts);

@@ -16,6 +16,7 @@ constexpr int GROUP = 16;     // rows at once in the first linear
 constexpr int ADDED = 16;     // and in the second
 constexpr int CHUNKS = 8;     // of the experts, each with sums of its own in the second linear
 constexpr int APART = 16384;  // floats between sums of several threads: a core's prefetching takes what others write
+constexpr int BESIDE = 16;    // floats between two tokens' sums: rows of a multiple of 2 KB share few sets of a cache
 constexpr int PIECE = 4;      // blocks of columns; a thread's share of a chunk ends at a multiple
 
 // Everything the threads share while they compute a tile.
@@ -315,13 +316,14 @@ struct Sums {
     float* first;
     int64_t row, place;  // floats from a token's to the next one's, and from a place to the next
 
-    Sums(const Tile& s, int worker) : first(s.sums), row(padded(s.args->hidden)), place(s.tokens * row + APART) {
+    Sums(const Tile& s, int worker)
+        : first(s.sums), row(padded(s.args->hidden) + BESIDE), place(s.tokens * row + APART) {
         if (!by_columns(s)) return;
         // Its columns alone, in memory of its own, from which the first one's address is counted.
         int64_t begin, after;
         columns_of(s, worker, begin, after);
-        first += worker * APART + 2 * s.tokens * begin - begin;
-        row = after - begin;
+        first += worker * (APART + 2 * s.tokens * BESIDE) + 2 * s.tokens * begin - begin;
+        row = after - begin + BESIDE;
         place = s.tokens * row;
     }
     float* of(int number, int token) const { return first + number * place + token * row; }
