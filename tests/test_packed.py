@@ -45,13 +45,16 @@ def test_numbers_come_back(rows, largest):
 
 def test_numbers_of_another_shape_are_refused():
     content = pack(torch.ones(6, 4, dtype=torch.int8))
-    for rows, columns in ((6, 5), (60, 4), (6, 3), (0, 4)):
+    for rows, columns in ((6, 5), (60, 4), (6, 3)):
         with pytest.raises(ValueError, match=f"expected those of {rows} rows and {columns} columns"):
             unpack(content, rows, columns)
     with pytest.raises(ValueError, match="no lzma stream"):
         unpack(torch.full((9,), 255, dtype=torch.uint8), 6, 4)
-    with pytest.raises(ValueError, match="no lzma stream"):
-        unpack(content[:-1], 6, 4)
+    for part in (content[:-1], content[:0]):
+        with pytest.raises(ValueError, match="cut off"):
+            unpack(part, 6, 4)
+    with pytest.raises(ValueError, match="or are more than 1 rows and 2 columns take"):
+        unpack(pack(torch.ones(1000, 1000, dtype=torch.int8)), 1, 2)
 
 
 def test_without_a_moment_numbers_are_the_nearest():

@@ -117,10 +117,13 @@ def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
     Raises:
         ValueError: what is packed are not numbers of so many rows and columns.
     """
+    decoder = lzma.LZMADecompressor(format=lzma.FORMAT_RAW, filters=_FILTERS)
     try:
-        content = lzma.decompress(packed.numpy().tobytes(), format=lzma.FORMAT_RAW, filters=_FILTERS)
+        content = decoder.decompress(packed.numpy().tobytes(), max_length=columns * (rows + 1) + 1)
     except lzma.LZMAError as error:
         raise ValueError(f"numbers are no lzma stream: {error}") from None
+    if not decoder.eof:
+        raise ValueError(f"numbers are cut off, or are more than {rows} rows and {columns} columns take")
     left = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     kinds, left = left[:columns], left[columns:]
     known = len(kinds) == columns and bool((kinds < len(_TO_A_BYTE)).all())
