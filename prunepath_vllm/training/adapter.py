@@ -7,7 +7,7 @@ of a low-rank training are exact; those of full fine-tuning are rounded to a few
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -88,8 +88,8 @@ def order_of(adapter: str | Path, merged: str | Path) -> list[Tensor]:
     tensors, *_ = read_adapter(adapter)
     config = read_config(merged)
     family = family_of(config, converted=True)
-    names = [ORDER.format(family.ffn.format(layer)) for layer in range(family.num_layers(config))]
-    return [_wanted(tensors, name).long() for name in names]
+    neurons = family.intermediate_size(config)
+    return [_order(tensors, family, layer, neurons) for layer in range(family.num_layers(config))]
 
 
 def _neurons(path: Path, family: Family, layer: int) -> list[bytes]:
@@ -179,6 +179,10 @@ def save_delta(
             before = before.index_select(axis, orders[layer])
         return tensor.to(device).float() - before.to(device).float()
 
+    def changes(names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in stream_tensors(checkpoint, index, names):
+            yield name, change(name, tensor)
+
     for name, tensor in tqdm(stream_tensors(checkpoint, index), total=len(index), desc="comparing", unit="tensor"):
         if ".router." in name and tensor.dim() == 2:
             tensors[f"{name}{FLOAT8}"], tensors[f"{name}{FLOAT8_SCALE}"] = quantise_weight(tensor, 0, "float8_e4m3fn")
@@ -191,18 +195,10 @@ def save_delta(
                 tensors[name] = tensor.bfloat16()
     for fitted in (True, False):  # errors with and without a moment do not compare
         alike = [name for name in matrices if (name in moments) is fitted]
-        changed = functools.partial(_changes, checkpoint, index, alike, change)
+        changed = functools.partial(changes, alike)
         for name, (numbers, step) in pack_within(bits, changed, moments if fitted else {}).items():
             tensors[f"{name}{NUMBERS}"], tensors[f"{name}{STEP}"] = numbers, step
     return _write(dense, checkpoint, orders, tensors, Path(destination))
-
-
-def _changes(
-    checkpoint: Path, index: Mapping[str, Any], names: list[str], change: Callable[[str, Tensor], Tensor]
-) -> Iterator[tuple[str, Tensor]]:
-    """Each of some weights' name and change."""
-    for name, tensor in stream_tensors(checkpoint, index, names):
-        yield name, change(name, tensor)
 
 
 def _moments(checkpoint: Path, sequences: Sequence[Tensor], lowest_tau: float, device: str) -> dict[str, Tensor]:
@@ -349,13 +345,18 @@ def _ordered(
     dense: Path, family: Family, layer: int, tensors: Mapping[str, Tensor], known: tuple[str, ...]
 ) -> dict[str, Tensor]:
     """One layer's dense feed-forward tensors, neurons in the adapter's order."""
-    name = ORDER.format(family.ffn.format(layer))
-    order = _wanted(tensors, name).long()
-    neurons = family.intermediate_size(read_config(dense))
-    if not torch.equal(order.sort().values, torch.arange(neurons)):
-        raise CheckpointError(f"adapter: {name}: expected every neuron from 0 to {neurons - 1} once")
+    order = _order(tensors, family, layer, family.intermediate_size(read_config(dense)))
     axes = {name: axis for name, axis in family.neuron_axes(layer).items() if name in known}
     return {name: _read(dense, family, name).index_select(axis, order) for name, axis in axes.items()}
+
+
+def _order(tensors: Mapping[str, Tensor], family: Family, layer: int, neurons: int) -> Tensor:
+    """A layer's permutation of so many neurons: int64 [F]."""
+    name = ORDER.format(family.ffn.format(layer))
+    order = _wanted(tensors, name).long()
+    if not torch.equal(order.sort().values, torch.arange(neurons)):
+        raise CheckpointError(f"adapter: {name}: expected every neuron from 0 to {neurons - 1} once")
+    return order
 
 
 def _wanted(tensors: Mapping[str, Tensor], name: str) -> Tensor:

@@ -44,27 +44,33 @@ def quantise(matrix: Tensor, delta: float, moment: Tensor | None = None) -> tupl
         Numbers from -MOST to MOST: int8 [R, C]; steps: bfloat16 [C].
     """
     matrix = matrix.float()
-    step = _steps(matrix, delta, moment)
+    step = _steps(matrix, delta, _input_sizes(matrix, moment))
     wanted = matrix / step
     numbers = wanted.round()
     if moment is None:
         factors = (numbers * wanted).sum(dim=0) / numbers.square().sum(dim=0)
     else:
-        moment = _damped(moment) * step[:, None] * step
+        moment = (moment + _damping(moment) * torch.eye(len(step), device=step.device)) * step[:, None] * step
         _descend(numbers, wanted, moment)
         factors = _fitted(numbers, wanted, moment)
     fits = numbers.any(dim=0) & factors.isfinite()
     return numbers.to(torch.int8), (step * torch.where(fits, factors, 1.0)).bfloat16()
 
 
-def _damped(moment: Tensor) -> Tensor:
-    more = _DAMPING * moment.diagonal().mean() + torch.finfo(torch.float32).tiny
-    return moment + more * torch.eye(len(moment), device=moment.device)
+def _damping(moment: Tensor) -> Tensor:
+    """What is added to a moment's diagonal, a number."""
+    return _DAMPING * moment.diagonal().mean() + torch.finfo(torch.float32).tiny
 
 
-def _steps(matrix: Tensor, delta: float, moment: Tensor | None) -> Tensor:
+def _input_sizes(matrix: Tensor, moment: Tensor | None) -> Tensor:
+    """Root mean square of what each column is multiplied by, 1 without a moment: [C]."""
+    if moment is None:
+        return torch.ones(matrix.shape[1], device=matrix.device)
+    return (moment.diagonal() + _damping(moment)).sqrt()
+
+
+def _steps(matrix: Tensor, delta: float, sizes: Tensor) -> Tensor:
     """[C]: so that an error of one costs as much in every column, but large enough for the largest entry."""
-    sizes = torch.ones(matrix.shape[1], device=matrix.device) if moment is None else _damped(moment).diagonal().sqrt()
     least = (matrix.abs().amax(dim=0) / MOST).clamp_min(torch.finfo(torch.float32).tiny)
     return torch.maximum(delta / sizes, least)
 
@@ -155,11 +161,10 @@ def pack_within(
     Returns:
         Name -> packed numbers and steps; without matrices of which nothing is left.
     """
-    sample = {name: (_some_rows(matrix.float()), moments.get(name)) for name, matrix in matrices()}
+    sample = [(_some_rows(matrix.float()), _input_sizes(matrix, moments.get(name))) for name, matrix in matrices()]
     if not sample:
         return {}
-    size = max(_weighted_size(sample.values()), torch.finfo(torch.float32).tiny)
-    delta = _delta_for(bits, size, sample)
+    delta = _delta_for(bits, sample)
     packed: dict[str, tuple[Tensor, Tensor]] = {}
     best, tried = math.inf, []
     for _ in range(_TRIES):
@@ -198,25 +203,21 @@ def _next(tried: Sequence[tuple[float, float]], bits: float) -> float:
     return above[0] + share * (below[0] - above[0])
 
 
-def _delta_for(bits: float, size: float, sample: Mapping[str, tuple[Tensor, Tensor | None]]) -> float:
-    """The delta at which the nearest numbers of some rows take so many bits an entry."""
-    entries = sum(matrix.numel() for matrix, _ in sample.values())
-    low, high = math.log2(size) - 8, math.log2(size) + 8  # from all numbers large to all of them 0
+def _delta_for(bits: float, sample: Sequence[tuple[Tensor, Tensor]]) -> float:
+    """The delta at which the nearest numbers of some rows take so many bits an entry.
+
+    Args:
+        bits: an entry.
+        sample: rows of each matrix, and its :func:`_input_sizes`.
+    """
+    entries = sum(rows.numel() for rows, _ in sample)
+    square = sum(float((rows * sizes).square().sum()) for rows, sizes in sample) / entries
+    middle = 0.5 * math.log2(max(square, torch.finfo(torch.float32).tiny))
+    low, high = middle - 8, middle + 8  # from all numbers large to all of them 0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
         taken = 0
-        for matrix, moment in sample.values():
-            step = _steps(matrix, 2**middle, moment)
-            taken += 8 * pack((matrix / step).round().to(torch.int8).cpu()).numel()
+        for rows, sizes in sample:
+            taken += 8 * pack((rows / _steps(rows, 2**middle, sizes)).round().to(torch.int8).cpu()).numel()
         low, high = (middle, high) if taken > bits * entries else (low, middle)
     return float(2**high)
-
-
-def _weighted_size(matrices: Iterable[tuple[Tensor, Tensor | None]]) -> float:
-    """Root mean square of entries, each times the size of the inputs of its column."""
-    total = count = 0.0
-    for matrix, moment in matrices:
-        weight = 1.0 if moment is None else moment.diagonal()
-        total += float((matrix.square() * weight).sum())
-        count += matrix.numel()
-    return math.sqrt(total / count)
