@@ -59,7 +59,9 @@ class TrainingModel(nn.Module):
         self.term_weights: Tensor
         self.register_buffer("term_weights", torch.zeros(len(TERMS)), persistent=False)
         if compiled:
-            # One graph for all layers, compiled once: seconds instead of minutes for the whole model's.
+            # One graph for all layers, compiled once: seconds instead of minutes for the whole model's. Under DDP,
+            # dynamo would cut it at the sizes of DDP's buckets, which start and end between layers anyway.
+            torch._dynamo.config.optimize_ddp = False
             for part in (None if sharded else model, teacher):
                 for layer in layers_of(part) if part is not None else ():
                     layer.compile(fullgraph=True, dynamic=False)

@@ -118,7 +118,7 @@ def _train(recipe: Recipe, output: Path, *, resume: bool) -> Path:
     from accelerate import PartialState
 
     last = next(reversed(checkpoints(output)), None) if resume else None
-    processes = PartialState(cpu=recipe.runtime.device == "cpu", timeout=PATIENCE)
+    processes = PartialState(cpu=not _on_gpu(recipe), timeout=PATIENCE)
     check_processes(recipe, processes.num_processes)
     with processes.main_process_first():
         if processes.is_main_process:
