@@ -1,5 +1,6 @@
 """Directories and files that appear complete or not at all."""
 
+import errno
 import os
 import re
 import shutil
@@ -13,7 +14,7 @@ MOUNTS = Path("/proc/self/mountinfo")
 
 
 @contextmanager
-def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
+def new_directory(target: Path, *, replace: bool = False, keep: bool = False) -> Iterator[Path]:
     """An empty directory to fill, put at `target` where the block ends well and removed where it does not.
 
     It is on the target's own file system (:func:`staging_directory`), so the last step renames and copies nothing.
@@ -24,10 +25,10 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
         target: absent or an empty directory, unless `replace`; its parents are made. A link stands for what it
             points to, and the link stays.
         replace: put it in the place of whatever directory is there.
+        keep: any process puts the same there: where one has done so meanwhile, its directory stays.
 
     Raises:
-        UsageError: no directory can be made there.
-        OSError: `target` is in the way.
+        UsageError: no directory can be made there, or one has appeared there meanwhile.
     """
     target = Path(os.path.realpath(target))
     staging = staging_directory(target)
@@ -37,13 +38,27 @@ def new_directory(target: Path, *, replace: bool = False) -> Iterator[Path]:
             weights.chmod(staging.stat().st_mode & 0o666)
         if replace and target.exists():
             replace_directory(target, staging)
-        elif staging.parent == target:
-            _move_contents(staging, target)
-        else:
-            os.replace(staging, target)
+        elif not _put(staging, target):
+            if not keep:
+                raise UsageError(f"{target}: has appeared meanwhile and is not an empty directory; expected a new one")
+            shutil.rmtree(staging)
     except BaseException:
         shutil.rmtree(staging, ignore_errors=True)
         raise
+
+
+def _put(staging: Path, target: Path) -> bool:
+    """Rename `staging` to `target`; whether that was absent or empty until then."""
+    try:
+        if staging.parent == target:
+            _move_contents(staging, target)
+        else:
+            os.replace(staging, target)
+    except OSError as error:
+        if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+            raise
+        return False
+    return True
 
 
 def staging_directory(target: Path) -> Path:
@@ -156,7 +171,7 @@ def _replace_contents(target: Path, new: Path) -> None:
 def _move_contents(new: Path, target: Path) -> None:
     """Move what is in `new` to `target`, in which nothing but `new` may be."""
     if found := [file.name for file in target.iterdir() if file != new]:
-        raise FileExistsError(f"{target}: {min(found)} is there; expected an empty directory")
+        raise FileExistsError(errno.EEXIST, f"{min(found)} is there", str(target))
     try:
         _move(new, target)
     except BaseException:

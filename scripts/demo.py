@@ -81,7 +81,7 @@ def make_checkpoint(demo: Demo) -> None:
             return
     from prunepath_vllm.files import new_directory
 
-    with new_directory(demo.checkpoint, replace=True) as folder:
+    with new_directory(demo.checkpoint, replace=demo.checkpoint.exists(), keep=True) as folder:
         if origin == CALIBRATION:
             _calibrate(demo, folder)
         else:

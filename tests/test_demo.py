@@ -83,6 +83,21 @@ def test_the_checkpoint_follows_the_adapter(script, demo, tmp_path):
     assert validate_checkpoint(demo.checkpoint).prunepath.tau_curve
 
 
+def test_what_another_process_made_meanwhile_is_kept(script, demo, tmp_path, monkeypatch):
+    def merge_slowly(demo, folder):
+        (tmp_path / "first").rename(demo.checkpoint)
+        merge(demo, folder)
+
+    write_adapter(demo, tmp_path / "one", 0.5)
+    script.make_checkpoint(demo)
+    demo.checkpoint.rename(tmp_path / "first")
+    (tmp_path / "first" / "kept").touch()
+    merge = script._merge
+    monkeypatch.setattr(script, "_merge", merge_slowly)
+    script.make_checkpoint(demo)
+    assert (demo.checkpoint / "kept").exists()
+
+
 def test_a_checkpoint_made_by_hand_stays(script, demo, tmp_path, capsys):
     convert(demo.dense, demo.checkpoint, expert_size=8)
     before = (demo.checkpoint / "model.safetensors").read_bytes()

@@ -73,9 +73,10 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(tmp_path):
     target = tmp_path / "model"
     target.mkdir()
     (target / "old").touch()
-    with pytest.raises(OSError), new_directory(target) as folder:
+    with pytest.raises(UsageError, match=f"^{target}: has appeared meanwhile"), new_directory(target) as folder:
         (folder / "new").touch()
     assert names(target) == ["old"]
+    assert names(tmp_path) == ["model"]
     with pytest.raises(ValueError), new_directory(target, replace=True):
         raise ValueError
     assert names(target) == ["old"]
@@ -83,6 +84,24 @@ def test_what_is_there_stays_unless_it_is_to_be_replaced(tmp_path):
         (folder / "new").touch()
     assert names(target) == ["new"]
     assert names(tmp_path) == ["model"]
+
+
+def test_what_another_process_has_put_there_meanwhile_can_be_kept(tmp_path):
+    for process in ("first", "second"):
+        with new_directory(tmp_path / "model", keep=True) as folder:
+            (folder / process).touch()
+    assert names(tmp_path / "model") == ["first"]
+    assert names(tmp_path) == ["model"]
+
+
+def test_other_failures_are_not_taken_for_it(tmp_path, monkeypatch):
+    def refuse(source, destination):
+        raise OSError(errno.ENOSPC, "no space")
+
+    monkeypatch.setattr(os, "replace", refuse)
+    with pytest.raises(OSError, match="no space"), new_directory(tmp_path / "model", keep=True):
+        pass
+    assert names(tmp_path) == []
 
 
 def test_weights_are_as_readable_as_the_directory(tmp_path):
@@ -115,7 +134,9 @@ def test_a_mount_point_is_filled_from_within(mount_point):
         assert mount_point in folder.parents, "elsewhere may be no space"
     assert names(mount_point) == ["config.json", "part"]
     assert names(mount_point / "part") == ["whole"]
-    with pytest.raises(OSError, match="is there"), new_directory(mount_point) as folder:
+    with pytest.raises(UsageError, match="has appeared meanwhile"), new_directory(mount_point) as folder:
+        (folder / "new").touch()
+    with new_directory(mount_point, keep=True) as folder:
         (folder / "new").touch()
     assert names(mount_point) == ["config.json", "part"]
 

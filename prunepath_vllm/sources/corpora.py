@@ -66,7 +66,7 @@ def fetch_corpus(name: str, to: str | Path) -> Path:
         raise UsageError(f"corpus: {name!r}; expected one of {', '.join(CORPORA)}")
     target = Path(to, name)
     if not target.exists():
-        with corpus.open() as archive, new_directory(target) as folder:
+        with corpus.open() as archive, new_directory(target, keep=True) as folder:
             _write(corpus, archive, folder)
     return target
 

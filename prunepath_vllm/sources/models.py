@@ -80,7 +80,7 @@ def fetch_model(name: str, to: str | Path) -> Path:
         raise UsageError(f"model: {name!r}; expected one of {', '.join(MODELS)}")
     target = Path(to, name)
     if not target.exists():
-        with new_directory(target) as folder:
+        with new_directory(target, keep=True) as folder:
             MODELS[name](folder)
     return target
 
