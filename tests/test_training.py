@@ -2,10 +2,14 @@
 
 import json
 import shutil
+from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tiny_models import save_dense
 from transformers import AutoModelForCausalLM, Trainer
@@ -276,6 +280,28 @@ def test_training_goes_on_from_an_adapter(recipe, tmp_path, dense_checkpoint):
         if ".router." not in name:
             error = (again[name].float() - end[name].float()).square().sum()
             assert error <= 1e-3 * end[name].float().square().sum(), name
+
+
+def test_an_adapter_to_go_on_from_is_read_once(recipe, monkeypatch, tmp_path, dense_checkpoint):
+    model = dict(embeddings="frozen", adapter_bits=2, adapter_sequences=0)
+    plan = recipe(model=model, schedule=dict(max_steps=1))
+    train(plan)
+    path = Path(plan.output) / "adapter.safetensors"
+    reads = Counter()
+
+    @contextmanager
+    def watched(opened, **options):
+        with safe_open(opened, **options) as handle:
+            spy = Mock(wraps=handle)
+            yield spy
+        if Path(opened) == path:
+            reads.update(call.args[0] for call in spy.get_tensor.call_args_list)
+
+    monkeypatch.setattr("prunepath_vllm.training.adapter.safe_open", watched)
+    model |= dict(path=str(dense_checkpoint("llama")), convert=None, adapter=str(path))
+    train(recipe(model=model, output=str(tmp_path / "further"), schedule=dict(max_steps=1)))
+    assert set(reads) == set(load_file(path))
+    assert {name for name, count in reads.items() if count > 1} == {name for name in reads if "neuron_order" in name}
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ of a low-rank training are exact; those of full fine-tuning are rounded to a few
 import functools
 import hashlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -85,11 +85,11 @@ def order_of(adapter: str | Path, merged: str | Path) -> list[Tensor]:
     Raises:
         CheckpointError, ConfigError: as :func:`read_adapter`.
     """
-    tensors, *_ = read_adapter(adapter)
     config = read_config(merged)
     family = family_of(config, converted=True)
-    neurons = family.intermediate_size(config)
-    return [_order(tensors, family, layer, neurons) for layer in range(family.num_layers(config))]
+    neurons, layers = family.intermediate_size(config), range(family.num_layers(config))
+    tensors, *_ = read_adapter(adapter, [ORDER.format(family.ffn.format(layer)) for layer in layers])
+    return [_order(tensors, family, layer, neurons) for layer in layers]
 
 
 def _neurons(path: Path, family: Family, layer: int) -> list[bytes]:
@@ -245,8 +245,14 @@ def _save(
     replace_file(destination, functools.partial(save_file, tensors, metadata=metadata), like=like)
 
 
-def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], PrunePathConfig, str | None]:
+def read_adapter(
+    path: str | Path, names: Collection[str] | None = None
+) -> tuple[dict[str, Tensor], PrunePathConfig, str | None]:
     """An adapter's tensors, the configuration of the checkpoint it makes, its dense model's digest if it has that.
+
+    Args:
+        path: of the file.
+        names: of the tensors to read, where it has them; None for all.
 
     Raises:
         CheckpointError: no such file, or not an adapter.
@@ -255,7 +261,8 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], PrunePathConfig, 
     try:
         with safe_open(path, framework="pt") as handle:
             metadata: Any = handle.metadata() or {}
-            tensors = {name: handle.get_tensor(name) for name in handle.keys()}  # noqa: SIM118 (not a mapping)
+            held = handle.keys()
+            tensors = {name: handle.get_tensor(name) for name in held if names is None or name in names}
     except (SafetensorError, OSError) as error:
         raise CheckpointError(f"{path}: not a readable safetensors file ({error})") from None
     if METADATA not in metadata:

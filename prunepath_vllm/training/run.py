@@ -109,7 +109,7 @@ def _check_inputs(recipe: Recipe, output: Path, *, resume: bool) -> None:
     if text is not None and not Path(text).is_file():
         raise UsageError(f"model.convert.text: {text}: no such file; expected a text file")
     if recipe.model.adapter is not None:
-        read_adapter(recipe.model.adapter)
+        read_adapter(recipe.model.adapter, names=())
     if recipe.runtime.tensorboard:
         require_package("tensorboard", "train", "runtime.tensorboard")
 
