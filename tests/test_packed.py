@@ -156,6 +156,25 @@ def test_more_bits_where_inputs_are_larger():
     assert 1.4 < 8 * (len(found["b"][0]) - len(found["a"][0])) / (128 * 64) < 2.1
 
 
+@pytest.mark.parametrize("bits", [0.8, 1.0, 2.0])
+@pytest.mark.parametrize("fitted", [False, True])
+def test_two_packings_are_enough(bits, fitted):
+    matrices = {str(i): (1 + i % 3) * normal(384, 128, seed=i) for i in range(36)}
+    moments = {name: correlated(128, 100 + int(name)) for name in matrices} if fitted else {}
+    passes = []
+
+    def counted():
+        passes.append(len(passes))
+        return matrices.items()
+
+    found = pack_within(bits, counted, moments)
+    taken = 8 * sum(len(numbers) for numbers, _ in found.values())
+    assert 0.99 * bits <= taken / (36 * 384 * 128) <= bits
+    assert len(passes) <= 1 + 2, "besides one that samples the matrices"
+    again = pack_within(bits, matrices.items, moments)
+    assert all(torch.equal(numbers, again[name][0]) for name, (numbers, _) in found.items())
+
+
 def test_nothing_is_kept_of_what_the_bits_do_not_reach():
     matrices = {"tiny": 1e-6 * normal(64, 64), "large": normal(64, 64, seed=1)}
     assert set(pack_within(1.0, matrices.items, {})) == {"large"}

@@ -6,6 +6,7 @@ steps are delta / sqrt(M[c, c]), and numbers are chosen so that errors of inputs
 are 0 or 1, which lzma writes in little more than their entropy.
 """
 
+import functools
 import lzma
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -25,8 +26,12 @@ _TO_A_BYTE = ((0, 0), (1, 5), (2, 3), (7, 2), (MOST, 1))
 _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0}]
 _SAMPLED = 32
 """Rows of each matrix, about, on which a delta is sought."""
-_HALVINGS, _TRIES, _NEAR = 12, 6, 0.99
+_EVERY = 5
+"""Of so many matrices, one is packed first: a prime, so that all kinds of a layer's matrices come up."""
+_HALVINGS, _TRIES, _NEAR = 14, 6, 0.99
 """Of the range that a delta is sought in; packings until one takes between 99% and all of the bits."""
+_SLOPES = 0.25, 4.0
+"""Least and most that the bits found are taken to change with the goal: between two near tries it may be chance."""
 
 
 def quantise(matrix: Tensor, delta: float, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -155,37 +160,55 @@ def pack_within(
 
     Args:
         bits: of the packed numbers; steps come on top.
-        matrices: called some times over, gives name -> [R, C].
+        matrices: called some times over, gives name -> [R, C]; a fifth of them is held at once.
         moments: name -> of what a matrix multiplies, per row of its own: all of the matrices have one, or none.
 
     Returns:
         Name -> packed numbers and steps; without matrices of which nothing is left.
     """
-    sample = [(_some_rows(matrix.float()), _input_sizes(matrix, moments.get(name))) for name, matrix in matrices()]
+    sample, few = [], {}
+    for place, (name, matrix) in enumerate(matrices()):
+        sample.append((_some_rows(matrix.float()), _input_sizes(matrix, moments.get(name))))
+        if place % _EVERY == 0:
+            few[name] = matrix
     if not sample:
         return {}
-    delta = _delta_for(bits, sample)
+    aim = 0.5 * (1 + _NEAR) * bits
+    nearest = functools.cache(functools.partial(_nearest_bits, sample))
+    # The nearest numbers of some rows are soon counted; how many bits less whole, fitted matrices take, a few tell.
+    log = _log_delta(aim, sample, nearest)
+    _, found = _packed(few.items(), len(few), 2**log, moments)
+    goal = max(aim + _nearest_bits(sample[::_EVERY], log) - found, aim / 2)
+    del few
     packed: dict[str, tuple[Tensor, Tensor]] = {}
-    best, tried = math.inf, []
+    best, tried = math.inf, list[tuple[float, float]]()
     for _ in range(_TRIES):
-        parts: dict[str, tuple[Future[Tensor], Tensor]] = {}
-        entries = 0
-        with ThreadPoolExecutor() as pool:  # lzma takes as long as all else
-            for name, matrix in tqdm(matrices(), total=len(sample), desc="packing", unit="matrix"):
-                numbers, step = quantise(matrix, delta, moments.get(name))
-                entries += numbers.numel()
-                if numbers.any():
-                    parts[name] = pool.submit(pack, numbers.cpu()), step.cpu()
-        candidate = {name: (part.result(), step) for name, (part, step) in parts.items()}
-        found = 8 * sum(part.numel() for part, _ in candidate.values()) / entries
+        log = _log_delta(goal, sample, nearest)
+        candidate, found = _packed(matrices(), len(sample), 2**log, moments)
         # The most of what fits; until something does, the least.
         if found < best if best > bits else best < found <= bits:
             packed, best = candidate, found
         if _NEAR * bits <= found <= bits or not candidate:
             break
-        tried.append((math.log2(delta), found))
-        delta = 2 ** _next(tried, 0.5 * (1 + _NEAR) * bits)
+        tried.append((goal, found))
+        goal = _next(tried, aim)
     return packed
+
+
+def _packed(
+    matrices: Iterable[tuple[str, Tensor]], count: int, delta: float, moments: Mapping[str, Tensor]
+) -> tuple[dict[str, tuple[Tensor, Tensor]], float]:
+    """Packed numbers and steps of so many matrices, but for those of which nothing is left; bits an entry."""
+    parts: dict[str, tuple[Future[Tensor], Tensor]] = {}
+    entries = 0
+    with ThreadPoolExecutor() as pool:  # lzma takes as long as all else
+        for name, matrix in tqdm(matrices, total=count, desc="packing", unit="matrix"):
+            numbers, step = quantise(matrix, delta, moments.get(name))
+            entries += numbers.numel()
+            if numbers.any():
+                parts[name] = pool.submit(pack, numbers.cpu()), step.cpu()
+    packed = {name: (part.result(), step) for name, (part, step) in parts.items()}
+    return packed, 8 * sum(part.numel() for part, _ in packed.values()) / entries
 
 
 def _some_rows(matrix: Tensor) -> Tensor:
@@ -193,31 +216,42 @@ def _some_rows(matrix: Tensor) -> Tensor:
 
 
 def _next(tried: Sequence[tuple[float, float]], bits: float) -> float:
-    """The log of the delta to try for so many bits: between two that were tried, or as if doubling it took one off."""
+    """The goal to try for so many bits: between two that were tried, or on a line through the last two.
+
+    After a single one as many more as are missing.
+    """
     below = max((one for one in tried if one[1] <= bits), key=lambda one: one[1], default=None)
     above = min((one for one in tried if one[1] > bits), key=lambda one: one[1], default=None)
-    if below is None or above is None:
-        log, found = tried[-1]
-        return log + found - bits
-    share = (above[1] - bits) / (above[1] - below[1])
-    return above[0] + share * (below[0] - above[0])
+    if below and above:
+        share = (above[1] - bits) / (above[1] - below[1])
+        return above[0] + share * (below[0] - above[0])
+    (goal, found), slope = tried[-1], 1.0
+    if len(tried) > 1:
+        slope = (found - tried[-2][1]) / (goal - tried[-2][0])
+        slope = min(max(slope, _SLOPES[0]), _SLOPES[1])
+    return max(goal + (bits - found) / slope, goal / 2)
 
 
-def _delta_for(bits: float, sample: Sequence[tuple[Tensor, Tensor]]) -> float:
-    """The delta at which the nearest numbers of some rows take so many bits an entry.
+def _nearest_bits(sample: Sequence[tuple[Tensor, Tensor]], log: float) -> float:
+    """Bits an entry that the nearest numbers of some rows take with a delta of that binary logarithm.
 
     Args:
-        bits: an entry.
         sample: rows of each matrix, and its :func:`_input_sizes`.
+        log: of delta.
     """
-    entries = sum(rows.numel() for rows, _ in sample)
-    square = sum(float((rows * sizes).square().sum()) for rows, sizes in sample) / entries
+    taken = 0
+    for rows, sizes in sample:
+        taken += 8 * pack((rows / _steps(rows, 2**log, sizes)).round().to(torch.int8).cpu()).numel()
+    return taken / sum(rows.numel() for rows, _ in sample)
+
+
+def _log_delta(bits: float, sample: Sequence[tuple[Tensor, Tensor]], taken: Callable[[float], float]) -> float:
+    """The binary logarithm of the delta at which a sample takes so many bits an entry, as `taken` tells."""
+    square = sum(float((rows * sizes).square().sum()) for rows, sizes in sample)
+    square /= sum(rows.numel() for rows, _ in sample)
     middle = 0.5 * math.log2(max(square, torch.finfo(torch.float32).tiny))
     low, high = middle - 8, middle + 8  # from all numbers large to all of them 0
     for _ in range(_HALVINGS):
         middle = (low + high) / 2
-        taken = 0
-        for rows, sizes in sample:
-            taken += 8 * pack((rows / _steps(rows, 2**middle, sizes)).round().to(torch.int8).cpu()).numel()
-        low, high = (middle, high) if taken > bits * entries else (low, middle)
-    return float(2**high)
+        low, high = (middle, high) if taken(middle) > bits else (low, middle)
+    return high
