@@ -29,6 +29,7 @@ def new_directory(target: Path, *, replace: bool = False, keep: bool = False) ->
 
     Raises:
         UsageError: no directory can be made there, or one has appeared there meanwhile.
+        OSError: something else is in the way.
     """
     target = Path(os.path.realpath(target))
     staging = staging_directory(target)
@@ -169,13 +170,14 @@ def _replace_contents(target: Path, new: Path) -> None:
 
 
 def _move_contents(new: Path, target: Path) -> None:
-    """Move what is in `new` to `target`, in which nothing but `new` may be."""
-    if found := [file.name for file in target.iterdir() if file != new]:
+    """Move what is in `new` to `target`, in which nothing but `new` may be, and what other processes are filling."""
+    others = tuple(target.glob(".partial-*"))
+    if found := [file.name for file in target.iterdir() if file not in others]:
         raise FileExistsError(errno.EEXIST, f"{min(found)} is there", str(target))
     try:
         _move(new, target)
     except BaseException:
-        _move(target, new, leave=(new,))
+        _move(target, new, leave=others)
         raise
     new.rmdir()
 

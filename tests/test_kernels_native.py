@@ -142,7 +142,7 @@ def test_the_kernel_was_built_and_every_machine_has_the_plain_path():
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("dtype", LIMITS, ids=str)
-@pytest.mark.parametrize("tokens", [1, 2, 5, 19, 70])
+@pytest.mark.parametrize("tokens", [1, 2, 3, 5, 19, 70])
 def test_sizes(isa, dtype, tokens):
     """Hidden sizes with and without a rest, every expert size, one expert, fewer columns than a vector."""
     shapes = [(33, 7, 3), (576, 12, 8), (64, 40, 1), (100, 13, 4), (8, 5, 32), (48, 1, 6), (1, 3, 2), (130, 21, 3)]

@@ -59,8 +59,8 @@ class TrainingModel(nn.Module):
         self.term_weights: Tensor
         self.register_buffer("term_weights", torch.zeros(len(TERMS)), persistent=False)
         if compiled:
-            # One graph for all layers, compiled once: seconds instead of minutes for the whole model's. Under DDP,
-            # dynamo would cut it at the sizes of DDP's buckets, which start and end between layers anyway.
+            # One graph for all layers, compiled once: seconds instead of minutes for the whole model's. DDP's buckets
+            # end inside layers, where dynamo would cut the graph, in all of this process; waiting for a layer is cheap.
             torch._dynamo.config.optimize_ddp = False
             for part in (None if sharded else model, teacher):
                 for layer in layers_of(part) if part is not None else ():

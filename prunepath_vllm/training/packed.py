@@ -27,7 +27,7 @@ _FILTERS = [{"id": lzma.FILTER_LZMA2, "preset": 6, "lc": 0, "lp": 0, "pb": 0}]
 _SAMPLED = 32
 """Rows of each matrix, about, on which a delta is sought."""
 _EVERY = 5
-"""Of so many matrices, one is packed first: a prime, so that all kinds of a layer's matrices come up."""
+"""Of so many matrices, one is packed first; no factor of a layer's 4, 6 or 7, so that all kinds come up."""
 _HALVINGS, _TRIES, _NEAR = 14, 6, 0.99
 """Of the range that a delta is sought in; packings until one takes between 99% and all of the bits."""
 _SLOPES = 0.25, 4.0

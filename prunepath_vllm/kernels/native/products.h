@@ -185,6 +185,9 @@ INLINE void dot_tokens(const void* const* rows, const void* const* ahead, int nu
     int r = 0;
     for (; r + ROWS <= num_rows; r += ROWS)
         dot_tile<Type, ROWS, TOKENS, FIRST>(rows + r, ahead + r, inputs, hidden, out + r * stride, stride);
+    if constexpr (ROWS > 8)
+        for (; r + 4 <= num_rows; r += 4)
+            dot_tile<Type, 4, TOKENS, FIRST>(rows + r, ahead + r, inputs, hidden, out + r * stride, stride);
     for (; ROWS > 1 && r < num_rows; r++)
         dot_tile<Type, 1, TOKENS, FIRST>(rows + r, ahead + r, inputs, hidden, out + r * stride, stride);
 }
@@ -210,8 +213,9 @@ void dot(const void* const* rows, const void* const* ahead, int num_rows, const 
         else
             some(Index<1>{}, first);
     };
-    if (num_tokens % 4 == 3) {
-        // Three tokens as four take less than two and one. The fourth's value is where another one is written later.
+    if (ROUNDED<Type> && num_tokens % 4 == 3) {
+        // Three tokens as four take less than two and one, where products in bfloat16 wait for memory. The fourth's
+        // value is where another one is written later.
         const void* four[] = {inputs[0], inputs[1], inputs[2], inputs[2]};
         dot_tokens<Type, 4, true>(rows, ahead, num_rows, four, hidden, out, num_tokens);
         t = 3;

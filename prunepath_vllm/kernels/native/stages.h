@@ -206,8 +206,8 @@ void compute(const Tile& s, const Group& g, const Group& next) {
     const void* ahead[GROUP] = {};
     look_ahead(g.rows, num_rows, next.rows, next.size << a.glu, ahead);
     float out[GROUP * TILE + WIDTH];
-    std::memset(out + num_rows * tokens, 0, WIDTH * sizeof(float));
     s.weights.dot(g.rows, ahead, num_rows, inputs, tokens, a.hidden, out);
+    std::memset(out + num_rows * tokens, 0, WIDTH * sizeof(float));
     if (a.scale_in || a.b_in)
         for (int r = 0; r < num_rows; r++) {
             const bool up = r >= g.size;
