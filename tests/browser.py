@@ -24,7 +24,10 @@ from prunepath_vllm.sources.packages import NpmPackage, open_npm_package
 CHROMIUM = NpmPackage("@sparticuz/chromium@153.0.0", "20e5656fcdcf4118ede85edfb9d6bb9cc1bbb7ffb8b75622fffbcf36a835c3c0")
 FOLDER = Path(__file__).parents[1] / ".cache" / "chromium-153.0.0"
 UNPACK = "process.stdin.pipe(require('zlib').createBrotliDecompress()).pipe(process.stdout)"
-FONTS = '<?xml version="1.0"?><fontconfig><dir>{0}/fonts</dir><cachedir>{0}/cache</cachedir></fontconfig>'
+FONTS = (
+    '<?xml version="1.0"?><fontconfig>'
+    '<dir prefix="relative">fonts</dir><cachedir prefix="relative">cache</cachedir></fontconfig>'
+)
 # One process: the others want system calls that containers forbid.
 FLAGS = "--headless=shell --no-sandbox --single-process --no-zygote --disable-gpu --in-process-gpu --hide-scrollbars"
 
@@ -51,7 +54,7 @@ def fetch() -> Path:
         binary = whole / "chromium"
         binary.write_bytes(unpacked("bin/chromium.br"))
         binary.chmod(0o755)
-        (whole / "fonts.conf").write_text(FONTS.format(FOLDER), encoding="utf-8")
+        (whole / "fonts.conf").write_text(FONTS, encoding="utf-8")
         whole.rename(FOLDER)
     return FOLDER
 
