@@ -26,7 +26,7 @@ FOLDER = Path(__file__).parents[1] / ".cache" / "chromium-153.0.0"
 UNPACK = "process.stdin.pipe(require('zlib').createBrotliDecompress()).pipe(process.stdout)"
 FONTS = (
     '<?xml version="1.0"?><fontconfig>'
-    '<dir prefix="relative">fonts</dir><cachedir prefix="relative">cache</cachedir></fontconfig>'
+    '<dir prefix="relative">fonts</dir><cachedir prefix="xdg">fontconfig</cachedir></fontconfig>'
 )
 # One process: the others want system calls that containers forbid.
 FLAGS = "--headless=shell --no-sandbox --single-process --no-zygote --disable-gpu --in-process-gpu --hide-scrollbars"
