@@ -30,8 +30,6 @@ _EVERY = 5
 """Of so many matrices, one is packed first; no factor of a layer's 4, 6 or 7, so that all kinds come up."""
 _HALVINGS, _TRIES, _NEAR = 14, 6, 0.99
 """Of the range that a delta is sought in; packings until one takes between 99% and all of the bits."""
-_SLOPES = 0.25, 4.0
-"""Least and most that the bits found are taken to change with the goal: between two near tries it may be chance."""
 
 
 def quantise(matrix: Tensor, delta: float, moment: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -138,8 +136,7 @@ def unpack(packed: Tensor, rows: int, columns: int) -> Tensor:
     left = torch.frombuffer(bytearray(content), dtype=torch.uint8)
     kinds, left = left[:columns], left[columns:]
     known = len(kinds) == columns and bool((kinds < len(_TO_A_BYTE)).all())
-    counts = torch.tensor([count for _, count in _TO_A_BYTE])
-    lengths = [-(-rows // count) if count else 0 for count in counts.tolist()]
+    lengths = [-(-rows // count) if count else 0 for _, count in _TO_A_BYTE]
     if not known or len(left) != int(torch.tensor(lengths)[kinds.long()].sum()):
         raise ValueError(f"numbers of {len(content)} bytes; expected those of {rows} rows and {columns} columns")
     numbers = torch.zeros(columns, rows, dtype=torch.int8)
@@ -216,20 +213,14 @@ def _some_rows(matrix: Tensor) -> Tensor:
 
 
 def _next(tried: Sequence[tuple[float, float]], bits: float) -> float:
-    """The goal to try for so many bits: between two that were tried, or on a line through the last two.
-
-    After a single one as many more as are missing.
-    """
+    """The goal to try for so many bits: between two that were tried, or as many more as the last one lacked."""
     below = max((one for one in tried if one[1] <= bits), key=lambda one: one[1], default=None)
     above = min((one for one in tried if one[1] > bits), key=lambda one: one[1], default=None)
     if below and above:
         share = (above[1] - bits) / (above[1] - below[1])
         return above[0] + share * (below[0] - above[0])
-    (goal, found), slope = tried[-1], 1.0
-    if len(tried) > 1:
-        slope = (found - tried[-2][1]) / (goal - tried[-2][0])
-        slope = min(max(slope, _SLOPES[0]), _SLOPES[1])
-    return max(goal + (bits - found) / slope, goal / 2)
+    goal, found = tried[-1]
+    return max(goal + bits - found, goal / 2)
 
 
 def _nearest_bits(sample: Sequence[tuple[Tensor, Tensor]], log: float) -> float:

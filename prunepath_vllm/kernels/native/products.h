@@ -105,7 +105,8 @@ INLINE Floats sums_of_16(const Floats (&v)[16]) {
 // brought. AVX-512 computes faster than memory answers, and fewer rows at once leave more of its bandwidth.
 // Qwen2.5-1.5B's layer on one Zen 5 core, one token, every expert: bfloat16 3.4 ms with eight rows, 2.3 with one; int8
 // 1.4 ms with eight, 1.2 with four, 2.1 with one. Several tokens take sixteen sums, which are reduced together: two
-// tokens 3.0 ms in bfloat16, 4.2 with two rows. Rows that a call reads again are in a cache, where more at once are better.
+// tokens 3.0 ms in bfloat16, 4.2 with two rows. Rows that a call reads again are in a cache, where more at once are
+// better.
 #if defined(__AVX512F__)
 constexpr int MOST_TOKENS = 8;
 constexpr int ONCE = 0;  // past the larger caches: no row is read again soon
@@ -118,8 +119,8 @@ template <class Type, int TOKENS, bool FIRST = true>
 constexpr int SIDE_BY_SIDE = 8 / TOKENS;  // eight sums at once, for which every processor has the registers
 #endif
 
-// Whether rows side by side are read one after the other, and share the reduction alone. Four tokens' sums are enough to
-// keep the processor busy: four tokens 2.7 ms in bfloat16, 3.0 with four rows at once. int8 takes 1.9 so, and 1.6.
+// Whether rows side by side are read one after the other, and share the reduction alone. Four tokens' sums are enough
+// to keep the processor busy: four tokens 2.7 ms in bfloat16, 3.0 with four rows at once. int8 takes 1.9 so, and 1.6.
 template <class Type, int TOKENS>
 constexpr bool ONE_BY_ONE = ROUNDED<Type> && sizeof(typename Type::Stored) == 2 && TOKENS == 4;
 
@@ -192,8 +193,8 @@ INLINE void dot_tokens(const void* const* rows, const void* const* ahead, int nu
         dot_tile<Type, 1, TOKENS, FIRST>(rows + r, ahead + r, inputs, hidden, out + r * stride, stride);
 }
 
-// out[r, t] = rows[r] . inputs[t], [num_rows, num_tokens], and perhaps one value beyond; inputs in the order of Type, zero
-// up to a whole block.
+// out[r, t] = rows[r] . inputs[t], [num_rows, num_tokens], and perhaps one value beyond; inputs in the order of Type,
+// zero up to a whole block.
 template <class Type>
 void dot(const void* const* rows, const void* const* ahead, int num_rows, const void* const* inputs, int num_tokens,
          int64_t hidden, float* out) {
