@@ -63,6 +63,7 @@ EVERY_PATH = [("fused", 1), ("split", 1), ("split", 3), ("dense", 3), ("grouped"
 SELECTS = {
     "radix": RouterConfig(block_e=2, split_k=2),
     "pairwise": RouterConfig(block_e=2, split_k=2, select="pairwise", select_block_e=4),
+    "radix, wide tiles": RouterConfig(block_e=2, split_k=2, tile_e=64),
 }
 
 

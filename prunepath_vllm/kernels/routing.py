@@ -25,7 +25,7 @@ class RouterConfig:
     """
 
     block_e: int = 4
-    """Experts a router program takes at one token; from two tokens on it takes 16 (a tensor-core tile)."""
+    """Experts a router program takes at one token; at several it takes ``tile_e``."""
     split_k: int = 1
     """Programs that share an expert's row, each a slice of the hidden size."""
     num_warps: int = 4
@@ -35,6 +35,9 @@ class RouterConfig:
     select: str = "radix"
     select_block_e: int = 4
     """Pairwise: experts a program decides."""
+    tile_e: int = 16
+    """A power of two from 16, the least that tensor cores take. Every program reads all tokens, so that more experts a
+    program are fewer reads."""
 
 
 @dataclass(frozen=True)
@@ -282,12 +285,12 @@ def route(
         )  # fmt: skip
     elif num_tokens <= LIBRARY_TOKENS:
         logits = torch.empty(split_k, num_tokens, num_experts, dtype=torch.float32, device=x.device)
-        block_e, block_k = 16, 128
+        block_k = 128
         slice_k = triton.cdiv(triton.cdiv(hidden, block_k), split_k) * block_k
         block_t = max(16, triton.next_power_of_2(num_tokens))
-        router_logits_kernel_dot[(triton.cdiv(num_experts, block_e), split_k, triton.cdiv(num_tokens, block_t))](
+        router_logits_kernel_dot[(triton.cdiv(num_experts, config.tile_e), split_k, triton.cdiv(num_tokens, block_t))](
             x, router.weight, logits, flags, tau, num_tokens, num_experts, hidden, DENSE_TAU,
-            BLOCK_T=block_t, BLOCK_E=block_e, BLOCK_K=block_k, SLICE_K=slice_k, NEEDED=needed, FLAGS=want_flags,
+            BLOCK_T=block_t, BLOCK_E=config.tile_e, BLOCK_K=block_k, SLICE_K=slice_k, NEEDED=needed, FLAGS=want_flags,
             PDL=pdl, num_warps=config.num_warps, num_stages=4, **launch_options(pdl),
         )  # fmt: skip
     else:
