@@ -54,6 +54,6 @@ def check_compiled(capability: int, cache: Path) -> None:
     expected |= {"grouped_up_kernel", "gated_activation_kernel", "expand_taus_kernel", "down_words_kernel"}
     assert names >= expected
     for kernel in kernels:
-        assert kernel["spilled"] <= 8, kernel  # ptxas parks a value once rather than take a 65th register
+        assert kernel["spilled"] <= 12, kernel  # ptxas parks a value or three rather than take more registers
         assert kernel["registers"] <= 255, kernel
         assert kernel["shared"] <= SHARED_MEMORY[capability], kernel

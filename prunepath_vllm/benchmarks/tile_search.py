@@ -184,6 +184,10 @@ ROUTER_SOME = [
 ]
 ROUTER_SOME += [RouterConfig(4, s, 4, 4, select="pairwise", select_block_e=n) for s, n in [(7, 4), (4, 4), (7, 16)]]
 ROUTER_SOME += [RouterConfig(4, s, 4, 8, select="pairwise", select_block_e=32) for s in (2, 4)]
+ROUTER_SOME += [
+    RouterConfig(4, s, w, sw, b, tile_e=e)
+    for e, s, w, sw, b in [(32, 4, 4, 8, 3), (64, 7, 4, 8, 3), (128, 4, 4, 8, 3), (128, 1, 8, 8, 1), (64, 2, 8, 4, 2)]
+]
 ROUTER_MANY = [RouterConfig(4, 1, 4, sw, b) for sw, b in [(1, 1), (2, 1), (1, 2), (4, 2), (4, 3)]]
 FUSED = [
     FusedConfig(*c)

@@ -112,7 +112,7 @@ def heuristic_tuning(spec: LayerSpec) -> Tuning:
         (1, Choice("fused", 1, one, fused=fused)),
         (4, Choice("split", 1, few, up=small, down=down)),
         (8, Choice("split", 1, RouterConfig(split_k=7), up=small, down=down)),
-        (LIBRARY_TOKENS, Choice("dense", 0, RouterConfig(split_k=4))),
+        (LIBRARY_TOKENS, Choice("dense", 0, RouterConfig(split_k=4, tile_e=32))),
         (4095, Choice("dense", 0, RouterConfig(select_warps=1, select_bits=2))),
         (1 << 30, Choice("grouped", 0, RouterConfig(select_warps=2, select_bits=1), grouped=grouped)),
     )

@@ -285,12 +285,13 @@ def route(
         )  # fmt: skip
     elif num_tokens <= LIBRARY_TOKENS:
         logits = torch.empty(split_k, num_tokens, num_experts, dtype=torch.float32, device=x.device)
-        block_k = 128
+        # float32 weights, as a low-rank router's, take twice the room.
+        tile_e, block_k = (config.tile_e if router.weight.dtype.itemsize == 2 else 16), 128
         slice_k = triton.cdiv(triton.cdiv(hidden, block_k), split_k) * block_k
         block_t = max(16, triton.next_power_of_2(num_tokens))
-        router_logits_kernel_dot[(triton.cdiv(num_experts, config.tile_e), split_k, triton.cdiv(num_tokens, block_t))](
+        router_logits_kernel_dot[(triton.cdiv(num_experts, tile_e), split_k, triton.cdiv(num_tokens, block_t))](
             x, router.weight, logits, flags, tau, num_tokens, num_experts, hidden, DENSE_TAU,
-            BLOCK_T=block_t, BLOCK_E=config.tile_e, BLOCK_K=block_k, SLICE_K=slice_k, NEEDED=needed, FLAGS=want_flags,
+            BLOCK_T=block_t, BLOCK_E=tile_e, BLOCK_K=block_k, SLICE_K=slice_k, NEEDED=needed, FLAGS=want_flags,
             PDL=pdl, num_warps=config.num_warps, num_stages=4, **launch_options(pdl),
         )  # fmt: skip
     else:
