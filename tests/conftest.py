@@ -51,6 +51,7 @@ SLOWEST = (
     "test_server_policy.py",
     "test_server_layouts.py",
     "test_training.py",
+    "test_training_adapter.py",
     "test_playground.py",
     "test_plugin.py",
     "test_eval.py",
@@ -151,3 +152,42 @@ def quantised(
         return made[key]
 
     return get
+
+
+@pytest.fixture(scope="session")
+def texts(tmp_path_factory):
+    """(training text, held-out text): the project's own documents."""
+    folder = tmp_path_factory.mktemp("texts")
+    prose = "\n".join(path.read_text() for path in sorted((Path(__file__).parent.parent / "docs").glob("*.md")))
+    assert len(prose) > 15000
+    (folder / "train.txt").write_text(prose[:-4000])
+    (folder / "valid.txt").write_text(prose[-4000:])
+    return folder / "train.txt", folder / "valid.txt"
+
+
+@pytest.fixture
+def recipe(texts, dense_checkpoint, tmp_path):
+    """``recipe(**changes)``: a short training of a converted tiny Llama; sections are replaced key by key."""
+    from training_runs import LENGTH
+
+    from prunepath_vllm.training.recipe import parse_recipe
+
+    def build(family="llama", **changes):
+        content = dict(
+            output=str(tmp_path / "run"),
+            model=dict(
+                path=str(dense_checkpoint(family)), convert=dict(text=str(texts[0]), tokens=2048, expert_size=16)
+            ),
+            data=dict(train=[dict(path=str(texts[0]))], sequence_length=LENGTH),
+            stages=[dict(losses=dict(contribution=0.1))],
+            optimizer=dict(lr=2e-3),
+            schedule=dict(max_steps=12),
+            batch=dict(sequences=4),
+            runtime=dict(device="cpu", bf16=False, log_steps=3, tensorboard=False),
+        )
+        for key, value in changes.items():
+            merged = isinstance(value, dict) and isinstance(content.get(key), dict)
+            content[key] = content[key] | value if merged else value
+        return parse_recipe(content)
+
+    return build
