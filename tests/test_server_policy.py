@@ -160,6 +160,19 @@ def test_every_served_name_has_its_default(server, model, knob, tau):
     assert answer.model_extra["prunepath"]["tau"] == tau
 
 
+@pytest.mark.parametrize("beams", [True, "true"], ids=repr)
+def test_a_beam_search_that_would_not_get_its_tau_is_refused(server, beams):
+    for endpoint in ("/v1/completions", "/v1/chat/completions"):
+        body = {**ENDPOINTS[endpoint], "use_beam_search": beams, "n": 2, "max_tokens": 3}
+        for knob in ({"tau": 0.8}, {}):
+            response = server.post(endpoint, {**body, **knob})
+            assert response.status_code == 400, response.text
+            error = response.json()["error"]
+            assert error["param"] == "use_beam_search"
+            assert f"prefill_tau {PREFILL_TAU}; expected tau {PREFILL_TAU}, or no use_beam_search" in error["message"]
+        assert server.post(endpoint, {**body, "tau": PREFILL_TAU}).status_code == 200
+
+
 def ask_report(server: Server, knob: dict, prompt: list[int], **options):
     """An answer of four greedy tokens that tells what it ran at."""
     told = {**knob, "ignore_eos": True, "return_token_ids": True, "prunepath_report": True}

@@ -58,7 +58,7 @@ def settled_knob(body: dict[str, Any], resolver: TauResolver, engine: Any) -> di
         engine: vLLM's client of it, whose queue is listened to from the first body on.
 
     Raises:
-        TauError: see :func:`knob_of_body`; or a tau outside the operator's bounds.
+        TauError: see :func:`knob_of_body`; a tau outside the operator's bounds; or a beam search that would not get it.
     """
     knob = knob_of_body(body)
     if not knob and (tau := resolver.policy.default_tau_by_model.get(str(body.get("model")))) is not None:
@@ -67,9 +67,26 @@ def settled_knob(body: dict[str, Any], resolver: TauResolver, engine: Any) -> di
     # Chosen once, for all prompts and choices of the body.
     return {"tau": tau} if is_adaptive(knob.get("tau")) else knob
 
+    _refuse_beams(body, tau, resolver.prompt_tau(tau))
 
 def expect_served_names(args: Any) -> None:
     """Refuse defaults for names that the server does not have: a typing error would go unnoticed.
+
+def _refuse_beams(body: dict[str, Any], tau: float, prompt_tau: float) -> None:
+    """Refuse a beam search that would run at the prefill tau: at each step vLLM sends its beams as prompts."""
+    beams = str(body.get("use_beam_search")).lower() in _TRUE
+    if beams and min(tau, DENSE_TAU) != min(prompt_tau, DENSE_TAU):
+        raise TauError(
+            f"use_beam_search at tau {tau} is not possible on this server: every token of a beam would be computed at "
+            f"its prefill_tau {prompt_tau}; expected tau {prompt_tau}, or no use_beam_search",
+            parameter="use_beam_search",
+            value=tau,
+        )
+
+
+_TRUE = ("true", "1", "1.0", "t", "y", "yes", "on")
+"""What the engine's schemas take for true."""
+
 
     Args:
         args: the server's command line, whose ``additional_config`` :func:`operator_policy` has checked.
