@@ -9,7 +9,7 @@ from vllm.v1.metrics.stats import SchedulerStats
 
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.entrypoints.server import batch
-from prunepath_vllm.entrypoints.server.knob import expect_served_names
+from prunepath_vllm.entrypoints.server.knob import expect_served_names, settled_knob
 from prunepath_vllm.entrypoints.server.queue_length import QueueLength, waiting_requests
 from prunepath_vllm.entrypoints.server.report import Report
 from prunepath_vllm.entrypoints.server.routes import info
@@ -118,6 +118,17 @@ def test_a_batch_line_has_its_knob_under_either_release(rest):
     finally:
         batch._serving.reset(token)
     assert seen == [("endpoint", line, rest, {"tau": 0.5})]
+
+
+@pytest.mark.parametrize("named", [{}, {"model": None}, {"model": ""}, {"model": "fast"}], ids=str)
+def test_a_body_without_a_name_gets_the_default_of_the_name_it_is_answered_under(named):
+    model_config = SimpleNamespace(served_model_name="fast")  # vLLM keeps the first
+    engine = SimpleNamespace(logger_manager=None, vllm_config=SimpleNamespace(model_config=model_config))
+    named_taus = resolver(default_tau_by_model={"fast": 0.5, "best": 1.0})
+    assert settled_knob(named, named_taus, engine) == {"tau": 0.5}
+    assert settled_knob({**named, "tau": 0.8}, named_taus, engine) == {"tau": 0.8}
+    assert settled_knob({"model": "best"}, named_taus, engine) == {"tau": 1.0}
+    assert settled_knob({"model": "other"}, named_taus, engine) == {}
 
 
 def test_a_default_for_a_name_that_is_not_served_stops_the_server():

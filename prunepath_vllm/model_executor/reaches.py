@@ -123,6 +123,7 @@ REACHES = (
             "original_max_model_len",
             "quantization",
             "runner_type",
+            "served_model_name",
         ),
         known_as=("model_config",),
     ),

@@ -61,8 +61,11 @@ def settled_knob(body: dict[str, Any], resolver: TauResolver, engine: Any) -> di
         TauError: see :func:`knob_of_body`; a tau outside the operator's bounds; or a beam search that would not get it.
     """
     knob = knob_of_body(body)
-    if not knob and (tau := resolver.policy.default_tau_by_model.get(str(body.get("model")))) is not None:
-        knob = {"tau": tau}
+    by_model = resolver.policy.default_tau_by_model
+    # A body without a name is answered under the first one.
+    if not knob and by_model:
+        name = body.get("model") or engine.vllm_config.model_config.served_model_name
+        knob = {"tau": by_model[name]} if isinstance(name, str) and name in by_model else knob
     tau = resolver.tau_of(knob, waiting_requests(engine))
     # Chosen once, for all prompts and choices of the body.
     return {"tau": tau} if is_adaptive(knob.get("tau")) else knob
