@@ -331,7 +331,9 @@ def refusals():
             said[repr(value)[:20]] = None
         except ValueError as error:
             said[repr(value)[:20]] = str(error)
-    for name, extra in {"both": {"tau": 0.5, "sparsity": 0.5}, "no curve": {"sparsity": 0.5}}.items():
+    others = {"both": {"tau": 0.5, "sparsity": 0.5}, "no curve": {"sparsity": 0.5}}
+    others |= {"report": {"prunepath_report": True}, "Tau": {"Tau": 0.5}, "prefill_tau": {"prefill_tau": 0.5}}
+    for name, extra in others.items():
         try:
             llm.generate([PROMPTS[0]], SamplingParams(extra_args=extra), use_tqdm=False)
             said[name] = None

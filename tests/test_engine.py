@@ -312,6 +312,9 @@ def test_refusals_name_the_parameter_the_value_and_the_range(prunepath_checkpoin
         assert message is not None, value
         if value == "both":
             assert "tau" in message
+    assert "prunepath_report must be a name offline" in said.pop("report")
+    assert said.pop("Tau").startswith("'Tau' is not read; expected 'tau'")
+    assert said.pop("prefill_tau").startswith("prefill_tau is not read in a request")
             assert "sparsity" in message
         elif value == "no curve":
             assert "tau_curve" in message

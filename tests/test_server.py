@@ -307,7 +307,27 @@ def test_a_knob_in_the_wrong_place_is_http_400_saying_the_right_one(llama, body,
 
 
 @pytest.mark.parametrize(
-    "body", [{"metadata": {"tau": "0.4"}}, {"extra_body": {"a": 1}}, {"extra_body": {"tau": None}}]
+    ("body", "param", "said"),
+    [
+        ({"Tau": 0.4}, "Tau", "'Tau' is not read; expected 'tau'"),
+        ({"vllm_xargs": {"tau_": 0.4}}, "tau_", "'tau_' is not read; expected 'tau'"),
+        ({"SPARSITY": 0.4}, "SPARSITY", "'SPARSITY' is not read; expected 'sparsity'"),
+        ({"prunepath-report": True}, "prunepath-report", "'prunepath-report' is not read; expected 'prunepath_report'"),
+        ({"prefill_tau": 1.0, "tau": 0.4}, "prefill_tau", "prefill_tau is not read in a request: it is the operator's"),
+    ],
+    ids=str,
+)
+def test_a_knob_under_another_name_is_http_400_saying_the_right_one(llama, body, param, said):
+    for endpoint in ENDPOINTS:
+        response = llama.post(endpoint, {**ENDPOINTS[endpoint], **body})
+        assert response.status_code == 400, response.text
+        error = response.json()["error"]
+        assert error["param"] == param
+        assert error["message"].startswith(said)
+
+
+@pytest.mark.parametrize(
+    "body", [{"metadata": {"tau": "0.4"}}, {"extra_body": {"a": 1}}, {"extra_body": {"tau": None}}, {"Tau": None}]
 )
 def test_what_is_no_knob_stays_the_users(llama, body):
     response = llama.post("/v1/chat/completions", {**ENDPOINTS["/v1/chat/completions"], **body})

@@ -19,9 +19,10 @@ from vllm.v1.engine.input_processor import InputProcessor
 from prunepath_vllm.errors import TauError
 from prunepath_vllm.model_executor.adapters import refuse_adapter
 from prunepath_vllm.model_executor.compat import VLLMValidationError, expect_loaded, wrap_once
+from prunepath_vllm.model_executor.counts import REPORT_KEY
 from prunepath_vllm.model_executor.engine_core import extra_arguments, refuse_sessions, set_extra_arguments
 from prunepath_vllm.model_executor.tau_resolution import TauResolver
-from prunepath_vllm.tau import PARAMETERS
+from prunepath_vllm.tau import PARAMETERS, refuse_misnamed
 
 _request_knob: ContextVar[dict[str, Any] | None] = ContextVar("prunepath_request_knob", default=None)
 """``tau`` / ``sparsity`` of the body being handled; inherited by the tasks that stream its answer."""
@@ -94,6 +95,7 @@ def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
         # The body's own values win over the copies that the engine's schema has coerced.
         requested = {**extra_arguments(params), **(_request_knob.get() or {})}
         try:
+            refuse_misnamed(requested, (*PARAMETERS, REPORT_KEY))
             tau = resolver.tau_of(requested)
         except TauError as error:
             raise TauRequestError(error) from None
@@ -105,6 +107,14 @@ def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
         extra["tau"] = tau
         for observer in _observers:
             observer(resolver, tau, extra)
+        if extra.get(REPORT_KEY) is True:  # what HTTP takes; the server's observer has put a name in its place
+            raise TauRequestError(
+                TauError(
+                    f"{REPORT_KEY} must be a name offline, under which workers count the request, got True",
+                    parameter=REPORT_KEY,
+                    value=True,
+                )
+            )
         for name in ("sampling_params", "pooling_params"):
             if (engine_params := getattr(request, name)) is not None:
                 engine_params = engine_params.clone() if engine_params is params else engine_params

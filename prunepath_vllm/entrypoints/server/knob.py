@@ -16,7 +16,7 @@ from prunepath_vllm.model_executor.admission import TauRequestError, request_kno
 from prunepath_vllm.model_executor.compat import create_error_response
 from prunepath_vllm.model_executor.counts import REPORT_KEY
 from prunepath_vllm.model_executor.tau_resolution import TauResolver
-from prunepath_vllm.tau import DENSE_TAU, PARAMETERS, is_adaptive, parse_tau_range, resolve_tau
+from prunepath_vllm.tau import DENSE_TAU, PARAMETERS, is_adaptive, parse_tau_range, refuse_misnamed, resolve_tau
 
 KNOBS = (*PARAMETERS, REPORT_KEY)
 """What a body may ask of this package."""
@@ -67,13 +67,10 @@ def settled_knob(body: dict[str, Any], resolver: TauResolver, engine: Any) -> di
         name = body.get("model") or engine.vllm_config.model_config.served_model_name
         knob = {"tau": by_model[name]} if isinstance(name, str) and name in by_model else knob
     tau = resolver.tau_of(knob, waiting_requests(engine))
+    _refuse_beams(body, tau, resolver.prompt_tau(tau))
     # Chosen once, for all prompts and choices of the body.
     return {"tau": tau} if is_adaptive(knob.get("tau")) else knob
 
-    _refuse_beams(body, tau, resolver.prompt_tau(tau))
-
-def expect_served_names(args: Any) -> None:
-    """Refuse defaults for names that the server does not have: a typing error would go unnoticed.
 
 def _refuse_beams(body: dict[str, Any], tau: float, prompt_tau: float) -> None:
     """Refuse a beam search that would run at the prefill tau: at each step vLLM sends its beams as prompts."""
@@ -90,6 +87,9 @@ def _refuse_beams(body: dict[str, Any], tau: float, prompt_tau: float) -> None:
 _TRUE = ("true", "1", "1.0", "t", "y", "yes", "on")
 """What the engine's schemas take for true."""
 
+
+def expect_served_names(args: Any) -> None:
+    """Refuse defaults for names that the server does not have: a typing error would go unnoticed.
 
     Args:
         args: the server's command line, whose ``additional_config`` :func:`operator_policy` has checked.
@@ -155,9 +155,12 @@ def knob_of_body(body: dict[str, Any]) -> dict[str, Any]:
     """``tau`` and ``sparsity`` of a JSON body, whichever spelling was used.
 
     Raises:
-        TauError: a value out of range, one parameter with two values, or one in a place where nobody would read it.
+        TauError: a value out of range, one parameter with two values, or one in a place or under a name where nobody
+            would read it.
     """
     _refuse_misplaced(body)
+    for place in _places(body):
+        refuse_misnamed(place, KNOBS)
     knob: dict[str, Any] = {}
     for name in PARAMETERS:
         values = body_values(body, name)
