@@ -109,6 +109,8 @@ def test_an_engine_without_the_plugin_refuses_the_checkpoint(prunepath_checkpoin
         (dict(load_format="tensorizer"), "load_format tensorizer"),
         (dict(load_format="gguf"), "load_format gguf"),
         (dict(hf_overrides={"model_type": "llama"}), "another model_type (--hf-overrides)"),
+        (dict(additional_config={"min_tau": 0.5}), "additional_config.min_tau: is not read"),
+        (dict(additional_config={"PrunePath": {"min_tau": 0.5}}), "additional_config.PrunePath: is not read"),
     ],
     ids=lambda value: "-".join(value) if isinstance(value, dict) else "",
 )

@@ -7,7 +7,7 @@ from typing import Any
 
 from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.model_executor.compat import VllmConfig
-from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, parse_tau
+from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, OPERATORS_TAUS, parse_tau
 
 MODES = ("exact", "at_least")
 
@@ -70,7 +70,11 @@ def operator_policy(vllm_config: VllmConfig) -> OperatorPolicy:
     """
     where = "additional_config.prunepath"
     additional = vllm_config.additional_config
-    given: Any = additional.get("prunepath", {}) if isinstance(additional, dict) else {}
+    additional = additional if isinstance(additional, dict) else {}
+    for key in additional:  # other keys are other plugins'
+        if key != "prunepath" and (str(key).lower() == "prunepath" or key in OPERATORS_TAUS):
+            raise ConfigError(f"additional_config.{key}: is not read; expected it in or as {where}")
+    given: Any = additional.get("prunepath", {})
     if not isinstance(given, dict):
         raise ConfigError(f"{where}: expected an object, got {given!r}")
     known = [one.name for one in fields(OperatorPolicy)]
