@@ -12,6 +12,7 @@ import runners
 import torch
 import warm
 from naive import load_naive, logits_of_answer, naive_logits
+from safetensors.torch import load_file, save_file
 from tiny_models import CAUSAL_FAMILY_NAMES, ENGINE_FAMILY_NAMES, save_prunepath
 
 SCRIPT = Path(__file__).with_name("engine_scenarios.py")
@@ -207,14 +208,18 @@ def test_weights_loaded_again_are_the_checkpoints(prunepath_checkpoint, tmp_path
     other = prunepath_checkpoint(family, default_tau=0.6, gate="sigmoid")
     torn = shutil.copytree(checkpoint, tmp_path / "torn")
     os.truncate(torn / "model.safetensors", 5000)
-    refused = [str(other), str(torn), str(tmp_path / "nowhere")]
+    broken = shutil.copytree(checkpoint, tmp_path / "broken")
+    tensors = load_file(broken / "model.safetensors")
+    tensors[max(tensors)] *= float("nan")
+    save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
+    refused = [str(other), str(torn), str(tmp_path / "nowhere"), str(broken)]
     result = run_engine("reload", checkpoint, runner, changed=str(changed), refused=refused, eager=eager)
     rows = result["rows"]
     assert_naive(rows["before"], checkpoint)
     assert rows["same"] == rows["before"]
     assert_naive(rows["changed"], changed)
     assert [row["tokens"] for row in rows["changed"]] != [row["tokens"] for row in rows["before"]]
-    for said, expected in zip(result["refused"], ("gate", "model.safetensors", "no such"), strict=True):
+    for said, expected in zip(result["refused"], ("gate", "model.safetensors", "no such", "NaN"), strict=True):
         assert expected in (said or ""), result["refused"]
     assert rows["after refusals"] == rows["changed"]
     assert rows["back"] == rows["before"]
@@ -307,14 +312,14 @@ def test_a_prompt_longer_than_the_position_table_is_refused(functions):
 def test_refusals_name_the_parameter_the_value_and_the_range(prunepath_checkpoint):
     result = run_engine("refusals", prunepath_checkpoint("llama", default_tau=0.6))
     said = result["said"]
+    assert "prunepath_report must be a name offline" in said.pop("report")
+    assert said.pop("Tau").startswith("'Tau' is not read; expected 'tau'")
+    assert said.pop("prefill_tau").startswith("prefill_tau is not read in a request")
     assert len(said) == 12
     for value, message in said.items():
         assert message is not None, value
         if value == "both":
             assert "tau" in message
-    assert "prunepath_report must be a name offline" in said.pop("report")
-    assert said.pop("Tau").startswith("'Tau' is not read; expected 'tau'")
-    assert said.pop("prefill_tau").startswith("prefill_tau is not read in a request")
             assert "sparsity" in message
         elif value == "no curve":
             assert "tau_curve" in message

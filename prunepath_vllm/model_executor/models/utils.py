@@ -127,7 +127,7 @@ class PrunePathModelMixin(_Model):
             CheckpointError: names the tensor that is missing or wrong.
             ConfigError: names the field in which the checkpoint differs from the one that is served.
         """
-        summary = validate_checkpoint(path)
+        summary = validate_checkpoint(path, check_values=True)  # a NaN found later would leave half a model
         for name in _BUILT_IN:
             found, expected = getattr(summary.prunepath, name), getattr(served, name)
             if found != expected:
