@@ -122,6 +122,22 @@ def test_unsupported_engine_settings_are_refused_by_name(prunepath_checkpoint, a
         EngineArgs(model=str(checkpoint), **arguments).create_engine_config()
 
 
+@pytest.mark.parametrize(
+    ("field", "value"), [("num_experts", 3), ("expert_size", 3), ("router", {"input": "attention"})]
+)
+def test_overrides_that_do_not_fit_the_checkpoint_are_refused_by_field(prunepath_checkpoint, field, value):
+    from vllm.engine.arg_utils import EngineArgs
+
+    checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
+    block = json.loads((checkpoint / "config.json").read_text())["prunepath_config"]
+    block |= {field: value, "format_version": 2}
+    with pytest.raises(ValueError, match=rf"prunepath_config.{field}: .* \(--hf-overrides\); expected"):
+        EngineArgs(model=str(checkpoint), hf_overrides={"prunepath_config": block}).create_engine_config()
+    block = {**json.loads((checkpoint / "config.json").read_text())["prunepath_config"], "default_tau": 0.3}
+    config = EngineArgs(model=str(checkpoint), hf_overrides={"prunepath_config": block}).create_engine_config()
+    assert config.model_config.hf_config.prunepath.default_tau == 0.3
+
+
 @pytest.mark.parametrize("family", ["gpt2", "roberta"])
 def test_lora_is_refused_where_the_engine_or_we_know_no_adapters(prunepath_checkpoint, family):
     from vllm.engine.arg_utils import EngineArgs

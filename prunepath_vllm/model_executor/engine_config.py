@@ -8,6 +8,7 @@ import torch
 from vllm import envs
 
 from prunepath_vllm.checkpoint import validate_checkpoint
+from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import ConfigError, UnsupportedFeatureError
 from prunepath_vllm.families import family_of
 from prunepath_vllm.fields import usable_positions
@@ -69,7 +70,7 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
         _refuse_unsupported(vllm_config)
         _refuse_connectors(vllm_config)
         if os.path.isdir(model_config.model) and vllm_config.load_config.load_format != "dummy":
-            validate_checkpoint(model_config.model)
+            _refuse_other_experts(model_config.hf_config.prunepath, validate_checkpoint(model_config.model).prunepath)
         _choose_worker(vllm_config)
 
         import vllm.v1.engine.core  # noqa: F401  this process may be the engine core too
@@ -79,6 +80,20 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
 
         install_in_input_processor()
         install_in_engine_core()
+
+
+def _refuse_other_experts(served: PrunePathConfig, stored: PrunePathConfig) -> None:
+    """Refuse a block that does not fit the checkpoint's tensors; transformers checks none that comes by an override.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    for name in ("num_experts", "expert_size", "router", "expert_dtype", "kept_experts", "max_tau"):
+        found, expected = getattr(served, name), getattr(stored, name)
+        if found != expected:
+            raise ConfigError(
+                f"prunepath_config.{name}: {found!r} (--hf-overrides); expected {expected!r}, as in the checkpoint"
+            )
 
 
 def _position_limit(model_config: Any) -> int:
