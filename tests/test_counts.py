@@ -1,14 +1,18 @@
 """What the engine's layers counted, against the transformers model on the same tokens: in one process, and in two."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 from naive import NaiveFFN, load_naive, naive_logits
 from test_engine import assert_naive, run_engine
 
 import prunepath_vllm
+from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.kernels.cpu import NATIVE_TOKENS
+from prunepath_vllm.model_executor import counts
 
 PREFILL_TAU = 0.6
 GROUPS = ("first", "middle", "last")
@@ -178,6 +182,21 @@ def merged(stages: list) -> tuple[list[int], int]:
     possible = {stage[1] for stage in stages}
     assert len(possible) == 1
     return [count for stage in stages for count in stage[0]], possible.pop()
+
+
+def test_a_request_that_still_runs_is_not_forgotten_for_those_that_ended(monkeypatch):
+    monkeypatch.setattr(counts, "MAX_REPORTS", 3)
+    monkeypatch.setattr(counts, "get_tensor_model_parallel_rank", lambda: 0)
+    monkeypatch.setattr(counts, "get_pp_group", lambda: SimpleNamespace(is_first_rank=True))
+    kept = counts.ExpertCounts(PrunePathConfig.model_construct(num_experts=4), num_layers=1, max_tokens=2)
+    active, _ = kept.buffers(0)
+    one = np.ones(1, dtype=np.int64)
+    for step in range(8):  # beside the long request one of another name at each step, whose client has gone
+        computed = np.array([step, 0])
+        kept.begin_step(np.ones(2), computed, one.repeat(2), one.repeat(2), ["long", f"short {step}"])
+        active += 3
+    assert kept.take_report("long") == [([3], 4), ([21], 28)]
+    assert [kept.take_report(f"short {step}") is None for step in (5, 6, 7)] == [True, False, False]
 
 
 def reads(

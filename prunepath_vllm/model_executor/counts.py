@@ -154,6 +154,8 @@ class ExpertCounts:
                 entry = min(set(range(MAX_REPORTS)) - {report.entry for report in self.reports.values()})
             self.reported[:, 2 * entry : 2 * entry + 2] = 0
             self.reports[name] = _Report(entry)
+        else:
+            self.reports[name] = self.reports.pop(name)  # what goes first was counted least recently: it has ended
         return self.reports[name]
 
     def _sum_up(self) -> None:
