@@ -384,7 +384,8 @@ def around_the_front_end(llm):
 def reload():
     """Tokens before and after weights are loaded again: the same, another checkpoint's, and back.
 
-    The options name the other checkpoints: `changed` has other weights, `refused` (a list) must not be taken.
+    The options name the other checkpoints: `changed` has other weights, `refused` (a list) must not be taken, nor the
+    tensors of its last one.
     """
     llm = engine(enforce_eager=OPTIONS.get("eager", True), enable_prefix_caching=False)
 
@@ -405,6 +406,11 @@ def reload():
             refused.append(None)
         except ValueError as error:
             refused.append(str(error))
+    try:
+        llm.collective_rpc(reload_tensors, args=(OPTIONS["refused"][-1],))
+        refused.append(None)
+    except ValueError as error:
+        refused.append(str(error))
     results["after refusals"] = generate()
     llm.collective_rpc("reload_weights", kwargs={"weights_path": CHECKPOINT})
     results["back"] = generate()
@@ -426,6 +432,15 @@ def reload_refused():
         except ValueError as error:
             refused = str(error)
     return {"before": results[0], "after": results[1], "refused": refused}
+
+
+def reload_tensors(worker, checkpoint):
+    """A checkpoint's tensors, in a list."""
+    from pathlib import Path
+
+    from safetensors.torch import load_file
+
+    worker.reload_weights(weights_iterator=list(load_file(Path(checkpoint) / "model.safetensors").items()))
 
 
 def send_weights(worker, checkpoint):

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.v1.worker.worker_base import WorkerBase
 
+from prunepath_vllm.checkpoint import check_finite
 from prunepath_vllm.model_executor.adapters import refuse_adapter
 from prunepath_vllm.model_executor.compat import expect_loaded
 from prunepath_vllm.model_executor.layers.routed_ffn import compile_kernels
@@ -59,6 +60,9 @@ class PrunePathWorkerMixin(_Worker):
         """
         model: Any = self.model_runner.get_model()
         model.refuse_loading_again()
+        if isinstance(weights_iterator, list | tuple):  # all there: load_weights would find it in the middle
+            for name, tensor in weights_iterator:
+                check_finite(name, tensor)
         path = weights_path or self.vllm_config.model_config.model
         if weights_iterator is None and (weights_path is not None or os.path.isdir(path)):
             model.expect_reloadable(path, TokenTaus.of(self.get_model()).prunepath)
