@@ -385,7 +385,7 @@ def reload():
     """Tokens before and after weights are loaded again: the same, another checkpoint's, and back.
 
     The options name the other checkpoints: `changed` has other weights, `refused` (a list) must not be taken, nor the
-    tensors of its last one.
+    tensors of `refused_tensors`.
     """
     llm = engine(enforce_eager=OPTIONS.get("eager", True), enable_prefix_caching=False)
 
@@ -406,11 +406,12 @@ def reload():
             refused.append(None)
         except ValueError as error:
             refused.append(str(error))
-    try:
-        llm.collective_rpc(reload_tensors, args=(OPTIONS["refused"][-1],))
-        refused.append(None)
-    except ValueError as error:
-        refused.append(str(error))
+    if path := OPTIONS.get("refused_tensors"):
+        try:
+            llm.collective_rpc(reload_tensors, args=(path,))
+            refused.append(None)
+        except ValueError as error:
+            refused.append(str(error))
     results["after refusals"] = generate()
     llm.collective_rpc("reload_weights", kwargs={"weights_path": CHECKPOINT})
     results["back"] = generate()

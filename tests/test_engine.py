@@ -213,7 +213,8 @@ def test_weights_loaded_again_are_the_checkpoints(prunepath_checkpoint, tmp_path
     tensors[max(tensors)] *= float("nan")
     save_file(tensors, broken / "model.safetensors", metadata={"format": "pt"})
     refused = [str(other), str(torn), str(tmp_path / "nowhere"), str(broken)]
-    result = run_engine("reload", checkpoint, runner, changed=str(changed), refused=refused, eager=eager)
+    options = dict(changed=str(changed), refused=refused, refused_tensors=str(broken), eager=eager)
+    result = run_engine("reload", checkpoint, runner, **options)
     rows = result["rows"]
     assert_naive(rows["before"], checkpoint)
     assert rows["same"] == rows["before"]

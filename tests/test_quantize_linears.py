@@ -331,14 +331,17 @@ def test_weights_loaded_again(prunepath_checkpoint, quantised, tmp_path):
     checkpoint, changed = quantised("llama", "float8_e4m3fn"), quantised("llama", "float8_e4m3fn", seed=7)
     plain, other = tmp_path / "plain", quantised("llama", "int8")
     quantize(prunepath_checkpoint("llama"), plain, "int8")
-    result = run_engine("reload", checkpoint, changed=str(changed), refused=[str(plain), str(other)])
+    refused = dict(refused=[str(plain), str(other)], refused_tensors=str(other))
+    result = run_engine("reload", checkpoint, changed=str(changed), **refused)
     rows = result["rows"]
     for name, path in (("before", checkpoint), ("changed", changed)):
         assert below_the_best(rows[name], quantise_activations(load_naive(path), "float8_e4m3fn")) < 0.05
     assert rows["same"] == rows["back"] == rows["before"]
     assert rows["after refusals"] == rows["sent"] == rows["changed"]
-    for said, found in zip(result["refused"], ("None", "'int8'"), strict=True):
+    *checkpoints, tensors = result["refused"]
+    for said, found in zip(checkpoints, ("None", "'int8'"), strict=True):
         assert f"quantization_config says {found}; the engine was built for 'float8_e4m3fn'" in said
+    assert "is torch.int8; expected torch.float8_e4m3fn" in tensors
 
 
 def test_int8_is_not_loaded_again_on_a_cpu(quantised):

@@ -6,7 +6,6 @@ from typing import TYPE_CHECKING, Any
 from vllm.lora.utils import get_adapter_absolute_path
 from vllm.v1.worker.worker_base import WorkerBase
 
-from prunepath_vllm.checkpoint import check_finite
 from prunepath_vllm.model_executor.adapters import refuse_adapter
 from prunepath_vllm.model_executor.compat import expect_loaded
 from prunepath_vllm.model_executor.layers.routed_ffn import compile_kernels
@@ -55,14 +54,15 @@ class PrunePathWorkerMixin(_Worker):
         """Load weights again, in place: vLLM's method, as level-2 sleep and trainers call it.
 
         Raises:
-            CheckpointError, ConfigError: the checkpoint is not one that the running model can become; it is as before.
+            CheckpointError, ConfigError: the checkpoint, or a list's tensors, are not ones that the running model can
+                become; it is as before.
             UnsupportedFeatureError: this model cannot be loaded again; it is as before.
         """
         model: Any = self.model_runner.get_model()
         model.refuse_loading_again()
         if isinstance(weights_iterator, list | tuple):  # all there: load_weights would find it in the middle
             for name, tensor in weights_iterator:
-                check_finite(name, tensor)
+                model.expect_loadable(name, tensor)
         path = weights_path or self.vllm_config.model_config.model
         if weights_iterator is None and (weights_path is not None or os.path.isdir(path)):
             model.expect_reloadable(path, TokenTaus.of(self.get_model()).prunepath)

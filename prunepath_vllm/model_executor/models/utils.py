@@ -1,12 +1,13 @@
 """What every family's engine model shares: building routed layers, and loading weights that must all be there."""
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from vllm.model_executor.layers.attention import Attention
 from vllm.model_executor.models.utils import extract_layer_index
@@ -15,6 +16,7 @@ from prunepath_vllm.checkpoint import check_finite, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import CheckpointError, ConfigError, UnsupportedFeatureError
 from prunepath_vllm.families import family_of
+from prunepath_vllm.kernels.layer import QUANTISED_DTYPES
 from prunepath_vllm.model_executor.compat import VllmConfig, current_platform, moved
 from prunepath_vllm.model_executor.layers.routed_ffn import (
     ExpertInputs,
@@ -63,8 +65,8 @@ class PrunePathModelMixin(_Model):
 
         return PrunePathEncoderModelState if getattr(self, "is_pooling_encoder", False) else PrunePathModelState
 
-    checkpoint_names: frozenset[str] = frozenset()
-    """The tensors that the model was first loaded from; none before that."""
+    checkpoint_dtypes: Mapping[str, torch.dtype] = {}
+    """Of the tensors that the model was first loaded from; none before that."""
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint's tensors by vLLM's own loaders.
@@ -73,14 +75,14 @@ class PrunePathModelMixin(_Model):
         at a time.
 
         Raises:
-            CheckpointError: a tensor holds NaN or infinity, or one is missing from the first call.
+            CheckpointError: see :meth:`expect_loadable`; or one is missing from the first call.
             UnsupportedFeatureError: see :meth:`refuse_loading_again`.
         """
-        if self.checkpoint_names:
+        if self.checkpoint_dtypes:
             self.refuse_loading_again()
-        names: set[str] = set()
-        loaded = super().load_weights(_finite(weights, names))
-        if self.checkpoint_names:
+        dtypes: dict[str, torch.dtype] = {}
+        loaded = super().load_weights(self._loadable(weights, dtypes))
+        if self.checkpoint_dtypes:
             return loaded
         router_biases = {name for name, _ in self.named_parameters() if name.endswith(".router.bias")}
         missing = {name for name, _ in self.named_parameters()} - loaded
@@ -92,8 +94,28 @@ class PrunePathModelMixin(_Model):
             loaded |= router_biases
         if missing:
             raise CheckpointError(f"{min(missing)}: not in the checkpoint ({len(missing)} missing in all)")
-        self.checkpoint_names = frozenset(names)
+        self.checkpoint_dtypes = dtypes
         return loaded
+
+    def expect_loadable(self, name: str, tensor: Tensor) -> None:
+        """Refuse a tensor that would be other numbers in the model.
+
+        Raises:
+            CheckpointError: it holds NaN or infinity, or it is quantised and the one that the model was first loaded
+                from was not, or not alike.
+        """
+        check_finite(name, tensor)
+        first = self.checkpoint_dtypes.get(name, tensor.dtype)
+        if tensor.dtype != first and not {tensor.dtype, first}.isdisjoint(QUANTISED_DTYPES):
+            raise CheckpointError(f"{name}: is {tensor.dtype}; expected {first}, which the engine was built for")
+
+    def _loadable(
+        self, weights: Iterable[tuple[str, Tensor]], dtypes: dict[str, torch.dtype]
+    ) -> Iterator[tuple[str, Tensor]]:
+        for name, tensor in weights:
+            self.expect_loadable(name, tensor)
+            dtypes[name] = tensor.dtype
+            yield name, tensor
 
     def refuse_loading_again(self) -> None:
         """Refuse to load a second time what vLLM has packed where its reloading does not find it.
@@ -139,8 +161,8 @@ class PrunePathModelMixin(_Model):
                 f"{path}: quantization_config says {summary.linear_dtype!r}; the engine was built for "
                 f"{self.linear_dtype!r}"
             )
-        biases = {name for name in self.checkpoint_names if name.endswith(".router.bias")}
-        if missing := self.checkpoint_names - biases - set(summary.tensors):
+        biases = {name for name in self.checkpoint_dtypes if name.endswith(".router.bias")}
+        if missing := self.checkpoint_dtypes.keys() - biases - set(summary.tensors):
             raise CheckpointError(f"{path}: tensor {min(missing)} is missing ({len(missing)} in all)")
 
     def forget_router_biases(self) -> None:
@@ -242,13 +264,6 @@ def built_instead(module: ModuleType, dense_class: str, build: Callable[[int], n
         setattr(module, dense_class, original)
     if not built:
         raise moved(f"model in {module.__name__} made of {dense_class}")
-
-
-def _finite(weights: Iterable[tuple[str, Tensor]], names: set[str]) -> Iterator[tuple[str, Tensor]]:
-    for name, tensor in weights:
-        check_finite(name, tensor)
-        names.add(name)
-        yield name, tensor
 
 
 def _cache_scales(model: nn.Module) -> set[str]:
