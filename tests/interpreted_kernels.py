@@ -9,12 +9,13 @@ from functools import partial
 import pytest
 import torch
 import torch.nn.functional as F
+import triton
 from runners import remember_what_the_interpreter_looks_up
 from torch import Tensor
 
 from prunepath_vllm.activations import ACTIVATIONS as ACTIVATION_NAMES
 from prunepath_vllm.errors import ConfigError
-from prunepath_vllm.kernels import cpu, expand, reference
+from prunepath_vllm.kernels import cpu, expand, reference, routing
 from prunepath_vllm.kernels import tau as taus
 from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
 from prunepath_vllm.kernels.dense import dense_ffn
@@ -63,7 +64,6 @@ EVERY_PATH = [("fused", 1), ("split", 1), ("split", 3), ("dense", 3), ("grouped"
 SELECTS = {
     "radix": RouterConfig(block_e=2, split_k=2),
     "pairwise": RouterConfig(block_e=2, split_k=2, select="pairwise", select_block_e=4),
-    "radix, wide tiles": RouterConfig(block_e=2, split_k=2, tile_e=64),
 }
 
 
@@ -162,6 +162,25 @@ def test_route_matches_reference(shape, select, selection, gate):
     assert torch.equal(got.gates != 0, want != 0)
     assert torch.equal(got.flags != 0, (want != 0).any(0))
     assert torch.equal(counts - 7, (want != 0).sum(-1).int())
+
+
+@pytest.mark.parametrize("num_tokens", [3, 17])
+@pytest.mark.parametrize(("dtype", "tile", "taken"), [(torch.float16, 64, 64), (torch.float32, 64, 16)])
+def test_experts_of_a_logits_program(num_tokens, dtype, tile, taken, monkeypatch):
+    """As many as the configuration says, but of float32 weights, which would not fit a multiprocessor."""
+    x, router, _, _ = make_case(num_tokens, 70, 8, 48, dtype=dtype)
+    launched, kernel = [], routing.router_logits_kernel_dot
+
+    class Watched:
+        def __getitem__(self, grid):
+            launched.append(grid[0])
+            return kernel[grid]
+
+    monkeypatch.setattr(routing, "router_logits_kernel_dot", Watched())
+    tau = mixed_taus(num_tokens)
+    got = route(x, tau, router, RoutingRule(), config=RouterConfig(split_k=2, tile_e=tile)).gates
+    assert launched == [triton.cdiv(70, taken)]
+    torch.testing.assert_close(got, expected_gates(x, tau, router, RoutingRule()), atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("select", SELECTS)

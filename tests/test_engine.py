@@ -313,7 +313,7 @@ def test_a_prompt_longer_than_the_position_table_is_refused(functions):
 def test_refusals_name_the_parameter_the_value_and_the_range(prunepath_checkpoint):
     result = run_engine("refusals", prunepath_checkpoint("llama", default_tau=0.6))
     said = result["said"]
-    assert "prunepath_report must be a name offline" in said.pop("report")
+    assert "prunepath_report must be a name" in said.pop("report")
     assert said.pop("Tau").startswith("'Tau' is not read; expected 'tau'")
     assert said.pop("prefill_tau").startswith("prefill_tau is not read in a request")
     assert len(said) == 12

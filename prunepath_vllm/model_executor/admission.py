@@ -107,12 +107,14 @@ def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
         extra["tau"] = tau
         for observer in _observers:
             observer(resolver, tau, extra)
-        if extra.get(REPORT_KEY) is True:  # what HTTP takes; the server's observer has put a name in its place
+        report = extra.get(REPORT_KEY, False)
+        if report not in (None, False) and not isinstance(report, str):  # the server's observer has put a name there
             raise TauRequestError(
                 TauError(
-                    f"{REPORT_KEY} must be a name offline, under which workers count the request, got True",
+                    f"{REPORT_KEY} must be a name, under which workers count the request, got {report!r}; true is for "
+                    "`prunepath serve`",
                     parameter=REPORT_KEY,
-                    value=True,
+                    value=report,
                 )
             )
         for name in ("sampling_params", "pooling_params"):

@@ -28,7 +28,7 @@ REPORT_KEY = "prunepath_report"
 the server gives one to each request that asks."""
 
 MAX_REPORTS = 1024
-"""Reports kept on a worker; the oldest give way, in case nobody comes for them."""
+"""Reports kept on a worker; those counted least recently give way, in case nobody comes for them."""
 
 _MAX_ROW = 1 << 30
 """A row is summed up before it may grow beyond; int32 ends at twice that."""
@@ -155,7 +155,9 @@ class ExpertCounts:
             self.reported[:, 2 * entry : 2 * entry + 2] = 0
             self.reports[name] = _Report(entry)
         else:
-            self.reports[name] = self.reports.pop(name)  # what goes first was counted least recently: it has ended
+            self.reports[name] = self.reports.pop(
+                name
+            )  # what goes first was counted least recently, and has ended most likely
         return self.reports[name]
 
     def _sum_up(self) -> None:

@@ -85,6 +85,8 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
 def _refuse_other_experts(served: PrunePathConfig, stored: PrunePathConfig) -> None:
     """Refuse a block that does not fit the checkpoint's tensors; transformers checks none that comes by an override.
 
+    What no tensor depends on, such as the gate, may be overridden.
+
     Raises:
         ConfigError: names the field.
     """
