@@ -29,9 +29,6 @@ AUTO_TAU = "auto"
 PARAMETERS = ("tau", "sparsity")
 """The names a request may use, as ``extra_args`` / ``extra_kwargs`` keys and as top-level HTTP body fields."""
 
-OPERATORS_TAUS = ("default_tau", "default_tau_by_model", "min_tau", "max_tau", "prefill_tau")
-"""Of the operator's policy, what a request may be thought to have, too."""
-
 
 def parse_tau(value: Any, parameter: str = "tau", *, max_tau: float | None = None) -> float:
     """Return `value` as a float in (0, 1.05]; 1.0 where it is so close to 1 that workers, in float32, see 1.
@@ -191,31 +188,6 @@ def resolve_tau(
         limit = f"at least {least}, what this checkpoint leaves out at its max_tau {max_tau}"
         raise _out_of_range("sparsity", sparsity, limit)
     return tau_for_sparsity(tau_curve, target)
-
-
-def refuse_misnamed(given: Mapping[str, Any], known: Sequence[str] = PARAMETERS) -> None:
-    """Refuse a request's field that is called almost as one that is read, or as one that is the operator's.
-
-    Args:
-        given: the fields of one place where a request's parameters are read; others are the user's.
-        known: the names that are read there.
-
-    Raises:
-        TauError: names the field.
-    """
-    for name, value in given.items():
-        if value is None or name in known:
-            continue
-        plain = str(name).strip().lower().replace("-", "_").strip("_")
-        if plain in known:
-            raise TauError(f"{shown(name)} is not read; expected {plain!r}", parameter=name, value=value)
-        if plain in OPERATORS_TAUS:
-            raise TauError(
-                f"{name} is not read in a request: it is the operator's, in --additional-config; expected 'tau' or "
-                "'sparsity'",
-                parameter=name,
-                value=value,
-            )
 
 
 def shown(value: Any) -> str:

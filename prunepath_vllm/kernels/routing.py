@@ -286,7 +286,8 @@ def route(
     elif num_tokens <= LIBRARY_TOKENS:
         logits = torch.empty(split_k, num_tokens, num_experts, dtype=torch.float32, device=x.device)
         # float32 weights, as a low-rank router's, take twice the room.
-        tile_e, block_k = (config.tile_e if router.weight.dtype.itemsize == 2 else 16), 128
+        tile_e = config.tile_e if router.weight.dtype.itemsize == 2 else 16
+        block_k = 128
         slice_k = triton.cdiv(triton.cdiv(hidden, block_k), split_k) * block_k
         block_t = max(16, triton.next_power_of_2(num_tokens))
         router_logits_kernel_dot[(triton.cdiv(num_experts, tile_e), split_k, triton.cdiv(num_tokens, block_t))](

@@ -8,7 +8,7 @@ brought it.
 
 import functools
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -21,8 +21,12 @@ from prunepath_vllm.model_executor.adapters import refuse_adapter
 from prunepath_vllm.model_executor.compat import VLLMValidationError, expect_loaded, wrap_once
 from prunepath_vllm.model_executor.counts import REPORT_KEY
 from prunepath_vllm.model_executor.engine_core import extra_arguments, refuse_sessions, set_extra_arguments
+from prunepath_vllm.model_executor.operator_policy import OPERATORS_TAUS
 from prunepath_vllm.model_executor.tau_resolution import TauResolver
-from prunepath_vllm.tau import PARAMETERS, refuse_misnamed
+from prunepath_vllm.tau import PARAMETERS, shown
+
+KNOBS = (*PARAMETERS, REPORT_KEY)
+"""What a request may ask of this package."""
 
 _request_knob: ContextVar[dict[str, Any] | None] = ContextVar("prunepath_request_knob", default=None)
 """``tau`` / ``sparsity`` of the body being handled; inherited by the tasks that stream its answer."""
@@ -84,6 +88,30 @@ def _check_adapter(lora_request: Any, config: Any) -> None:
         _adapters.add(key)
 
 
+def refuse_misnamed(given: Mapping[str, Any]) -> None:
+    """Refuse a request's field that is called almost as one of KNOBS, or as one that is the operator's.
+
+    Args:
+        given: the fields of one place where a request's parameters are read; others are the user's.
+
+    Raises:
+        TauError: names the field.
+    """
+    for name, value in given.items():
+        if value is None or name in KNOBS:
+            continue
+        plain = str(name).strip().lower().replace("-", "_").strip("_")
+        if plain in KNOBS:
+            raise TauError(f"{shown(name)} is not read; expected {plain!r}", parameter=name, value=value)
+        if plain in OPERATORS_TAUS:
+            raise TauError(
+                f"{name} is not read in a request: it is the operator's, in --additional-config; expected 'tau' or "
+                "'sparsity'",
+                parameter=name,
+                value=value,
+            )
+
+
 def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(process_inputs)
     def wrapped(self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +123,7 @@ def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
         # The body's own values win over the copies that the engine's schema has coerced.
         requested = {**extra_arguments(params), **(_request_knob.get() or {})}
         try:
-            refuse_misnamed(requested, (*PARAMETERS, REPORT_KEY))
+            refuse_misnamed(requested)
             tau = resolver.tau_of(requested)
         except TauError as error:
             raise TauRequestError(error) from None

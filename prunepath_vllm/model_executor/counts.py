@@ -155,9 +155,8 @@ class ExpertCounts:
             self.reported[:, 2 * entry : 2 * entry + 2] = 0
             self.reports[name] = _Report(entry)
         else:
-            self.reports[name] = self.reports.pop(
-                name
-            )  # what goes first was counted least recently, and has ended most likely
+            # What goes first was counted least recently: it has ended, most likely.
+            self.reports[name] = self.reports.pop(name)
         return self.reports[name]
 
     def _sum_up(self) -> None:

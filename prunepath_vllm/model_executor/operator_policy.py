@@ -7,7 +7,7 @@ from typing import Any
 
 from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.model_executor.compat import VllmConfig
-from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, OPERATORS_TAUS, parse_tau
+from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, parse_tau
 
 MODES = ("exact", "at_least")
 
@@ -54,6 +54,10 @@ class OperatorPolicy:
         """What ``"auto"`` ranges over: never below what the operator has named, never more than dense."""
         low = self.min_tau or self.default_tau
         return low, max(low, min(self.max_tau, DENSE_TAU))
+
+
+OPERATORS_TAUS = tuple(one.name for one in fields(OperatorPolicy) if "tau" in one.name)
+"""Of the policy, what a request may be thought to have, too."""
 
 
 def _is_number(value: object) -> bool:

@@ -12,14 +12,10 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prunepath_vllm.entrypoints.server.queue_length import waiting_requests
 from prunepath_vllm.errors import ConfigError, TauError
-from prunepath_vllm.model_executor.admission import TauRequestError, request_knob
+from prunepath_vllm.model_executor.admission import KNOBS, TauRequestError, refuse_misnamed, request_knob
 from prunepath_vllm.model_executor.compat import create_error_response
-from prunepath_vllm.model_executor.counts import REPORT_KEY
 from prunepath_vllm.model_executor.tau_resolution import TauResolver
-from prunepath_vllm.tau import DENSE_TAU, PARAMETERS, is_adaptive, parse_tau_range, refuse_misnamed, resolve_tau
-
-KNOBS = (*PARAMETERS, REPORT_KEY)
-"""What a body may ask of this package."""
+from prunepath_vllm.tau import DENSE_TAU, PARAMETERS, is_adaptive, parse_tau_range, resolve_tau
 
 _BODY = "prunepath.body"
 """Key of an ASGI scope: its JSON body, parsed."""
@@ -160,7 +156,7 @@ def knob_of_body(body: dict[str, Any]) -> dict[str, Any]:
     """
     _refuse_misplaced(body)
     for place in _places(body):
-        refuse_misnamed(place, KNOBS)
+        refuse_misnamed(place)
     knob: dict[str, Any] = {}
     for name in PARAMETERS:
         values = body_values(body, name)
