@@ -10,6 +10,7 @@ from tiny_models import CAUSAL_FAMILY_NAMES, FAMILY_NAMES, LAYERS, build_dense, 
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
+    GenerationConfig,
     TextClassificationPipeline,
     pipeline,
 )
@@ -154,6 +155,38 @@ def test_generate_refuses_a_bad_tau(prunepath_checkpoint, bad):
     model = load(prunepath_checkpoint("llama"), "llama")
     with pytest.raises(TauError):
         model.generate(tokens(2, 4), tau=bad, max_new_tokens=2)
+
+
+@pytest.mark.parametrize("family", FAMILY_NAMES)
+@pytest.mark.parametrize("name", ["sparsity", "Tau", "taus"])
+def test_a_tau_by_another_name_is_refused(prunepath_checkpoint, family, name):
+    model = load(prunepath_checkpoint(family), family)
+    message = rf"^{name}: nothing reads it here; expected tau="
+    for called in (model, model.base_model):
+        with pytest.raises(TauError, match=message):
+            called(tokens(2, 4), **{name: 0.5})
+    if family == "roberta":
+        with pytest.raises(TauError, match=message):
+            pipeline("text-classification", model=model, tokenizer=build_tokenizer(), **{name: 0.5})
+        return
+    with pytest.raises(TauError, match=message):
+        model.generate(tokens(2, 4), max_new_tokens=2, **{name: 0.5})
+    with pytest.raises(TauError, match=message):
+        model.generate(tokens(2, 4), GenerationConfig(max_new_tokens=2, **{name: 0.5}))
+
+
+def test_continuous_batching_refuses_a_tau(prunepath_checkpoint):
+    model = load(prunepath_checkpoint("llama"), "llama")
+    with pytest.raises(TauError, match=r"^tau: "):
+        model.generate_batch([[5, 6, 7]], max_new_tokens=2, tau=0.5)
+    config = GenerationConfig(max_new_tokens=2, tau=0.5)
+    for call in (
+        lambda: model.generate_batch([[5, 6, 7]], config),
+        lambda: model.generate_batch([[5, 6, 7]], generation_config=config),
+        lambda: model.init_continuous_batching(config),
+    ):
+        with pytest.raises(TauError, match=r"^tau: "):
+            call()
 
 
 @pytest.mark.parametrize("dense_positions", [0, 3])

@@ -20,7 +20,7 @@ from prunepath_vllm.errors import CheckpointError, UnsupportedFeatureError, Usag
 from prunepath_vllm.families import FAMILIES
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.modeling.inference import in_inference
-from prunepath_vllm.modeling.routing import Router, Tau, parse_taus, token_taus
+from prunepath_vllm.modeling.routing import Router, Tau, parse_taus, refuse_other_names, token_taus
 
 ROUTING_OUTPUTS = {"router_logits": OutputRecorder(Router, index=1), "active_experts": OutputRecorder(Router, index=2)}
 """Merge into a base model's ``_can_record_outputs``."""
@@ -96,8 +96,10 @@ class RoutedBackbone(PreTrainedModel):
             **kwargs: the dense forward's arguments.
 
         Raises:
+            TauError: `tau` is not one, or is given by another name.
             UsageError: more tokens than the model has positions.
         """
+        refuse_other_names(kwargs)
         self._check_positions(positions)
         block = self.prunepath
         tau = block.unset_tau if tau is None else tau
@@ -291,19 +293,37 @@ class RoutedCausalLM(RoutedModel):
             active_experts=outputs.get("active_experts"),
         )
 
-    def generate(self, *args: Any, tau: Tau | None = None, **kwargs: Any) -> Any:
+    def generate(
+        self, inputs: Any = None, generation_config: Any = None, *args: Any, tau: Tau | None = None, **kwargs: Any
+    ) -> Any:
         """transformers' ``generate``, with ``tau``: a number, or one per prompt (its beams and samples share it).
 
         A draft model (``assistant_model``), dense or PrunePath, runs at its own default.
 
         Raises:
-            TauError: `tau` is out of range, or has not one value per prompt.
+            TauError: `tau` is out of range, has not one value per prompt, or is given by another name or in the
+                generation configuration, where nothing reads it.
         """
+        refuse_other_names([*kwargs, *vars(generation_config or self.generation_config)])
         if tau is not None:
             kwargs["tau"] = parse_taus(
                 tau, max_tau=self.config.prunepath.max_tau
             )  # a tensor, where there are several, is expanded along with the prompts
-        return super().generate(*args, **kwargs)
+        return super().generate(inputs, generation_config, *args, **kwargs)
+
+    def generate_batch(self, inputs: Any, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' ``generate_batch``, at the checkpoint's default_tau: it packs requests into one sequence.
+
+        Raises:
+            TauError: a tau is given, which transformers would drop.
+        """
+        refuse_other_names(kwargs)
+        return super().generate_batch(inputs, generation_config, *args, **kwargs)
+
+    def init_continuous_batching(self, generation_config: Any = None, *args: Any, **kwargs: Any) -> Any:
+        """What ``generate_batch`` and a manager of one's own begin with; the same holds."""
+        refuse_other_names(vars(generation_config or self.generation_config))
+        return super().init_continuous_batching(generation_config, *args, **kwargs)
 
     def _get_candidate_generator(self, **kwargs: Any) -> Any:
         # Assisted generation hands the draft what it hands this model; a dense draft knows no tau, and a PrunePath one

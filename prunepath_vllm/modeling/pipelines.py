@@ -17,6 +17,7 @@ from transformers import (
 
 from prunepath_vllm.errors import UnsupportedFeatureError
 from prunepath_vllm.modeling.modeling_utils import RoutedModel
+from prunepath_vllm.modeling.routing import refuse_other_names
 from prunepath_vllm.tau import parse_tau
 
 _WITHOUT_TAU = (FeatureExtractionPipeline, ZeroShotClassificationPipeline)
@@ -43,7 +44,10 @@ def _wrap(owner: type[Pipeline], name: str, wrapper: Callable[[Callable[..., Any
 
 def _takes_tau(sanitize: Callable[..., Any]) -> Callable[..., Any]:
     def wrapped(self: Pipeline, **kwargs: Any) -> Any:
-        if not isinstance(self.model, RoutedModel) or kwargs.get("tau") is None:
+        if not isinstance(self.model, RoutedModel):
+            return sanitize(self, **kwargs)
+        refuse_other_names(kwargs.keys() - {"tau"})
+        if kwargs.get("tau") is None:
             return sanitize(self, **kwargs)
         tau = parse_tau(kwargs.pop("tau"))
         preprocess, forward, postprocess = sanitize(self, **kwargs)

@@ -3,7 +3,7 @@
 Shapes: B sequences, S tokens each, E experts, H hidden size, L layers.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.errors import TauError
 from prunepath_vllm.kernels import reference
-from prunepath_vllm.tau import MAX_TAU, parse_tau
+from prunepath_vllm.tau import MAX_TAU, PARAMETERS, parse_tau
 
 Tau = float | Sequence[float] | np.ndarray | Tensor
 """One tau for all (also a 0-d array or tensor), or one per sequence (a list, or a 1-D array or tensor [B])."""
@@ -104,6 +104,25 @@ def select_by_mass(logits: Tensor, tau: Tensor) -> Tensor:
 @select_by_mass.register_fake
 def _(logits: Tensor, tau: Tensor) -> Tensor:
     return torch.empty_like(logits, dtype=torch.bool)
+
+
+def refuse_other_names(names: Iterable[str]) -> None:
+    """Refuse arguments that are meant as ``tau``: transformers' forwards swallow every name that they do not know.
+
+    Args:
+        names: of arguments that nothing here takes.
+
+    Raises:
+        TauError: names the first one with "tau" or "sparsity" in it.
+    """
+    for name in names:
+        if any(word in name.casefold() for word in PARAMETERS):
+            raise TauError(
+                f"{name}: nothing reads it here; expected tau=, of forward or generate, a number in (0, {MAX_TAU}] "
+                "or one per sequence (the checkpoint's tau_curve says which FFN sparsity a tau gives)",
+                parameter=name,
+                value=None,
+            )
 
 
 def parse_taus(tau: Tau, *, max_tau: float | None = None) -> float | Tensor:
