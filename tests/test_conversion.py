@@ -277,14 +277,19 @@ def test_peak_memory_is_bounded_by_shards_not_by_the_model(tmp_path):
         import torch
         from safetensors.torch import save_file
         import prunepath_vllm.conversion.convert as module
+        from prunepath_vllm.conversion.dense_model import dense_tensors
+        from prunepath_vllm.families import family_of
 
         source, layers, hidden, ffn = Path(sys.argv[1]), 24, 256, 2048
         source.mkdir()
-        (source / "config.json").write_text(json.dumps(dict(
+        config = dict(
             architectures=["LlamaForCausalLM"], model_type="llama", hidden_size=hidden, intermediate_size=ffn,
-            num_hidden_layers=layers, vocab_size=64, tie_word_embeddings=True)))
-        weight_map = {"model.embed_tokens.weight": "e.safetensors"}
-        save_file({"model.embed_tokens.weight": torch.zeros(64, hidden)}, source / "e.safetensors")
+            num_hidden_layers=layers, vocab_size=64, tie_word_embeddings=True, num_attention_heads=1, head_dim=8)
+        (source / "config.json").write_text(json.dumps(config))
+        whole, _ = dense_tensors(family_of(config, converted=False), config)
+        others = {name: torch.zeros(info.shape) for name, info in whole.items() if ".mlp." not in name}
+        weight_map = dict.fromkeys(others, "e.safetensors")
+        save_file(others, source / "e.safetensors")
         for layer in range(layers):
             for name, shape in (("gate", (ffn, hidden)), ("up", (ffn, hidden)), ("down", (hidden, ffn))):
                 tensor = f"model.layers.{layer}.mlp.{name}_proj.weight"
@@ -371,6 +376,38 @@ def test_sources_with_bad_tensors(llama, tmp_path, tensor, words):
     with pytest.raises(CheckpointError) as caught:
         convert(llama, tmp_path / "out", split="random")
     assert all(word in str(caught.value) for word in [name, *words])
+    assert [file.name for file in tmp_path.iterdir()] == ["dense"]
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "phi3", "roberta"])
+def test_every_tensor_of_the_source_is_checked_before_any_work(family, tmp_path, monkeypatch):
+    source = save_dense(family, tmp_path / "dense")
+    name = next(name for name in read_tensor_index(source) if "norm" in name.lower() or "ln_1" in name)
+    right = load_file(source / WEIGHTS_FILE)
+    monkeypatch.setattr(convert_module, "neuron_orders", lambda *_, **__: pytest.fail("work began"))
+    for tensors, words in (
+        ({key: tensor for key, tensor in right.items() if key != name}, f"tensor {name} is missing"),
+        (right | {name: torch.zeros(3)}, rf"tensor {name} has shape \[3\]; expected \[64\]"),
+        (right | {"model.layers.9.x.weight": torch.zeros(3)}, r"tensor \S*model\.layers\.9\.x\.weight is unexpected"),
+    ):
+        save_file(tensors, source / WEIGHTS_FILE)
+        with pytest.raises(CheckpointError, match=words):
+            convert(source, tmp_path / "out")
+    assert [file.name for file in tmp_path.iterdir()] == ["dense"]
+
+
+def test_a_source_with_an_adapter_is_refused(llama, tmp_path):
+    (llama / "adapter_config.json").write_text("{}")
+    with pytest.raises(CheckpointError, match=r"adapter_config\.json is there"):
+        convert(llama, tmp_path / "out")
+
+
+def test_weights_that_doubled_leave_float16_are_named(tmp_path):
+    source = save_dense("llama", tmp_path / "dense", dtype=torch.float16)
+    name = "model.layers.1.mlp.down_proj.weight"
+    edit_tensors(source, **{name: torch.full((HIDDEN, INTERMEDIATE), 4e4, dtype=torch.float16)})
+    with pytest.raises(CheckpointError, match=f"{name}, doubled for the sigmoid gate: 16384 of 16384 values"):
+        convert(source, tmp_path / "out", split="random", gate="sigmoid")
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]
 
 

@@ -30,6 +30,7 @@ from prunepath_vllm.checkpoint import (
 )
 from prunepath_vllm.config import FORMAT_VERSION, PrunePathConfig, check_dense_shape
 from prunepath_vllm.conversion import openpangu
+from prunepath_vllm.conversion.dense_model import dense_tensors
 from prunepath_vllm.conversion.float8_source import DenseWeights, parse_format
 from prunepath_vllm.conversion.model_card import QUALITY_FILE, SOURCE_WEIGHTS, write_model_card
 from prunepath_vllm.conversion.splits import METHODS, neuron_orders
@@ -47,6 +48,8 @@ MAX_SHARD_BYTES = 2 * 10**9
 
 _COPIED_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
 """Tokenizer, chat templates, generation settings; never pickles or code."""
+_ADAPTER_FILE = "adapter_config.json"
+"""transformers puts the adapter of a directory with this file on the model."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LEFT_OUT = re.compile(
     r".*(\.attn\.(masked_)?bias|\.embeddings\.position_ids|\.rotary_emb\.inv_freq)$"  # buffers older versions saved
@@ -123,6 +126,11 @@ def convert(
         raise UsageError(f"dense positions: {dense_positions}; expected 0 or more")
     _check_arguments(dst, expert_size=expert_size, split=split, router=router, text=text, device=device)
     source, base_model = _resolve_source(src)
+    if (source / _ADAPTER_FILE).exists():
+        raise CheckpointError(
+            f"{source}: {_ADAPTER_FILE} is there, of an adapter, which is not read; expected a model with it "
+            "merged into the weights, or without that file"
+        )
     config = read_config(source)
     pangu = openpangu.is_openpangu(config)
     if pangu:
@@ -157,7 +165,9 @@ def convert(
     for layer in layers:
         expected.update(ffn_tensor_shapes(family, config, layer))
     expected |= family.head(config)
-    check_tensors(source, {new: _part(tensors[old], len(new_names[old])) for new, old in old_names.items()}, expected)
+    found = {new: _part(tensors[old], len(new_names[old])) for new, old in old_names.items()}
+    check_tensors(source, found, expected)
+    _check_other_tensors(source, family, config, found, layers)
     if expert_dtype is not None:
         for layer in layers:
             for weight in quantised_tensors(family, layer):
@@ -287,6 +297,25 @@ def _new_names(family: Family, tensors: Mapping[str, TensorInfo], layers: range)
     return {old: split.get(new, [new]) for old, new in named.items() if not _LEFT_OUT.match(new)}
 
 
+def _check_other_tensors(
+    source: Path, family: Family, config: Mapping[str, Any], found: Mapping[str, TensorInfo], layers: range
+) -> None:
+    """Refuse a source with other tensors than its model's, which would be a checkpoint that nothing loads.
+
+    Raises:
+        CheckpointError: names the first tensor that is missing, mis-shaped or unexpected.
+    """
+    whole, ignored = dense_tensors(family, config)
+    parts = _new_names(family, whole, layers)
+    expected = {new: _part(whole[old], len(names)).shape for old, names in parts.items() for new in names}
+    check_tensors(source, found, expected)
+    for name in found:
+        if name not in expected and not ignored.search(name):
+            raise CheckpointError(
+                f"{source}: tensor {name} is unexpected; expected those of {family.dense_architecture}"
+            )
+
+
 def _part(info: TensorInfo, count: int) -> TensorInfo:
     """One of the equal parts of a tensor; the whole where its rows do not divide, for its shape to be refused."""
     if not info.shape or info.shape[0] % count:
@@ -374,6 +403,7 @@ def _write_weights(
                 if prunepath.gate == "sigmoid":
                     # Gates of a zero router are 1/2; the calibrator takes the doubling back when it saturates them.
                     part = part * 2
+                    check_finite(f"{name}, doubled for the sigmoid gate", part)  # float16 ends at 65504
                 shapes = router_tensor_shapes(family, config, prunepath, outputs[name], bias=False)
                 for router, shape in shapes.items():
                     value = torch.zeros(shape)
