@@ -248,11 +248,73 @@ def test_another_runs_directory_is_refused(recipe):
         (dict(data=dict(train=[dict(path="missing.txt")])), r"data missing\.txt"),
         (dict(data=dict(task="classification")), r"data\.task: 'classification'"),
         (dict(model=dict(convert=dict(router="calibrated"))), r"model\.convert\.text: null"),
+        (dict(data=dict(sequence_length=513)), r"data\.sequence_length: 513; expected at most 512"),
+        (dict(family="gpt2", data=dict(sequence_length=513)), r"data\.sequence_length: 513; expected at most 512"),
+        (
+            dict(model=dict(rank=2, convert=dict(router="zero", gate="sigmoid"))),
+            r"neurons .* lacks; .* gate 'none'",
+        ),
     ],
 )
-def test_what_does_not_fit_is_named(recipe, changes, message):
+def test_what_does_not_fit_is_named(recipe, changes, message, monkeypatch):
+    monkeypatch.setattr(PrunePathTrainer, "train", lambda *_, **__: pytest.fail("training began"))
     with pytest.raises(UsageError, match=message):
         train(recipe(**changes))
+
+
+def test_held_out_data_is_read_before_the_training(recipe, tmp_path, monkeypatch):
+    monkeypatch.setattr(PrunePathTrainer, "train", lambda *_, **__: pytest.fail("training began"))
+    (tmp_path / "short.txt").write_text("a b c")
+    with pytest.raises(UsageError, match=r"short\.txt: 5 tokens; expected at least 64"):
+        train(recipe(evaluation=dict(data=str(tmp_path / "short.txt"))))
+
+
+@pytest.mark.parametrize("label", [2, -1, 0.5, "good", True])
+@pytest.mark.parametrize("held_out", [False, True])
+def test_labels_are_classes(recipe, tmp_path, monkeypatch, label, held_out):
+    monkeypatch.setattr(PrunePathTrainer, "train", lambda *_, **__: pytest.fail("training began"))
+    for name, last in (("right", 0), ("wrong", label)):
+        rows = [dict(text="a film", label=one) for one in (0, 1, 1, 0, last)]
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    train_on, valid = ("right", "wrong") if held_out else ("wrong", "right")
+    plan = recipe(
+        family="roberta",
+        model=dict(labels=2, convert=dict(router="zero", split="random", expert_size=16)),
+        data=dict(task="classification", train=[dict(path=str(tmp_path / f"{train_on}.jsonl"))]),
+        evaluation=dict(data=str(tmp_path / f"{valid}.jsonl")),
+        stages=[{}],
+    )
+    with pytest.raises(UsageError, match=r"wrong\.jsonl, row 5: label .*; expected a whole number from 0 to 1"):
+        train(plan)
+
+
+def test_a_starting_model_of_another_recipe_is_not_taken(recipe):
+    convert = dict(router="zero", split="random", expert_size=16)
+    with pytest.raises(UsageError, match="2 sequences"):
+        train(recipe(model=dict(convert=convert), data=dict(max_tokens=2 * LENGTH), stages=[{}]))
+    with pytest.raises(UsageError, match=r"a starting model is there of model\.convert\.expert_size 16, .* says 32"):
+        train(recipe(model=dict(convert=convert | dict(expert_size=32)), stages=[{}]))
+    plan = recipe(model=dict(convert=convert), stages=[{}], schedule=dict(max_steps=2), runtime=dict(save_steps=1))
+    train(plan)
+    other = plan.model_copy(update=dict(optimizer=plan.optimizer.model_copy(update=dict(lr=1e-5))))
+    with pytest.raises(UsageError, match=r"its training goes on with optimizer\.lr 0\.002, and the recipe says 1e-05"):
+        train(other, resume=True)
+
+
+def test_a_teacher_of_other_tokens_is_refused(recipe, dense_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(PrunePathTrainer, "train", lambda *_, **__: pytest.fail("training began"))
+    convert = dict(router="zero", split="random", expert_size=16)
+    larger = save_dense("llama", tmp_path / "larger", vocab_size=400)
+    other = tmp_path / "other"
+    shutil.copytree(dense_checkpoint("llama"), other)
+    words = json.loads((other / "tokenizer.json").read_text())
+    vocabulary = words["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
+    (other / "tokenizer.json").write_text(json.dumps(words))
+    for teacher, message in ((larger, "predicts 400 tokens; expected 320"), (other, "has token '[ab]' as")):
+        plan = recipe(model=dict(convert=convert), distillation=dict(teacher=str(teacher)), stages=[{}])
+        with pytest.raises(UsageError, match=rf"distillation\.teacher: .* {message}"):
+            train(plan)
 
 
 def test_a_measurement_that_fails_loses_nothing(recipe, texts, dense_checkpoint, tmp_path, monkeypatch):

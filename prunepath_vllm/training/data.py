@@ -18,13 +18,16 @@ from tqdm import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from prunepath_vllm.arguments import require_package
+from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.errors import UsageError
+from prunepath_vllm.training.checks import check_labels
 from prunepath_vllm.training.head import IGNORED
-from prunepath_vllm.training.recipe import Data, Source
+from prunepath_vllm.training.recipe import Data, Recipe, Source
 
 BLOCK_CHARACTERS = 65536
 """A long text is tokenised in blocks of about this many characters, cut at ends of lines."""
 TEXT_SUFFIXES = (".txt", ".txt.gz", ".raw.gz")
+HELD_OUT_BATCH = 8
 BATCH = 256
 """Texts tokenised at a time."""
 
@@ -91,25 +94,68 @@ def check_source(source: Source) -> None:
         require_package("datasets", "train", f"data {source.path}, which is no file,")
 
 
-def load_training_data(data: Data, tokenizer: PreTrainedTokenizerBase, *, pad_to_length: bool) -> Dataset:
+def load_training_data(
+    data: Data, tokenizer: PreTrainedTokenizerBase, *, pad_to_length: bool, classes: int | None = None
+) -> Dataset:
     """The recipe's training data, tokenised.
 
     Args:
         data: the recipe's section.
         tokenizer: a fast tokenizer, with a chat template for conversations.
         pad_to_length: pad every batch of labelled texts to the same length.
+        classes: how many labels there may be; None checks none.
 
     Raises:
-        UsageError: a source that cannot be read, has the wrong fields, or is too short for one sequence.
+        UsageError: a source that cannot be read, has the wrong fields or labels, or is too short for one sequence.
     """
     if data.task == "classification":
-        rows = [row for source in data.train for row in read_labelled(source) * source.repeat]
+        rows: list[Row] = []
+        for source in data.train:
+            labelled = read_labelled(source)
+            if classes is not None:
+                check_labels(labelled, classes, source.path)
+            rows += labelled * source.repeat
         return labelled_texts(rows, tokenizer, data.sequence_length, pad_to_length=pad_to_length)
     parts = [pack(source, tokenizer, data) for source in data.train]
     repeated = [part for part, source in zip(parts, data.train, strict=True) for _ in range(source.repeat)]
     tokens = np.concatenate([part[0] for part in repeated])
     masked = data.task == "chat"
     return Sequences(tokens, np.concatenate([part[1] for part in repeated]) if masked else None)
+
+
+def held_out_batches(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_tokens: int, *, classes: int | None = None
+) -> list[dict[str, Tensor]]:
+    """The recipe's held-out data in batches: equally long sequences, or labelled texts.
+
+    Args:
+        recipe: of the run.
+        tokenizer: of the model.
+        max_tokens: how much of a text is read.
+        classes: how many labels there may be; None checks none.
+
+    Raises:
+        UsageError: it cannot be read, or is too short.
+    """
+    source = recipe.evaluation.data
+    if source is None:
+        return []
+    data: Any
+    if recipe.data.task == "classification":
+        rows = read_labelled(source)
+        if not rows:
+            raise UsageError(f"data {source.path}: no rows; expected at least one")
+        if classes is not None:
+            check_labels(rows, classes, source.path)
+        data = labelled_texts(rows, tokenizer, recipe.data.sequence_length, pad_to_length=False)
+    elif source.path.endswith(TEXT_SUFFIXES):
+        sequences = read_sequences(tokenizer, source.path, length=recipe.data.sequence_length, max_tokens=max_tokens)
+        data = Sequences(sequences.numpy())
+    else:
+        limited = recipe.data.model_copy(update=dict(max_tokens=max_tokens))
+        data = Sequences(*pack(source, tokenizer, limited))
+    starts = range(0, len(data), HELD_OUT_BATCH)
+    return [data.collate([data[i] for i in range(at, min(at + HELD_OUT_BATCH, len(data)))]) for at in starts]
 
 
 def labelled_texts(

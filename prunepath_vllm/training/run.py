@@ -22,7 +22,6 @@ from prunepath_vllm.conversion.convert import convert
 from prunepath_vllm.conversion.costs import evenly_spread, positions_to_skip
 from prunepath_vllm.conversion.model_card import QUALITY_FILE, write_model_card
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
-from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.files import new_directory
@@ -38,15 +37,8 @@ from prunepath_vllm.training.adapter import (
     save_delta,
     update_configuration,
 )
-from prunepath_vllm.training.data import (
-    TEXT_SUFFIXES,
-    Sequences,
-    check_source,
-    labelled_texts,
-    load_training_data,
-    pack,
-    read_labelled,
-)
+from prunepath_vllm.training.checks import check_length, check_same_run, check_teacher
+from prunepath_vllm.training.data import check_source, held_out_batches, load_training_data
 from prunepath_vllm.training.low_rank import add_low_rank, merge_low_rank
 from prunepath_vllm.training.measure import Batch, Point, measure
 from prunepath_vllm.training.model import TrainingModel, family_of_model
@@ -63,7 +55,6 @@ START = "start"
 RESULT = "model"
 ADAPTER = "adapter.safetensors"
 ROUTER_DEVIATION = 0.02
-HELD_OUT_BATCH = 8
 PATIENCE = timedelta(hours=2)
 """How long other processes wait for the main one, which converts, exports and measures alone."""
 
@@ -102,6 +93,9 @@ def _check_inputs(recipe: Recipe, output: Path, *, resume: bool) -> None:
     check_output_folder(output, "output")
     if not resume and (checkpoints(output) or (output / RESULT).exists() or (output / LOG_FILE).exists()):
         raise UsageError(f"output {output}: holds another run; expected a new directory, or --resume")
+    started = (output / START).exists() or (output / DENSE).exists()
+    check_same_run(recipe, output, started=started, resume=bool(checkpoints(output)))
+    check_length(recipe)
     held_out = recipe.evaluation.data
     for source in [*recipe.data.train, *([held_out] if held_out else [])]:
         check_source(source)
@@ -126,10 +120,13 @@ def _train(recipe: Recipe, output: Path, *, resume: bool) -> Path:
             shutil.rmtree(output / PARTIAL, ignore_errors=True)
             if _is_made(recipe) and not (output / DENSE).exists():
                 _make_dense(recipe, output / DENSE)
+                save_recipe(recipe, output)  # at once: what has been made is of this one
             if recipe.model.convert is not None and not (output / START).exists():
                 _convert(recipe, recipe.model.convert, output / START)
+                save_recipe(recipe, output)
             if recipe.model.adapter is not None and not (output / START).exists():
                 merge_adapter(_directory(recipe.model.path), recipe.model.adapter, output / START)
+                save_recipe(recipe, output)
     start = output / START if _has_dense(recipe) else _directory(_source(recipe))
     tokenizer = load_tokenizer(start)
     if tokenizer.pad_token is None:
@@ -140,11 +137,16 @@ def _train(recipe: Recipe, output: Path, *, resume: bool) -> Path:
     if on_gpu:
         torch.set_float32_matmul_precision("high")  # the routers' products; TF32 holds bfloat16 inputs exactly
     compiled = recipe.runtime.compile and on_gpu
+    classes = model.config.num_labels if recipe.data.task == "classification" else None
     with processes.main_process_first():
-        data = load_training_data(recipe.data, tokenizer, pad_to_length=compiled)
+        data = load_training_data(recipe.data, tokenizer, pad_to_length=compiled, classes=classes)
     per_step = recipe.batch.sequences * processes.num_processes
     if len(data) < per_step:  # type: ignore[arg-type]
         raise UsageError(f"data.train: {len(data)} sequences; expected at least {per_step}, one batch")  # type: ignore[arg-type]
+    # What only the export needs, but may be wrong, comes before the training too.
+    main = processes.is_main_process
+    held_out = held_out_batches(recipe, tokenizer, recipe.evaluation.max_tokens, classes=classes) if main else []
+    source = _adapter_source(recipe, start) if main else None
     costs = _layer_costs(recipe, model, data)
     if recipe.model.rank is not None:
         add_low_rank(model, recipe.model.rank)
@@ -156,7 +158,7 @@ def _train(recipe: Recipe, output: Path, *, resume: bool) -> Path:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     training = TrainingModel(
         model,
-        teacher=_teacher(recipe, model, on_gpu),
+        teacher=_teacher(recipe, model, tokenizer, on_gpu),
         teacher_share=recipe.distillation.share if recipe.distillation else 0.0,
         hidden_weight=recipe.distillation.hidden if recipe.distillation else 0.0,
         costs=costs,
@@ -165,7 +167,7 @@ def _train(recipe: Recipe, output: Path, *, resume: bool) -> Path:
     )
 
     trainer = PrunePathTrainer(recipe, training, data, tokenizer)
-    wanted = recipe.evaluation.point_tokens if recipe.evaluation.points and processes.is_main_process else 0
+    wanted = recipe.evaluation.point_tokens if recipe.evaluation.points and main else 0
     trainer.add_callback(Reports(trainer, held_out_batches(recipe, tokenizer, wanted) if wanted else []))
     if processes.is_main_process:
         save_recipe(recipe, output)
@@ -178,7 +180,7 @@ def _train(recipe: Recipe, output: Path, *, resume: bool) -> Path:
         whole = trainer.training.model
     with processes.main_process_first():
         if processes.is_main_process:
-            _export(trainer, whole, start, result, tokenizer)
+            _export(trainer, whole, start, result, tokenizer, held_out, source)
     return result
 
 
@@ -348,13 +350,17 @@ def _some_sequences(data: Any, count: int) -> list[Tensor]:
     return [torch.as_tensor(data[i]["input_ids"]).long() for i in evenly_spread(len(data), count).tolist()]
 
 
-def _teacher(recipe: Recipe, model: PreTrainedModel, on_gpu: bool) -> PreTrainedModel | None:
+def _teacher(
+    recipe: Recipe, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, on_gpu: bool
+) -> PreTrainedModel | None:
     if recipe.distillation is None:
         return None
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if on_gpu else torch.float32
     teacher = AutoModelForCausalLM.from_pretrained(recipe.distillation.teacher, dtype=dtype)
+    vocabulary = model.get_output_embeddings().weight.shape[0]
+    check_teacher(recipe.distillation.teacher, teacher, tokenizer, vocabulary)
     ours, its = ((one.config.num_hidden_layers, one.config.hidden_size) for one in (model, teacher))
     if recipe.distillation.hidden and ours != its:
         raise UsageError(
@@ -364,31 +370,28 @@ def _teacher(recipe: Recipe, model: PreTrainedModel, on_gpu: bool) -> PreTrained
     return teacher.requires_grad_(False).eval().to("cuda" if on_gpu else "cpu")
 
 
-def held_out_batches(recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_tokens: int) -> list[Batch]:
-    """The recipe's held-out data in batches: equally long sequences, or labelled texts.
+def _adapter_source(recipe: Recipe, start: Path) -> tuple[Path, list[Tensor]] | None:
+    """What an adapter is written against: the dense model, and where each neuron of `start` is in it, by layer.
 
     Raises:
-        UsageError: it cannot be read, or is too short.
+        UsageError: `start` was not made of that dense model, or not with gate 'none'.
     """
-    source = recipe.evaluation.data
-    if source is None:
-        return []
-    data: Any
-    if recipe.data.task == "classification":
-        rows = read_labelled(source)
-        data = labelled_texts(rows, tokenizer, recipe.data.sequence_length, pad_to_length=False)
-    elif source.path.endswith(TEXT_SUFFIXES):
-        sequences = read_sequences(tokenizer, source.path, length=recipe.data.sequence_length, max_tokens=max_tokens)
-        data = Sequences(sequences.numpy())
-    else:
-        limited = recipe.data.model_copy(update=dict(max_tokens=max_tokens))
-        data = Sequences(*pack(source, tokenizer, limited))
-    starts = range(0, len(data), HELD_OUT_BATCH)
-    return [data.collate([data[i] for i in range(at, min(at + HELD_OUT_BATCH, len(data)))]) for at in starts]
+    if recipe.model.rank is None and recipe.model.adapter_bits is None:
+        return None
+    dense = _directory(recipe.model.dense or _source(recipe))
+    # Where neurons have been trained, only the adapter tells where each came from.
+    before = recipe.model.adapter
+    return dense, neuron_order(dense, start) if before is None else order_of(before, start)
 
 
 def _export(
-    trainer: PrunePathTrainer, model: Any, start: Path, result: Path, tokenizer: PreTrainedTokenizerBase
+    trainer: PrunePathTrainer,
+    model: Any,
+    start: Path,
+    result: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    held_out: list[Batch],
+    source: tuple[Path, list[Tensor]] | None,
 ) -> None:
     """Write the trained model in its starting dtype, the directory complete or not at all; then measure it."""
     recipe = trainer.recipe
@@ -401,11 +404,8 @@ def _export(
         model.config.prunepath_config = block.to_json()
     adapter = result.parent / ADAPTER
     write_adapter: Callable[[], Any] | None = None
-    if recipe.model.rank is not None or recipe.model.adapter_bits is not None:
-        dense = _directory(recipe.model.dense or _source(recipe))
-        # Where neurons have been trained, only the adapter tells where each came from.
-        before = recipe.model.adapter
-        orders = neuron_order(dense, start) if before is None else order_of(before, start)
+    if source is not None:
+        dense, orders = source
     if recipe.model.adapter_bits is not None:
         count = recipe.model.adapter_sequences if recipe.data.task != "classification" else 0
         write_adapter = functools.partial(
@@ -444,9 +444,9 @@ def _export(
     exported = TrainingModel(model.eval()).to(model.device)
     if routing is not None:
         exported.set_routing(**routing)
-    if not (batches := held_out_batches(recipe, tokenizer, recipe.evaluation.max_tokens)):
+    if not held_out:
         return
-    points = _measure(exported, batches, routing)
+    points = _measure(exported, held_out, routing)
     measured = dict(data=_data_name(recipe), points=[asdict(point) for point in points])
     (result / QUALITY_FILE).write_text(json.dumps(measured, indent=2) + "\n", encoding="utf-8")
     if routing is not None:

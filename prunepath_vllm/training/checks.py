@@ -1,0 +1,128 @@
+"""What a training refuses before it begins: parts of a recipe that do not fit the model, or the run it goes on from."""
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from prunepath_vllm.checkpoint import read_config
+from prunepath_vllm.errors import ConfigError, UsageError
+from prunepath_vllm.families import family_of
+from prunepath_vllm.tau import shown
+from prunepath_vllm.training.recipe import RECIPE_FILE, Recipe, load_recipe
+
+STARTED = ("seed", "model.path", "model.convert", "model.adapter", "model.scratch", "model.labels", "data.task")
+"""What decides how a starting model is made."""
+CONTINUED = ("seed", "model", "data", "stages", "optimizer", "schedule", "batch", "distillation")
+"""What decides what is learned; the rest of a recipe may differ when a run goes on."""
+
+
+def check_same_run(recipe: Recipe, output: Path, *, started: bool, resume: bool) -> None:
+    """Refuse to go on from what another recipe has left: it would be taken for this one's.
+
+    Args:
+        recipe: of this run.
+        output: its directory, with the recipe of the run before in it, if there was one.
+        started: whether a starting model is there.
+        resume: whether the training itself goes on, not only from its starting model.
+
+    Raises:
+        UsageError: names the first key that differs, and both values.
+    """
+    if not (started or resume) or not (output / RECIPE_FILE).exists():
+        return
+    before = load_recipe(output / RECIPE_FILE)
+    for part in CONTINUED if resume else STARTED:
+        for key, (old, new) in _differences(_part(before, part), _part(recipe, part), part):
+            what = "its training goes on with" if resume else "a starting model is there of"
+            raise UsageError(
+                f"output {output}: {what} {key} {shown(old)}, and the recipe says {shown(new)}; expected the same, or "
+                "another directory"
+            )
+
+
+def _part(recipe: Recipe, key: str) -> Any:
+    value: Any = recipe.model_dump(mode="json")
+    for name in key.split("."):
+        value = value[name]
+    return value
+
+
+def _differences(old: Any, new: Any, key: str) -> Iterable[tuple[str, tuple[Any, Any]]]:
+    if isinstance(old, dict) and isinstance(new, dict):
+        for name in {**old, **new}:
+            yield from _differences(old.get(name), new.get(name), f"{key}.{name}")
+    elif old != new:
+        yield key, (old, new)
+
+
+def check_length(recipe: Recipe) -> None:
+    """Refuse sequences longer than a model on this machine takes.
+
+    Raises:
+        UsageError: names both lengths.
+    """
+    path = Path(recipe.model.path)
+    if recipe.model.scratch is not None or not path.is_dir():
+        return
+    config = read_config(path)
+    try:
+        limit = family_of(config, converted="prunepath_config" in config).positions(config)
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}") from None
+    if limit is not None and recipe.data.sequence_length > limit:
+        raise UsageError(
+            f"data.sequence_length: {recipe.data.sequence_length}; expected at most {limit}, {path}'s longest sequence"
+        )
+
+
+def check_labels(rows: Iterable[Mapping[str, Any]], classes: int, where: str) -> None:
+    """Refuse labels that are not classes of the model.
+
+    Args:
+        rows: with a "label" each.
+        classes: how many the model has.
+        where: the source, for the error.
+
+    Raises:
+        UsageError: names the row and its label.
+    """
+    for number, row in enumerate(rows, 1):
+        label = row["label"]
+        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < classes:
+            raise UsageError(
+                f"data {where}, row {number}: label {shown(label)}; expected a whole number from 0 to {classes - 1}, a "
+                "class of the model"
+            )
+
+
+def check_teacher(name: str, teacher: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, vocabulary: int) -> None:
+    """Refuse a teacher whose predictions are about other tokens.
+
+    Args:
+        name: its directory or Hugging Face name.
+        teacher: the model.
+        tokenizer: of the model that learns.
+        vocabulary: how many tokens that model predicts.
+
+    Raises:
+        UsageError: another number of tokens, or a tokenizer beside the teacher with other ids.
+    """
+    from prunepath_vllm.modeling import load_tokenizer
+
+    if (its := teacher.get_output_embeddings().weight.shape[0]) != vocabulary:
+        raise UsageError(
+            f"distillation.teacher: {name} predicts {its} tokens; expected {vocabulary}, as the model that learns does"
+        )
+    try:
+        known = load_tokenizer(name).get_vocab()
+    except (OSError, ValueError):  # weights alone
+        return
+    ours = tokenizer.get_vocab()
+    for token, number in ours.items():
+        if known.get(token, number) != number:
+            raise UsageError(
+                f"distillation.teacher: {name} has token {token!r} as {known[token]}; expected {number}, as the model "
+                "that learns has it"
+            )
