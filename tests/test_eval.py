@@ -11,7 +11,8 @@ import runners
 import torch
 import warm
 from naive import load_naive, naive_logits
-from tiny_models import build_tokenizer
+from safetensors.torch import load_file, save_file
+from tiny_models import build_tokenizer, save_prunepath
 
 from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.entrypoints.cli import main
@@ -19,7 +20,7 @@ from prunepath_vllm.errors import UsageError
 from prunepath_vllm.evaluation.backends import Answer, TransformersBackend, open_checkpoint
 from prunepath_vllm.evaluation.runner import ask
 from prunepath_vllm.evaluation.statistics import METRICS, estimate
-from prunepath_vllm.evaluation.tasks import NEEDLE, TASKS, Request, needle_items
+from prunepath_vllm.evaluation.tasks import NEEDLE, TASKS, Item, Request, choice_requests, needle_items
 
 BIN = Path(sys.executable).parent
 ARC = [
@@ -182,6 +183,39 @@ def test_what_is_wrong_is_named(prunepath_checkpoint, arc, tmp_path, capsys):
     ):
         assert main(["eval", checkpoint, "--backend", "transformers", *options]) == 2
         assert named in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_probabilities_that_are_not_finite_give_no_result(arc, tmp_path, capsys):
+    checkpoint = save_prunepath("llama", tmp_path / "model")
+    tensors = load_file(checkpoint / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= 1e38
+    save_file(tensors, checkpoint / "model.safetensors")
+    assert evaluate(checkpoint, arc, tmp_path / "out.json") == 1
+    assert "arc: the model's probabilities at tau 1 are NaN or zero" in capsys.readouterr().err
+    assert not (tmp_path / "out.json").exists()
+
+
+def test_a_choice_longer_than_the_model_reads_is_cut_and_an_empty_one_refused(prunepath_checkpoint):
+    class Stripping:
+        """Like tokenizers that drop blanks at the end of a text."""
+
+        def __call__(self, texts):
+            return {"input_ids": [build_tokenizer()(one.rstrip())["input_ids"] for one in texts]}
+
+    with pytest.raises(UsageError, match=r"choice '' after 'Q:': no tokens"):
+        choice_requests([Item("Q:", choices=("a", ""))], Stripping(), 511)
+
+    checkpoint = prunepath_checkpoint("llama")
+    tokenizer, model = build_tokenizer(), TransformersBackend(open_checkpoint(checkpoint), build_tokenizer(), "cpu")
+    requests = choice_requests([Item("Q:", choices=("b" * 40, "cd"))], tokenizer, 16)
+    naive = load_naive(checkpoint)
+    for request, answer in zip(requests, model.loglikelihood(requests, 0.4), strict=True):
+        whole = request.context + request.continuation
+        assert len(whole) <= 16
+        scores = naive_logits(naive, whole[:-1], 0.4).log_softmax(-1)
+        right = sum(float(scores[at - 1, whole[at]]) for at in range(len(request.context), len(whole)))
+        assert answer.logprob == pytest.approx(right, abs=1e-3)
+    assert [len(request.continuation) for request in requests] == [15, 3]
 
 
 def test_f1_and_intervals():

@@ -1,6 +1,7 @@
 """Run a task over a checkpoint at several taus: shards of items, kept as they come, then metrics with intervals."""
 
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import islice
@@ -14,7 +15,7 @@ from prunepath_vllm.arguments import require_package
 from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.devices import check_device
 from prunepath_vllm.engine_environment import runs_on_cpu
-from prunepath_vllm.errors import UsageError
+from prunepath_vllm.errors import CheckpointError, UsageError
 from prunepath_vllm.evaluation import tasks
 from prunepath_vllm.evaluation.backends import Answer, Backend, Checkpoint, TransformersBackend, VllmBackend
 from prunepath_vllm.evaluation.journal import Journal
@@ -229,16 +230,20 @@ def prepare(task: Task, items: Sequence[Item], model: Backend) -> list[Any]:
 def ask(
     task: Task, items: Sequence[Item], prepared: list[Any], model: Backend, tau: float | None
 ) -> list[dict[str, Any]]:
-    """One record per item: its statistics, what the model answered, and its FFN sparsity."""
+    """One record per item: its statistics, what the model answered, and its FFN sparsity.
+
+    Raises:
+        CheckpointError: the model's numbers are not finite, of which no metric can be made.
+    """
     details: list[dict[str, Any]]
     if task.kind == "perplexity":
-        answers = [[answer] for answer in model.loglikelihood(prepared, tau)]
+        answers = [[answer] for answer in _finite(model.loglikelihood(prepared, tau), task, tau)]
         details = [
             {"statistics": {"nll": -answer.logprob, "predicted": len(item.tokens) - 1.0}}
             for item, (answer,) in zip(items, answers, strict=True)
         ]
     elif task.kind == "choice":
-        flat = iter(model.loglikelihood(prepared, tau))
+        flat = iter(_finite(model.loglikelihood(prepared, tau), task, tau))
         answers = [list(islice(flat, len(item.choices))) for item in items]
         logprobs = [[answer.logprob for answer in group] for group in answers]
         details = [
@@ -246,7 +251,7 @@ def ask(
             for item, scores in zip(items, logprobs, strict=True)
         ]
     elif task.kind == "classification":
-        answers = [[answer] for answer in model.classify(prepared, tau)]
+        answers = [[answer] for answer in _finite(model.classify(prepared, tau), task, tau)]
         probabilities = [answer.probabilities for (answer,) in answers]
         predicted = [max(range(len(one)), key=one.__getitem__) for one in probabilities]
         details = [
@@ -262,6 +267,17 @@ def ask(
         ]
         details = [{"statistics": score(item, text), "text": text} for item, text in zip(items, texts, strict=True)]
     return [{**detail, **_cost(group)} for detail, group in zip(details, answers, strict=True)]
+
+
+def _finite(answers: Sequence[Answer], task: Task, tau: float | None) -> Sequence[Answer]:
+    for answer in answers:
+        if not all(map(math.isfinite, (answer.logprob, *answer.probabilities))):
+            at = "" if tau is None else f" at tau {tau:g}"
+            raise CheckpointError(
+                f"{task.corpus}: the model's probabilities{at} are NaN or zero; expected finite logits: are its values "
+                "too large for its dtype?"
+            )
+    return answers
 
 
 def _cost(answers: Sequence[Answer]) -> dict[str, Any]:

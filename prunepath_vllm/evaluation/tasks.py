@@ -23,6 +23,7 @@ from prunepath_vllm.evaluation.rows import (
     TargetsRow,
     read_rows,
 )
+from prunepath_vllm.tau import shown
 
 WIKITEXT_FILES = ("wiki.valid.raw", "valid.raw.gz", "valid.txt")
 """Names under which WikiText-2's raw validation split is distributed."""
@@ -194,15 +195,25 @@ TASKS: dict[str, Task] = {
 
 
 def choice_requests(items: Sequence[Item], tokenizer: Any, max_length: int) -> list[Request]:
-    """One request per choice: prompt and " choice", tokenised together, cut from the left to `max_length` tokens."""
+    """One request per choice: prompt and " choice", tokenised together, cut from the left to `max_length` tokens.
+
+    Of a choice that alone is longer, the first token left is what the others follow.
+
+    Raises:
+        UsageError: a choice has no tokens: it would be the likeliest of all.
+    """
     # Spaces at the end of the prompt belong to the choice, so that words are tokenised as words.
     contexts = tokenizer([item.prompt.rstrip() for item in items])["input_ids"]
     wholes = iter(tokenizer([f"{item.prompt} {choice}" for item in items for choice in item.choices])["input_ids"])
     requests = []
     for item, context in zip(items, contexts, strict=True):
-        for whole in islice(wholes, len(item.choices)):
+        for choice, whole in zip(item.choices, islice(wholes, len(item.choices)), strict=True):
+            if len(whole) <= len(context):
+                prompt = shown(item.prompt[-40:])
+                raise UsageError(f"choice {shown(choice)} after {prompt}: no tokens; expected some in every choice")
             cut = max(0, len(whole) - max_length)
-            requests.append(Request(whole[: len(context)][cut:], whole[max(len(context), cut) :]))
+            start = max(len(context), cut + 1)
+            requests.append(Request(whole[cut:start], whole[start:]))
     return requests
 
 
