@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
-from tiny_models import ENGINE_FAMILY_NAMES, FAMILY_NAMES, build_dense, save_prunepath
+from tiny_models import ENGINE_FAMILY_NAMES, FAMILY_NAMES, block, build_dense, save_prunepath
 from transformers import AutoTokenizer
 
 from prunepath_vllm.checkpoint import load_prunepath_config, read_tensor_index, validate_checkpoint
@@ -18,7 +18,7 @@ from prunepath_vllm.conversion.calibrate import calibrate, fit_router, load_mode
 from prunepath_vllm.conversion.costs import ANCHOR_SPARSITY, SHARPNESS, choose_sharpness, leaving_out_costs
 from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.entrypoints.cli import main
-from prunepath_vllm.errors import UsageError
+from prunepath_vllm.errors import CheckpointError, UsageError
 
 pytestmark = pytest.mark.usefixtures("registered")
 
@@ -276,6 +276,18 @@ def test_trained_gates_and_threshold_selection_are_refused(tmp_path, text):
     path = save_prunepath("llama", tmp_path / "threshold", selection="threshold", threshold=0.5)
     with pytest.raises(UsageError, match="selection 'threshold' has no tau"):
         calibrate(path, text)
+
+
+@pytest.mark.parametrize("scale", [1e30, 1e38])
+def test_activations_that_are_not_finite_are_refused(tmp_path, text, scale):
+    path = save_prunepath("llama", tmp_path / "model", router_scale=0.0)
+    tensors = load_file(path / "model.safetensors")
+    tensors["model.layers.1.mlp.up_proj.weight"] *= scale
+    save_file(tensors, path / "model.safetensors")
+    message = r"layer 2: no router can be fitted to its inputs|the model's logits on the text are NaN or infinite"
+    with pytest.raises(CheckpointError, match=message):
+        calibrate(path, text, max_tokens=4 * CONTEXT, context=CONTEXT)
+    assert block(path)["tau_curve"] is None
 
 
 def test_a_directory_that_cannot_be_replaced_is_refused_before_any_work(tmp_path, text, monkeypatch):

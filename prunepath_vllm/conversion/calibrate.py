@@ -30,7 +30,7 @@ from prunepath_vllm.conversion.costs import (
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.devices import check_device
-from prunepath_vllm.errors import UsageError
+from prunepath_vllm.errors import CheckpointError, UsageError
 from prunepath_vllm.families import Family
 from prunepath_vllm.files import check_writable
 from prunepath_vllm.kernels import reference
@@ -84,7 +84,7 @@ def calibrate(
     Raises:
         UsageError: arguments out of range, text missing or too short, threshold selection, trained sigmoid gates,
             quantised experts, or a directory that cannot be written.
-        CheckpointError, ConfigError: not a valid checkpoint.
+        CheckpointError, ConfigError: not a valid checkpoint, or one whose activations on the text are not finite.
     """
     summary = validate_checkpoint(checkpoint)
     prunepath = summary.prunepath
@@ -233,7 +233,13 @@ def _fit_routers(
         inputs, metric, down = torch.cat(seen.inputs), seen.metric(), output_rows(model, family, layer).float()
         experts = experts_of(model, family, layer, inputs, summary.prunepath.num_experts)
         router_inputs = torch.cat(seen.router_inputs)
-        weight, first = fit_router(router_inputs, leaving_out_costs(experts, down, metric)), None
+        try:
+            weight, first = fit_router(router_inputs, leaving_out_costs(experts, down, metric)), None
+        except torch.linalg.LinAlgError:
+            raise CheckpointError(
+                f"{summary.path}: layer {layer}: no router can be fitted to its inputs on the text, which are all zero "
+                "or too large; expected those of a model that works"
+            ) from None
         if rank is not None:
             weight, first = factor_router(weight, router_inputs, rank)
         routers.append((weight, first))

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
+from prunepath_vllm.errors import CheckpointError
 from prunepath_vllm.families import Family
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.modeling.quantised import QuantisedLinear
@@ -106,7 +107,13 @@ def observe(
 
 
 def backpropagate_drawn_labels(logits: Tensor, generator: torch.Generator) -> None:
-    """Backpropagate the loss of labels drawn from a model's own output, summed over its rows: float32 [N, classes]."""
+    """Backpropagate the loss of labels drawn from a model's own output, summed over its rows: float32 [N, classes].
+
+    Raises:
+        CheckpointError: logits that are not finite.
+    """
+    if not logits.isfinite().all():
+        raise CheckpointError("the model's logits on the text are NaN or infinite; expected finite ones")
     drawn = torch.multinomial(logits.detach().softmax(-1).cpu(), 1, generator=generator)
     F.cross_entropy(logits, drawn[:, 0].to(logits.device), reduction="sum").backward()
 
