@@ -333,6 +333,7 @@ def refusals():
             said[repr(value)[:20]] = str(error)
     others = {"both": {"tau": 0.5, "sparsity": 0.5}, "no curve": {"sparsity": 0.5}}
     others |= {"report": {"prunepath_report": True}, "Tau": {"Tau": 0.5}, "prefill_tau": {"prefill_tau": 0.5}}
+    others |= {"extra_body": {"extra_body": {"vllm_xargs": {"tau": 0.5}}}}
     for name, extra in others.items():
         try:
             llm.generate([PROMPTS[0]], SamplingParams(extra_args=extra), use_tqdm=False)

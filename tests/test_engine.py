@@ -316,6 +316,9 @@ def test_refusals_name_the_parameter_the_value_and_the_range(prunepath_checkpoin
     assert "prunepath_report must be a name" in said.pop("report")
     assert said.pop("Tau").startswith("'Tau' is not read; expected 'tau'")
     assert said.pop("prefill_tau").startswith("prefill_tau is not read in a request")
+    assert said.pop("extra_body").startswith(
+        "extra_body.vllm_xargs.tau is not read; expected 'tau' among the extra arguments themselves"
+    )
     assert len(said) == 12
     for value, message in said.items():
         assert message is not None, value

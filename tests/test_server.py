@@ -292,6 +292,9 @@ def test_generate_takes_the_knob_as_others_do(llama, stream):
         ({"sampling_params": {"extra_args": {"tau": 0.4}}}, "sampling_params.extra_args.tau"),
         ({"vllm_args": {"tau": 0.4}}, "vllm_args.tau"),
         ({"vllm_xargs": {"extra_args": {"tau": 0.4}}}, "vllm_xargs.extra_args.tau"),
+        ({"chat_template_kwargs": {"tau": 0.4}}, "chat_template_kwargs.tau"),
+        ({"generation_config": {"sparsity": 0.4}}, "generation_config.sparsity"),
+        ({"stream_options": {"prunepath_report": True}, "stream": True}, "stream_options.prunepath_report"),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -304,6 +307,15 @@ def test_a_knob_in_the_wrong_place_is_http_400_saying_the_right_one(llama, body,
         assert error["param"] == name
         right = f"expected '{name}' at the top level of the body or under 'vllm_xargs'"
         assert error["message"].startswith(f"{path} is not read; {right}")
+
+
+@pytest.mark.parametrize(("name", "value"), [("tau", "0.4"), ("sparsity", ""), ("prunepath_report", "true")])
+def test_a_knob_in_the_url_is_http_400_saying_the_right_place(llama, name, value):
+    for endpoint in ENDPOINTS:
+        error = llama.post(f"{endpoint}?{name}={value}", ENDPOINTS[endpoint]).json()["error"]
+        assert (error["code"], error["param"]) == (400, name)
+        assert error["message"].startswith(f"{name} in the URL is not read; expected '{name}' at the top level")
+    assert llama.post("/v1/completions?other=1", ENDPOINTS["/v1/completions"]).status_code == 200
 
 
 @pytest.mark.parametrize(

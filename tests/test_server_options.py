@@ -1,6 +1,7 @@
 """The operator's options without a server: what is refused, and how load picks a tau. test_server_policy.py has one."""
 
 import asyncio
+import json
 import re
 from types import SimpleNamespace
 
@@ -178,6 +179,26 @@ def test_a_policy_that_makes_no_sense_stops_the_server(prunepath_checkpoint, fam
     checkpoint = prunepath_checkpoint(family, default_tau=0.6)
     with pytest.raises(ValueError, match=re.escape(named)):
         EngineArgs(model=str(checkpoint), additional_config={"prunepath": options}).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [
+        ({"override_generation_config": {"tau": 0.4}}, "tau: 0.4 in generation_config.json or --override-generation-"),
+        ({"generation_config": {"sparsity": 0.4}}, "sparsity: 0.4 in generation_config.json or"),
+        ({"hf_overrides": {"default_tau": 0.4}}, "default_tau: 0.4 in config.json or --hf-overrides is not read"),
+    ],
+    ids=["override", "file", "hf-overrides"],
+)
+def test_a_default_where_nobody_reads_it_stops_the_server(prunepath_checkpoint, tmp_path, options, named):
+    from vllm.engine.arg_utils import EngineArgs
+
+    if "generation_config" in options:
+        (tmp_path / "generation_config.json").write_text(json.dumps(options["generation_config"]))
+        options = {"generation_config": str(tmp_path)}
+    checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
+    with pytest.raises(ValueError, match=re.escape(named)):
+        EngineArgs(model=str(checkpoint), **options).create_engine_config()
 
 
 @pytest.mark.parametrize(("options", "mode"), [({}, "exact"), ({"mode": "at_least"}, "at_least")], ids=["unset", "set"])

@@ -8,7 +8,7 @@ brought it.
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import Any
@@ -112,6 +112,39 @@ def refuse_misnamed(given: Mapping[str, Any]) -> None:
             )
 
 
+_NESTED = 4
+"""Levels at which a knob in the wrong place is looked for: client options within client options."""
+
+
+def refuse_misplaced(
+    given: Mapping[str, Any], right: str, *, read: Sequence[Mapping[str, Any]] = (), also: Collection[str] = ()
+) -> None:
+    """Refuse a request's knob within options that are called like a place where it is read: nobody looks into them.
+
+    Args:
+        given: the options; of others, what is in them is the user's.
+        right: the right place, in words.
+        read: those in `given` that are read after all.
+        also: further names of options that are looked into.
+
+    Raises:
+        TauError: names the field and its path.
+    """
+    for name, value in given.items():
+        if str(name).startswith(("extra_", "vllm_")) or name in also:
+            _refuse_knobs_in(value, str(name), right, read, _NESTED)
+
+
+def _refuse_knobs_in(value: Any, path: str, right: str, read: Sequence[Mapping[str, Any]], levels: int) -> None:
+    if not isinstance(value, Mapping) or not levels:
+        return
+    is_read = any(value is place for place in read)
+    for name, inner in value.items():
+        if name in KNOBS and inner is not None and not is_read:
+            raise TauError(f"{path}.{name} is not read; expected {name!r} {right}", parameter=name, value=inner)
+        _refuse_knobs_in(inner, f"{path}.{name}", right, read, levels - 1)
+
+
 def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(process_inputs)
     def wrapped(self: InputProcessor, request_id: str, prompt: Any, params: Any, *args: Any, **kwargs: Any) -> Any:
@@ -124,6 +157,7 @@ def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
         requested = {**extra_arguments(params), **(_request_knob.get() or {})}
         try:
             refuse_misnamed(requested)
+            refuse_misplaced(requested, "among the extra arguments themselves")
             tau = resolver.tau_of(requested)
         except TauError as error:
             raise TauRequestError(error) from None

@@ -15,8 +15,9 @@ from prunepath_vllm.fields import usable_positions
 from prunepath_vllm.linears import METHOD
 from prunepath_vllm.model_executor.compat import VerifyAndUpdateConfig, VllmConfig, current_platform
 from prunepath_vllm.model_executor.engine_core import install_in_engine_core
-from prunepath_vllm.model_executor.operator_policy import operator_policy
+from prunepath_vllm.model_executor.operator_policy import OPERATORS_TAUS, operator_policy
 from prunepath_vllm.model_executor.tau_resolution import is_prunepath
+from prunepath_vllm.tau import PARAMETERS, shown
 
 _WORKERS = {
     "cpu": "prunepath_vllm.model_executor.worker_cpu.PrunePathCPUWorker",
@@ -68,6 +69,7 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
             _refuse_with_host_experts(vllm_config)
         _check_length(model_config)
         _refuse_unsupported(vllm_config)
+        _refuse_unread_taus(model_config)
         _refuse_connectors(vllm_config)
         if os.path.isdir(model_config.model) and vllm_config.load_config.load_format != "dummy":
             _refuse_other_experts(model_config.hf_config.prunepath, validate_checkpoint(model_config.model).prunepath)
@@ -96,6 +98,26 @@ def _refuse_other_experts(served: PrunePathConfig, stored: PrunePathConfig) -> N
             raise ConfigError(
                 f"prunepath_config.{name}: {found!r} (--hf-overrides); expected {expected!r}, as in the checkpoint"
             )
+
+
+def _refuse_unread_taus(model_config: Any) -> None:
+    """Refuse a tau where the other defaults of an engine stand, but nobody would read it.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    sampling = {**model_config.try_get_generation_config(), **model_config.override_generation_config}
+    places = {
+        "generation_config.json or --override-generation-config": sampling,
+        "config.json or --hf-overrides": model_config.hf_config.to_dict(),
+    }
+    for place, given in places.items():
+        for name in (*PARAMETERS, *OPERATORS_TAUS):
+            if given.get(name) is not None:
+                right = name if name in OPERATORS_TAUS else "default_tau"
+                raise ConfigError(
+                    f"{name}: {shown(given[name])} in {place} is not read; expected additional_config.prunepath.{right}"
+                )
 
 
 def _position_limit(model_config: Any) -> int:

@@ -6,13 +6,20 @@ where the engine admits the request (model_executor/admission.py).
 
 import json
 from typing import Any
+from urllib.parse import parse_qsl
 
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from prunepath_vllm.entrypoints.server.queue_length import waiting_requests
 from prunepath_vllm.errors import ConfigError, TauError
-from prunepath_vllm.model_executor.admission import KNOBS, TauRequestError, refuse_misnamed, request_knob
+from prunepath_vllm.model_executor.admission import (
+    KNOBS,
+    TauRequestError,
+    refuse_misnamed,
+    refuse_misplaced,
+    request_knob,
+)
 from prunepath_vllm.model_executor.compat import create_error_response
 from prunepath_vllm.model_executor.tau_resolution import TauResolver
 from prunepath_vllm.tau import DENSE_TAU, PARAMETERS, is_adaptive, parse_tau_range, resolve_tau
@@ -36,6 +43,7 @@ class KnobMiddleware:
             body, receive = await json_body(scope, receive)
             knob: dict[str, Any] = {}
             if body is not None and (resolver := app_resolver(scope["app"])) is not None:
+                _refuse_in_url(scope)
                 knob = settled_knob(body, resolver, scope["app"].state.engine_client)
                 receive = _without_range(body, knob, receive)
         except TauError as error:
@@ -185,8 +193,17 @@ def _places(body: dict[str, Any]) -> list[dict[str, Any]]:
     return [place for place in places if isinstance(place, dict)]
 
 
-_NESTED = 4
-"""Levels at which a knob in the wrong place is looked for: client options within client options."""
+_OTHER_PLACES = (
+    "sampling_params",
+    "pooling_params",
+    "xargs",
+    "additional_config",
+    "prunepath",
+    "chat_template_kwargs",
+    "generation_config",
+    "stream_options",
+)
+"""Where a client may think that the engine's options go, besides names like that of the right place."""
 
 
 def _refuse_misplaced(body: dict[str, Any]) -> None:
@@ -194,26 +211,19 @@ def _refuse_misplaced(body: dict[str, Any]) -> None:
 
     What users keep in a body for themselves (``metadata``, messages, tools) is none of our business.
     """
-    for name, value in body.items():
-        if name.startswith(("extra_", "vllm_")) or name in _OTHER_PLACES:
-            _refuse_knobs_in(value, name, _places(body), _NESTED)
+    refuse_misplaced(body, _BODY_PLACES, read=_places(body), also=_OTHER_PLACES)
 
 
-_OTHER_PLACES = ("sampling_params", "pooling_params", "xargs", "additional_config", "prunepath")
+_BODY_PLACES = "at the top level of the body or under 'vllm_xargs'"
 
 
-def _refuse_knobs_in(value: Any, path: str, places: list[dict[str, Any]], levels: int) -> None:
-    if not isinstance(value, dict) or not levels:
-        return
-    read = any(value is place for place in places)
-    for name, inner in value.items():
-        if name in KNOBS and inner is not None and not read:
+def _refuse_in_url(scope: Scope) -> None:
+    """Refuse a knob in the query string: no endpoint reads it there."""
+    for name, value in parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True):
+        if name in KNOBS:
             raise TauError(
-                f"{path}.{name} is not read; expected {name!r} at the top level of the body or under 'vllm_xargs'",
-                parameter=name,
-                value=inner,
+                f"{name} in the URL is not read; expected {name!r} {_BODY_PLACES}", parameter=name, value=value
             )
-        _refuse_knobs_in(inner, f"{path}.{name}", places, levels - 1)
 
 
 def _is_json(scope: Scope) -> bool:
