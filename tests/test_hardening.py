@@ -60,12 +60,14 @@ class Killer:
 
     def __init__(self, process: psutil.Process, times: int) -> None:
         self.process, self.left = process, threading.Semaphore(times - 1)
-        self.done = threading.Event()
+        self.done, self.turn = threading.Event(), threading.Lock()
 
     def set(self) -> None:
-        if not self.left.acquire(blocking=False) and not self.done.is_set():
-            self.process.kill()
-            self.done.set()
+        if not self.left.acquire(blocking=False):
+            with self.turn:
+                if not self.done.is_set():
+                    self.process.kill()
+                    self.done.set()
 
 
 class Stream(threading.Thread):

@@ -95,13 +95,13 @@ def _check_inputs(recipe: Recipe, output: Path, *, resume: bool) -> None:
         raise UsageError(f"output {output}: holds another run; expected a new directory, or --resume")
     started = (output / START).exists() or (output / DENSE).exists()
     check_same_run(recipe, output, started=started, resume=bool(checkpoints(output)))
-    check_length(recipe)
     held_out = recipe.evaluation.data
     for source in [*recipe.data.train, *([held_out] if held_out else [])]:
         check_source(source)
     text = recipe.model.convert.text if recipe.model.convert is not None else None
     if text is not None and not Path(text).is_file():
         raise UsageError(f"model.convert.text: {text}: no such file; expected a text file")
+    check_length(recipe)
     if recipe.model.adapter is not None:
         read_adapter(recipe.model.adapter, names=())
     if recipe.runtime.tensorboard:
