@@ -278,13 +278,18 @@ def test_trained_gates_and_threshold_selection_are_refused(tmp_path, text):
         calibrate(path, text)
 
 
-@pytest.mark.parametrize("scale", [1e30, 1e38])
-def test_activations_that_are_not_finite_are_refused(tmp_path, text, scale):
+@pytest.mark.parametrize(
+    ("scale", "message"),
+    [
+        (1e30, "layer 2: no router can be fitted to its inputs"),
+        (1e38, "the model's logits on the text are NaN or infinite"),
+    ],
+)
+def test_activations_that_are_not_finite_are_refused(tmp_path, text, scale, message):
     path = save_prunepath("llama", tmp_path / "model", router_scale=0.0)
     tensors = load_file(path / "model.safetensors")
     tensors["model.layers.1.mlp.up_proj.weight"] *= scale
     save_file(tensors, path / "model.safetensors")
-    message = r"layer 2: no router can be fitted to its inputs|the model's logits on the text are NaN or infinite"
     with pytest.raises(CheckpointError, match=message):
         calibrate(path, text, max_tokens=4 * CONTEXT, context=CONTEXT)
     assert block(path)["tau_curve"] is None

@@ -396,6 +396,19 @@ def test_every_tensor_of_the_source_is_checked_before_any_work(family, tmp_path,
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]
 
 
+@pytest.mark.parametrize("change", [dict(_attn_implementation="flash_attention_2"), dict(pad_token_id=10**6)])
+def test_settings_that_no_tensor_depends_on_do_not_matter(llama, tmp_path, change):
+    edit_config(llama, **change)
+    convert(llama, tmp_path / "out", split="random")
+    validate_checkpoint(tmp_path / "out", check_values=True)
+
+
+def test_a_configuration_of_no_model_is_named(llama, tmp_path):
+    edit_config(llama, rms_norm_eps=[])
+    with pytest.raises(ConfigError, match=r"dense: transformers builds no LlamaForCausalLM of config\.json \("):
+        convert(llama, tmp_path / "out")
+
+
 def test_a_source_with_an_adapter_is_refused(llama, tmp_path):
     (llama / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json is there"):

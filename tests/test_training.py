@@ -12,7 +12,7 @@ from training_runs import LENGTH, assert_same, logs, tensors
 from transformers import AutoModelForCausalLM, Trainer
 
 from prunepath_vllm.checkpoint import read_config, validate_checkpoint
-from prunepath_vllm.errors import TrainingError, UsageError
+from prunepath_vllm.errors import ConfigError, TrainingError, UsageError
 from prunepath_vllm.modeling import register_auto_classes
 from prunepath_vllm.training import run
 from prunepath_vllm.training.adapter import merge_adapter
@@ -269,7 +269,7 @@ def test_held_out_data_is_read_before_the_training(recipe, tmp_path, monkeypatch
         train(recipe(evaluation=dict(data=str(tmp_path / "short.txt"))))
 
 
-@pytest.mark.parametrize("label", [2, -1, 0.5, "good", True])
+@pytest.mark.parametrize("label", [2, -1, 0.5, "good", "2", None])
 @pytest.mark.parametrize("held_out", [False, True])
 def test_labels_are_classes(recipe, tmp_path, monkeypatch, label, held_out):
     monkeypatch.setattr(PrunePathTrainer, "train", lambda *_, **__: pytest.fail("training began"))
@@ -288,6 +288,35 @@ def test_labels_are_classes(recipe, tmp_path, monkeypatch, label, held_out):
         train(plan)
 
 
+def test_a_local_model_that_conversion_turns_into_one_of_ours_is_taken(recipe, tmp_path, monkeypatch):
+    """An encoder with another head than the classifier's, which is made anew."""
+    monkeypatch.setattr(PrunePathTrainer, "train", lambda *_, **__: pytest.fail("training began"))
+    masked = save_dense("roberta", tmp_path / "masked")
+    config = json.loads((masked / "config.json").read_text())
+    (masked / "config.json").write_text(json.dumps(config | dict(architectures=["RobertaForMaskedLM"])))
+    (tmp_path / "rows.jsonl").write_text('{"text": "a film", "label": 0}\n' * 8)
+    plan = recipe(
+        family="roberta",
+        model=dict(path=str(masked), labels=3, convert=dict(router="zero", split="random", expert_size=16)),
+        data=dict(task="classification", train=[dict(path=str(tmp_path / "rows.jsonl"))], sequence_length=1024),
+        stages=[{}],
+    )
+    with pytest.raises(pytest.fail.Exception, match="training began"):
+        train(plan)
+
+
+def test_after_a_failed_conversion_another_may_be_asked_for(recipe, tmp_path, monkeypatch):
+    """What was made before it, a dense model, is still the recipe's."""
+    (tmp_path / "rows.jsonl").write_text('{"text": "a film", "label": 0}\n' * 8)
+    data = dict(task="classification", train=[dict(path=str(tmp_path / "rows.jsonl"))])
+    for size, error in ((7, "expert_size|expert size"), (16, "training began")):
+        monkeypatch.setattr(PrunePathTrainer, "train", lambda *_, **__: pytest.fail("training began"))
+        convert = dict(router="zero", split="random", expert_size=size)
+        plan = recipe(family="roberta", model=dict(labels=3, convert=convert), data=data, stages=[{}])
+        with pytest.raises((ConfigError, UsageError, pytest.fail.Exception), match=error):
+            train(plan)
+
+
 def test_a_starting_model_of_another_recipe_is_not_taken(recipe):
     convert = dict(router="zero", split="random", expert_size=16)
     with pytest.raises(UsageError, match="2 sequences"):
@@ -296,6 +325,9 @@ def test_a_starting_model_of_another_recipe_is_not_taken(recipe):
         train(recipe(model=dict(convert=convert | dict(expert_size=32)), stages=[{}]))
     plan = recipe(model=dict(convert=convert), stages=[{}], schedule=dict(max_steps=2), runtime=dict(save_steps=1))
     train(plan)
+    longer = plan.model_copy(update=dict(schedule=plan.schedule.model_copy(update=dict(max_steps=3))))
+    train(longer, resume=True)
+    assert logs(plan.output, "step")[-1] == 3
     other = plan.model_copy(update=dict(optimizer=plan.optimizer.model_copy(update=dict(lr=1e-5))))
     with pytest.raises(UsageError, match=r"its training goes on with optimizer\.lr 0\.002, and the recipe says 1e-05"):
         train(other, resume=True)

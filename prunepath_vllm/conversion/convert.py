@@ -129,7 +129,7 @@ def convert(
     if (source / _ADAPTER_FILE).exists():
         raise CheckpointError(
             f"{source}: {_ADAPTER_FILE} is there, of an adapter, which is not read; expected a model with it "
-            "merged into the weights, or without that file"
+            "merged into the weights, or a directory without that file"
         )
     config = read_config(source)
     pangu = openpangu.is_openpangu(config)
@@ -300,12 +300,16 @@ def _new_names(family: Family, tensors: Mapping[str, TensorInfo], layers: range)
 def _check_other_tensors(
     source: Path, family: Family, config: Mapping[str, Any], found: Mapping[str, TensorInfo], layers: range
 ) -> None:
-    """Refuse a source with other tensors than its model's, which would be a checkpoint that nothing loads.
+    """Refuse a source with other tensors than its model's: the checkpoint would lack some, or carry what nothing reads.
 
     Raises:
         CheckpointError: names the first tensor that is missing, mis-shaped or unexpected.
+        ConfigError: transformers builds no model of the config.json.
     """
-    whole, ignored = dense_tensors(family, config)
+    try:
+        whole, ignored = dense_tensors(family, config)
+    except ConfigError as error:
+        raise ConfigError(f"{source}: {error}") from None
     parts = _new_names(family, whole, layers)
     expected = {new: _part(whole[old], len(names)).shape for old, names in parts.items() for new in names}
     check_tensors(source, found, expected)

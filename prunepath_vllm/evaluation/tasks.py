@@ -208,11 +208,13 @@ def choice_requests(items: Sequence[Item], tokenizer: Any, max_length: int) -> l
     requests = []
     for item, context in zip(items, contexts, strict=True):
         for choice, whole in zip(item.choices, islice(wholes, len(item.choices)), strict=True):
-            if len(whole) <= len(context):
-                prompt = shown(item.prompt[-40:])
-                raise UsageError(f"choice {shown(choice)} after {prompt}: no tokens; expected some in every choice")
             cut = max(0, len(whole) - max_length)
             start = max(len(context), cut + 1)
+            if start >= len(whole):
+                prompt = shown(item.prompt[-40:])
+                raise UsageError(
+                    f"choice {shown(choice)} after {prompt}: no tokens to predict; expected some in every choice"
+                )
             requests.append(Request(whole[cut:start], whole[start:]))
     return requests
 

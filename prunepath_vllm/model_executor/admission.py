@@ -124,7 +124,7 @@ def refuse_misplaced(
     Args:
         given: the options; of others, what is in them is the user's.
         right: the right place, in words.
-        read: those in `given` that are read after all.
+        read: mappings within `given` in which a knob is read.
         also: further names of options that are looked into.
 
     Raises:

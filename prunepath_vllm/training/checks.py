@@ -12,30 +12,32 @@ from prunepath_vllm.families import family_of
 from prunepath_vllm.tau import shown
 from prunepath_vllm.training.recipe import RECIPE_FILE, Recipe, load_recipe
 
-STARTED = ("seed", "model.path", "model.convert", "model.adapter", "model.scratch", "model.labels", "data.task")
+MADE = ("seed", "model.path", "model.scratch", "model.labels", "data.task")
+"""What decides how a new dense model is made."""
+STARTED = (*MADE, "model.convert", "model.adapter")
 """What decides how a starting model is made."""
-CONTINUED = ("seed", "model", "data", "stages", "optimizer", "schedule", "batch", "distillation")
-"""What decides what is learned; the rest of a recipe may differ when a run goes on."""
+CONTINUED = (*STARTED, "model.rank", "model.embeddings", "data", "stages", "optimizer", "batch", "distillation")
+"""What decides what is learned; the rest of a recipe may differ when a run goes on, its end too."""
 
 
-def check_same_run(recipe: Recipe, output: Path, *, started: bool, resume: bool) -> None:
+def check_same_run(recipe: Recipe, output: Path, *, keys: Iterable[str], what: str) -> None:
     """Refuse to go on from what another recipe has left: it would be taken for this one's.
 
     Args:
         recipe: of this run.
         output: its directory, with the recipe of the run before in it, if there was one.
-        started: whether a starting model is there.
-        resume: whether the training itself goes on, not only from its starting model.
+        keys: of recipes, that decide what is there; none where nothing is.
+        what: that is, in words.
 
     Raises:
         UsageError: names the first key that differs, and both values.
     """
-    if not (started or resume) or not (output / RECIPE_FILE).exists():
+    if not (output / RECIPE_FILE).exists():
         return
-    before = load_recipe(output / RECIPE_FILE)
-    for part in CONTINUED if resume else STARTED:
+    before: Recipe | None = None
+    for part in keys:
+        before = before or load_recipe(output / RECIPE_FILE)
         for key, (old, new) in _differences(_part(before, part), _part(recipe, part), part):
-            what = "its training goes on with" if resume else "a starting model is there of"
             raise UsageError(
                 f"output {output}: {what} {key} {shown(old)}, and the recipe says {shown(new)}; expected the same, or "
                 "another directory"
@@ -58,17 +60,21 @@ def _differences(old: Any, new: Any, key: str) -> Iterable[tuple[str, tuple[Any,
 
 
 def check_length(recipe: Recipe) -> None:
-    """Refuse sequences longer than a model on this machine takes.
+    """Refuse packed sequences longer than a model on this machine takes; labelled texts may all be shorter.
 
     Raises:
         UsageError: names both lengths.
     """
     path = Path(recipe.model.path)
-    if recipe.model.scratch is not None or not path.is_dir():
+    if recipe.data.task == "classification" or recipe.model.scratch is not None or not path.is_dir():
         return
     config = read_config(path)
     try:
-        limit = family_of(config, converted="prunepath_config" in config).positions(config)
+        family = family_of(config, converted="prunepath_config" in config)
+    except ConfigError:  # conversion may make one of it, or says what is wrong
+        return
+    try:
+        limit = family.positions(config)
     except ConfigError as error:
         raise ConfigError(f"{path}: {error}") from None
     if limit is not None and recipe.data.sequence_length > limit:
@@ -90,7 +96,11 @@ def check_labels(rows: Iterable[Mapping[str, Any]], classes: int, where: str) ->
     """
     for number, row in enumerate(rows, 1):
         label = row["label"]
-        if not isinstance(label, int) or isinstance(label, bool) or not 0 <= label < classes:
+        try:
+            whole = int(label) == float(label)  # "1" is one, as is 1.0
+        except (TypeError, ValueError):
+            whole = False
+        if not whole or not 0 <= int(label) < classes:
             raise UsageError(
                 f"data {where}, row {number}: label {shown(label)}; expected a whole number from 0 to {classes - 1}, a "
                 "class of the model"
@@ -117,7 +127,7 @@ def check_teacher(name: str, teacher: PreTrainedModel, tokenizer: PreTrainedToke
         )
     try:
         known = load_tokenizer(name).get_vocab()
-    except (OSError, ValueError):  # weights alone
+    except (ImportError, KeyError, OSError, TypeError, ValueError):  # weights alone, or a tokenizer that cannot be read
         return
     ours = tokenizer.get_vocab()
     for token, number in ours.items():

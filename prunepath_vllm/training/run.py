@@ -37,7 +37,14 @@ from prunepath_vllm.training.adapter import (
     save_delta,
     update_configuration,
 )
-from prunepath_vllm.training.checks import check_length, check_same_run, check_teacher
+from prunepath_vllm.training.checks import (
+    CONTINUED,
+    MADE,
+    STARTED,
+    check_length,
+    check_same_run,
+    check_teacher,
+)
 from prunepath_vllm.training.data import check_source, held_out_batches, load_training_data
 from prunepath_vllm.training.low_rank import add_low_rank, merge_low_rank
 from prunepath_vllm.training.measure import Batch, Point, measure
@@ -93,8 +100,15 @@ def _check_inputs(recipe: Recipe, output: Path, *, resume: bool) -> None:
     check_output_folder(output, "output")
     if not resume and (checkpoints(output) or (output / RESULT).exists() or (output / LOG_FILE).exists()):
         raise UsageError(f"output {output}: holds another run; expected a new directory, or --resume")
-    started = (output / START).exists() or (output / DENSE).exists()
-    check_same_run(recipe, output, started=started, resume=bool(checkpoints(output)))
+    keys: tuple[str, ...] = ()
+    what = ""
+    if checkpoints(output):
+        keys, what = CONTINUED, "its training goes on with"
+    elif (output / START).exists():
+        keys, what = STARTED, "a starting model is there of"
+    elif (output / DENSE).exists():
+        keys, what = MADE, "a dense model is there of"
+    check_same_run(recipe, output, keys=keys, what=what)
     held_out = recipe.evaluation.data
     for source in [*recipe.data.train, *([held_out] if held_out else [])]:
         check_source(source)
