@@ -306,7 +306,7 @@ def test_bad_data_is_named(tmp_path, tokenizer, name, content, message):
 # The compiled step
 
 
-def one_step(checkpoint, family, *, compiled, rank=None, checkpointing=False):
+def one_step(checkpoint, family, *, compiled, rank=None, checkpointing=False, device="cpu", taus=(0.3, 0.5, 0.8, 1.0)):
     """(loss, gradient norms, graphs compiled) of a step with mixed taus, in bfloat16 autocast."""
     torch._dynamo.reset()
     register_auto_classes()
@@ -320,22 +320,23 @@ def one_step(checkpoint, family, *, compiled, rank=None, checkpointing=False):
         add_low_rank(model, rank)
     if checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    training = TrainingModel(model)
+    training = TrainingModel(model).to(device)
     terms = dict(contribution=0.1, entropy=1e-3, balance=1e-3, efficiency=0.1, separation=1e-4)
     training.set_terms(terms, threshold=0.5)
-    backend = CompileCounterWithBackend("aot_eager")
+    backend = CompileCounterWithBackend("aot_eager" if device == "cpu" else "inductor")
     if compiled:
         for layer in layers_of(model):
             layer.compile(fullgraph=True, dynamic=False, backend=backend)
     tokens = torch.randint(4, 300, (4, 32), generator=torch.Generator().manual_seed(5))
-    labels = torch.tensor([0, 1, 2, 0]) if family == "roberta" else tokens
+    tokens = tokens.to(device)
+    labels = torch.tensor([0, 1, 2, 0], device=device) if family == "roberta" else tokens
     for _ in range(2):
         training.zero_grad()
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            output = training(tokens, labels, tau=[0.3, 0.5, 0.8, 1.0])
+        with torch.autocast(device, dtype=torch.bfloat16):
+            output = training(tokens, labels, tau=list(taus))
         output["loss"].backward()
     norms = torch.stack([p.grad.norm() for p in training.parameters() if p.grad is not None])
-    return output["loss"].detach(), norms, backend.frame_count
+    return output["loss"].detach().cpu(), norms.cpu(), backend.frame_count
 
 
 @pytest.mark.parametrize(
@@ -354,6 +355,20 @@ def test_layers_compile_whole_and_once(prunepath_checkpoint, family, options):
     torch.testing.assert_close(compiled_norms, norms, rtol=0.05, atol=1e-3)
     # All layers share one graph; the first has its own where nothing below it is trained.
     assert graphs == (2 if "rank" in options and family != "roberta" else 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+@pytest.mark.parametrize("dense_positions", [0, 1])
+@pytest.mark.parametrize("gate", ["none", "sigmoid"])
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+def test_a_step_on_the_gpu_has_the_gradients_of_one_on_a_cpu(prunepath_checkpoint, gate, dense_positions, compiled):
+    checkpoint = prunepath_checkpoint("llama", gate=gate, dense_positions=dense_positions)
+    options = dict(taus=[1.05] * 4)  # every expert: near a threshold the two might choose others
+    loss, norms, _ = one_step(checkpoint, "llama", compiled=False, **options)
+    gpu_loss, gpu_norms, _ = one_step(checkpoint, "llama", compiled=compiled, device="cuda", **options)
+    torch.testing.assert_close(gpu_loss, loss, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(gpu_norms, norms, rtol=0.1, atol=1e-3)
 
 
 @pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
