@@ -102,5 +102,5 @@ def _table(facts: dict[str, Any]) -> str:
     height = math.ceil(len(points) / columns)
     for row in range(height):
         lines.append(" " * 19 + "   ".join(points[row::height]))
-    lines.append("  valid: feed-forward layers, routers, embeddings and head are there, well shaped and finite")
+    lines.append("  valid: FFN, router, embedding and head tensors are well shaped and finite")
     return "\n".join(lines)
