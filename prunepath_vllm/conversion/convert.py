@@ -166,6 +166,7 @@ def convert(
         expected.update(ffn_tensor_shapes(family, config, layer))
     expected |= family.head(config)
     found = {new: _part(tensors[old], len(new_names[old])) for new, old in old_names.items()}
+    # What a config.json says of its size is held against files before a model is built of it.
     check_tensors(source, found, expected)
     _check_other_tensors(source, family, config, found, layers)
     if expert_dtype is not None:

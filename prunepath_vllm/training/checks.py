@@ -1,6 +1,6 @@
 """What a training refuses before it begins: parts of a recipe that do not fit the model, or the run it goes on from."""
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ CONTINUED = (*STARTED, "model.rank", "model.embeddings", "data", "stages", "opti
 """What decides what is learned; the rest of a recipe may differ when a run goes on, its end too."""
 
 
-def check_same_run(recipe: Recipe, output: Path, *, keys: Iterable[str], what: str) -> None:
+def check_same_run(recipe: Recipe, output: Path, *, keys: Collection[str], what: str) -> None:
     """Refuse to go on from what another recipe has left: it would be taken for this one's.
 
     Args:
@@ -32,20 +32,19 @@ def check_same_run(recipe: Recipe, output: Path, *, keys: Iterable[str], what: s
     Raises:
         UsageError: names the first key that differs, and both values.
     """
-    if not (output / RECIPE_FILE).exists():
+    if not keys or not (output / RECIPE_FILE).exists():
         return
-    before: Recipe | None = None
+    before, now = (one.model_dump(mode="json") for one in (load_recipe(output / RECIPE_FILE), recipe))
     for part in keys:
-        before = before or load_recipe(output / RECIPE_FILE)
-        for key, (old, new) in _differences(_part(before, part), _part(recipe, part), part):
+        for key, (old, new) in _differences(_part(before, part), _part(now, part), part):
             raise UsageError(
                 f"output {output}: {what} {key} {shown(old)}, and the recipe says {shown(new)}; expected the same, or "
                 "another directory"
             )
 
 
-def _part(recipe: Recipe, key: str) -> Any:
-    value: Any = recipe.model_dump(mode="json")
+def _part(recipe: dict[str, Any], key: str) -> Any:
+    value: Any = recipe
     for name in key.split("."):
         value = value[name]
     return value

@@ -162,8 +162,10 @@ def knob_of_body(body: dict[str, Any]) -> dict[str, Any]:
         TauError: a value out of range, one parameter with two values, or one in a place or under a name where nobody
             would read it.
     """
-    _refuse_misplaced(body)
-    for place in _places(body):
+    places = _places(body)
+    # What users keep in a body for themselves (``metadata``, messages, tools) is none of our business.
+    refuse_misplaced(body, _BODY_PLACES, read=places, also=_OTHER_PLACES)
+    for place in places:
         refuse_misnamed(place)
     knob: dict[str, Any] = {}
     for name in PARAMETERS:
@@ -204,14 +206,6 @@ _OTHER_PLACES = (
     "stream_options",
 )
 """Where a client may think that the engine's options go, besides names like that of the right place."""
-
-
-def _refuse_misplaced(body: dict[str, Any]) -> None:
-    """Refuse a knob among options that a client would have unpacked, or under a name like that of the right place.
-
-    What users keep in a body for themselves (``metadata``, messages, tools) is none of our business.
-    """
-    refuse_misplaced(body, _BODY_PLACES, read=_places(body), also=_OTHER_PLACES)
 
 
 _BODY_PLACES = "at the top level of the body or under 'vllm_xargs'"
