@@ -7,8 +7,8 @@ import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
-from prunepath_vllm.benchmarks.tile_search import pick, write_table
-from prunepath_vllm.kernels import ffn, quantised
+from prunepath_vllm.benchmarks.tile_search import pick, taus_for, write_table
+from prunepath_vllm.kernels import ffn, quantised, reference
 from prunepath_vllm.kernels.decode import FusedConfig, UpConfig
 from prunepath_vllm.kernels.ffn import Choice, Tuning, heuristic_tuning, load_tuning, tuning_from_json, tuning_to_json
 from prunepath_vllm.kernels.grouped import GroupedConfig
@@ -96,6 +96,23 @@ def test_small_layers_without_a_table_are_dense(hidden, experts, glu):
     assert {tuning.choice(tokens).path for tokens in (1, 4, 64, 4095, 9000)} == {"dense"}
     exact = load_tuning("Some other GPU", spec(hidden, experts, glu=glu, dtype=torch.float32))
     assert [exact.choice(tokens).path for tokens in (1, 4, 64, 9000)] == ["fused", "split", "dense", "dense"]
+
+
+@pytest.mark.parametrize(
+    ("hidden", "experts", "size"), [(4096, 896, 16), (5120, 1728, 16), (4096, 1792, 8), (5120, 3456, 8)]
+)
+def test_small_experts_are_sparse_for_one_token(hidden, experts, size):
+    """Llama-3-8B and Qwen2.5-32B, with their shipped tables and without."""
+    small = LayerSpec(hidden, experts, size, torch.bfloat16)
+    for gpu in ("NVIDIA H200", "Some other GPU"):
+        tuning = load_tuning(gpu, small)
+        assert tuning.choice(1).path == "fused"
+        assert tuning.choice(1).router.select == "pairwise"
+        assert {tuning.choice(tokens).path for tokens in (16, 64, 4095, 9000)} == {"dense"}
+        sparse = gpu == "NVIDIA H200" and (hidden, size) == (5120, 8)
+        assert tuning.choice(4).path == ("split" if sparse else "dense")
+    on_host = load_tuning("Some other GPU", replace(small, resident=experts // 2))
+    assert on_host.choice(4).path == "split"
 
 
 @pytest.mark.parametrize("stored", [torch.int8, torch.float8_e4m3fn])
@@ -224,3 +241,18 @@ def run_on_nothing(layer: LayerSpec, tuning: Tuning, num_tokens: int, host_dense
         counters=Counters(empty(num_tokens, dtype=torch.int32), empty(1, dtype=torch.int64)),
         host_dense=host_dense,
     )
+
+
+def test_taus_of_a_share_leave_nothing_to_rounding():
+    generator = torch.Generator().manual_seed(0)
+    x, router = torch.randn(256, 64, generator=generator), torch.randn(1184, 64, generator=generator) / 8
+    logits = x @ router.T
+    taus = taus_for(x, router, 237)
+    active = reference.select_cumulative_mass(logits, taus)
+    assert (active.sum(dim=-1) - 237).abs().max() <= 11
+    for _ in range(20):
+        rounded = logits + 2e-6 * torch.randn(logits.shape, generator=generator)
+        assert torch.equal(reference.select_cumulative_mass(rounded, taus), active)
+    few = taus_for(x, router[:40], 8)
+    assert (reference.select_cumulative_mass(logits[:, :40], few).sum(dim=-1) == 8).all()
+    assert (taus_for(x, router, 1184) == 1).all()

@@ -5,9 +5,13 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from functorch.compile import make_boxed_func
+from torch._dynamo.backends.common import aot_autograd
 from transformers import AutoModelForCausalLM
 
+from prunepath_vllm.config import PrunePathConfig, Split
 from prunepath_vllm.modeling import register_auto_classes
+from prunepath_vllm.modeling.routing import Router
 from prunepath_vllm.training import head, losses
 from prunepath_vllm.training.model import TrainingModel
 
@@ -206,3 +210,80 @@ def test_terms_are_averaged_over_layers_and_ignore_padding(prunepath_checkpoint)
         other = tokens.masked_fill(mask == 0, 17)
         again = training(other, labels, attention_mask=mask, tau=0.7)
     torch.testing.assert_close(again["loss"], got["loss"])
+
+
+# Under torch.compile
+
+
+class RoutedNeurons(torch.nn.Module):
+    """A layer's routing with its terms, of experts of 4."""
+
+    def __init__(self, hidden, experts, terms):
+        super().__init__()
+        split = Split(method="random", seed=0)
+        block = PrunePathConfig(format_version=1, num_experts=experts, expert_size=4, gate="sigmoid", split=split)
+        self.router = Router(hidden, block)
+        torch.manual_seed(0)
+        torch.nn.init.normal_(self.router.weight, std=hidden**-0.5)
+        self.down = torch.nn.Parameter(torch.randn(experts * 4, hidden) * 0.02)
+        self.router.observer = losses.RouterTerms(experts, lambda: self.down)
+        self.router.observer.wanted = frozenset(terms)
+
+    def forward(self, x, neurons):
+        tau = torch.full(x.shape[:2], 1.05, device=x.device)
+        return self.router.scale(x, neurons, tau) @ self.down.to(neurons.dtype), self.router.observer.terms
+
+    def gradient(self, x, neurons, call):
+        """The router's, of all terms and a task that likes large outputs."""
+        self.zero_grad()
+        self.router.observer.prepare(None)
+        outputs, terms = call(x, neurons)
+        (outputs.float().square().mean() + terms.sum()).backward()
+        return self.router.weight.grad.clone()
+
+
+TERMS_BESIDE_A_GATE = [("entropy", "balance"), ("contribution",), ("entropy", "balance", "gate", "contribution")]
+
+
+@pytest.mark.parametrize("terms", TERMS_BESIDE_A_GATE, ids="+".join)
+def test_sums_over_an_experts_neurons_are_kernels_of_their_own(terms):
+    graphs = []
+
+    def kept(graph, inputs):
+        graphs.append(graph.graph)
+        return make_boxed_func(graph.forward)
+
+    torch._dynamo.reset()
+    layer, x, neurons = RoutedNeurons(16, 12, terms), torch.randn(2, 5, 16), torch.randn(2, 5, 48, requires_grad=True)
+    alone = layer.gradient(x, neurons, layer)
+    call = torch.compile(layer, fullgraph=True, backend=aot_autograd(fw_compiler=kept, bw_compiler=kept))
+    torch.testing.assert_close(layer.gradient(x, neurons, call), alone)
+
+    sums = [
+        node
+        for graph in graphs
+        for node in graph.find_nodes(op="call_function", target=torch.ops.aten.sum.dim_IntList)
+        if node.args[0].meta["val"].shape == (2, 5, 12, 4)
+    ]
+    assert len(sums) == 1 + ("contribution" in terms)
+    for node in sums:
+        users = list(node.users)
+        while users[0].target in (torch.ops.aten.squeeze.dim, torch.ops.aten.view.default):
+            (node,) = users
+            users = list(node.users)
+        assert [user.target for user in users] == [torch.ops.prunepath.kernel_boundary.default]
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("terms", TERMS_BESIDE_A_GATE, ids="+".join)
+@pytest.mark.parametrize("batch", [8, 16, 32])
+def test_compiled_terms_on_a_gpu_have_the_gradients_of_eager_ones(terms, batch):
+    torch._dynamo.reset()
+    layer = RoutedNeurons(576, 384, terms).cuda()
+    generator = torch.Generator("cuda").manual_seed(1)
+    x = torch.randn(batch, 1024, 576, device="cuda", generator=generator)
+    neurons = torch.randn(batch, 1024, 1536, device="cuda", generator=generator).bfloat16().requires_grad_()
+    alone = layer.gradient(x, neurons, layer)
+    call = torch.compile(layer, fullgraph=True, dynamic=False)
+    for _ in range(10):  # what one thread reads of another's depends on the moment
+        assert (layer.gradient(x, neurons, call) - alone).norm() < 0.02 * alone.norm()

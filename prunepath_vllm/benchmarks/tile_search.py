@@ -136,12 +136,20 @@ def between(x: Tensor, layer: Layer) -> Tensor:
 
 
 def taus_for(x: Tensor, router: Tensor, active: int) -> Tensor:
-    """The tau at which each token keeps exactly `active` experts: halfway between two cumulative masses."""
-    if active >= router.shape[0]:
+    """Taus [T] at which each token keeps `active` experts, or a hundredth of all more or fewer.
+
+    The number, of those around it, after which the next probability is the furthest: which of two nearly equal ones
+    comes first is left to rounding, and among thousands of experts some are.
+    """
+    num_experts = router.shape[0]
+    if active >= num_experts:
         return torch.ones(x.shape[0], device=x.device)
-    p = reference.router_logits(x, router).double().softmax(-1)
-    mass = p.sort(dim=-1, descending=True).values.cumsum(-1)
-    return ((mass[:, active - 1] + mass[:, active]) / 2).float()
+    p = reference.router_logits(x, router).double().softmax(-1).sort(dim=-1, descending=True).values
+    around = num_experts // 100
+    kept = torch.arange(max(1, active - around), min(num_experts - 1, active + around) + 1, device=x.device)
+    kept = kept[(p[:, kept - 1] - p[:, kept]).argmax(dim=-1, keepdim=True)]
+    mass = p.cumsum(-1)
+    return ((mass.gather(-1, kept - 1) + mass.gather(-1, kept)) / 2).squeeze(-1).float()
 
 
 def graph_of(step: Callable[[], Any]) -> torch.cuda.CUDAGraph:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from prunepath_vllm.conversion.costs import log_costs
+from prunepath_vllm.modeling.routing import kernel_boundary
 from prunepath_vllm.training.targets import LayerCosts
 
 TERMS = ("entropy", "balance", "gate", "contribution", "efficiency", "separation")
@@ -84,7 +85,7 @@ def contribution_shares(
     """
     with torch.no_grad():
         squares = (neurons.float() * column_norms.float()).square().unflatten(-1, (num_experts, -1)).sum(dim=-1)
-        return (sharpness * log_costs(squares)).softmax(dim=-1)
+        return (sharpness * log_costs(kernel_boundary(squares))).softmax(dim=-1)
 
 
 def contribution_loss(logits: Tensor, shares: Tensor, mask: Tensor | None = None) -> Tensor:
