@@ -15,9 +15,8 @@ from prunepath_vllm.fields import usable_positions
 from prunepath_vllm.linears import METHOD
 from prunepath_vllm.model_executor.compat import VerifyAndUpdateConfig, VllmConfig, current_platform
 from prunepath_vllm.model_executor.engine_core import install_in_engine_core
-from prunepath_vllm.model_executor.operator_policy import OPERATORS_TAUS, operator_policy
+from prunepath_vllm.model_executor.operator_policy import operator_policy, refuse_unread_tau
 from prunepath_vllm.model_executor.tau_resolution import is_prunepath
-from prunepath_vllm.tau import PARAMETERS, shown
 
 _WORKERS = {
     "cpu": "prunepath_vllm.model_executor.worker_cpu.PrunePathCPUWorker",
@@ -106,18 +105,11 @@ def _refuse_unread_taus(model_config: Any) -> None:
     Raises:
         ConfigError: names the field.
     """
-    sampling = {**model_config.try_get_generation_config(), **model_config.override_generation_config}
-    places = {
-        "generation_config.json or --override-generation-config": sampling,
-        "config.json or --hf-overrides": model_config.hf_config.to_dict(),
-    }
-    for place, given in places.items():
-        for name in (*PARAMETERS, *OPERATORS_TAUS):
-            if given.get(name) is not None:
-                right = name if name in OPERATORS_TAUS else "default_tau"
-                raise ConfigError(
-                    f"{name}: {shown(given[name])} in {place} is not read; expected additional_config.prunepath.{right}"
-                )
+    # With "vllm", which is for whoever cannot change the file, no default is taken from it.
+    file = {} if model_config.generation_config == "vllm" else model_config.try_get_generation_config()
+    sampling = {**file, **model_config.override_generation_config}
+    refuse_unread_tau(sampling, "generation_config.json or --override-generation-config")
+    refuse_unread_tau(model_config.hf_config.to_dict(), "config.json or --hf-overrides")
 
 
 def _position_limit(model_config: Any) -> int:
