@@ -7,9 +7,9 @@ from typing import Any
 import torch
 from vllm import envs
 
-from prunepath_vllm.checkpoint import validate_checkpoint
+from prunepath_vllm.checkpoint import read_config, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
-from prunepath_vllm.errors import ConfigError, UnsupportedFeatureError
+from prunepath_vllm.errors import CheckpointError, ConfigError, UnsupportedFeatureError
 from prunepath_vllm.families import family_of
 from prunepath_vllm.fields import usable_positions
 from prunepath_vllm.linears import METHOD
@@ -46,8 +46,9 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
         vLLM counts all rows of a position table, and lets users ask for more; reading beyond the last is undefined.
 
         Raises:
-            ConfigError: ``max_model_len`` was given and is more.
+            ConfigError: ``max_model_len`` was given and is more; or see :func:`_refuse_other_config`.
         """
+        _refuse_other_config(model_config)
         limit = _position_limit(model_config)
         if model_config.original_max_model_len in (None, -1):  # left to vLLM
             model_config.max_model_len = min(model_config.max_model_len, limit)
@@ -83,6 +84,37 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
         install_in_engine_core()
 
 
+class DenseModelConfig(VerifyAndUpdateConfig):
+    """The same hook for the dense architectures: it refuses a PrunePath checkpoint's weights, and touches nothing."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """See :func:`_refuse_other_config`; raises what it raises."""
+        _refuse_other_config(model_config)
+
+
+def _refuse_other_config(model_config: Any) -> None:
+    """Refuse a PrunePath model's configuration for other weights, and another model's for a PrunePath checkpoint's.
+
+    Left to the engine, the second would fail at the first tensor that the dense model has not.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    path, weights = model_config.hf_config_path, model_config.model
+    if path is None:
+        return
+    try:
+        stored = read_config(weights).get("model_type")
+    except CheckpointError:  # not on this machine; or no PrunePath checkpoint, which validate_checkpoint names
+        return
+    served = model_config.hf_config.model_type
+    if stored != served and any(str(one).startswith("prunepath_") for one in (stored, served)):
+        raise ConfigError(
+            f"--hf-config-path: {path} is of model_type {served!r}; expected {stored!r}, as the weights in {weights}"
+        )
+
+
 def _refuse_other_experts(served: PrunePathConfig, stored: PrunePathConfig) -> None:
     """Refuse a block that does not fit the checkpoint's tensors; transformers checks none that comes by an override.
 
@@ -95,7 +127,8 @@ def _refuse_other_experts(served: PrunePathConfig, stored: PrunePathConfig) -> N
         found, expected = getattr(served, name), getattr(stored, name)
         if found != expected:
             raise ConfigError(
-                f"prunepath_config.{name}: {found!r} (--hf-overrides); expected {expected!r}, as in the checkpoint"
+                f"prunepath_config.{name}: {found!r} (--hf-overrides or --hf-config-path); expected {expected!r}, as "
+                "in the checkpoint"
             )
 
 

@@ -119,6 +119,7 @@ REACHES = (
             "get_total_num_hidden_layers",
             "get_vocab_size",
             "hf_config",
+            "hf_config_path",
             "max_model_len",
             "model",
             "original_max_model_len",
