@@ -19,6 +19,7 @@ def register() -> None:
     from vllm.model_executor.models.config import MODELS_CONFIG_MAP
 
     from prunepath_vllm.entrypoints.server.engine import ServedEngineConfig
+    from prunepath_vllm.model_executor.engine_config import DenseModelConfig
     from prunepath_vllm.model_executor.engine_core import install_in_engine_core
     from prunepath_vllm.modeling import register_configs
 
@@ -28,3 +29,4 @@ def register() -> None:
         if family.architecture not in ModelRegistry.models:
             ModelRegistry.register_model(family.architecture, family.engine_class)
         MODELS_CONFIG_MAP[family.architecture] = ServedEngineConfig
+        MODELS_CONFIG_MAP.setdefault(family.dense_architecture, DenseModelConfig)

@@ -122,6 +122,23 @@ def test_unsupported_engine_settings_are_refused_by_name(prunepath_checkpoint, a
         EngineArgs(model=str(checkpoint), **arguments).create_engine_config()
 
 
+@pytest.mark.parametrize("family", ["llama", "roberta"])
+def test_a_configuration_of_another_kind_than_the_weights_is_refused(prunepath_checkpoint, dense_checkpoint, family):
+    from vllm.engine.arg_utils import EngineArgs
+
+    ours, dense = (
+        (prunepath_checkpoint(family, default_tau=0.6), f"prunepath_{family}"),
+        (dense_checkpoint(family), family),
+    )
+    for (weights, stored), (config, served) in ((ours, dense), (dense, ours)):
+        said = (
+            f"--hf-config-path: {config} is of model_type {served!r}; expected {stored!r}, as the weights in {weights}"
+        )
+        with pytest.raises(ValueError, match=re.escape(said)):
+            EngineArgs(model=str(weights), hf_config_path=str(config)).create_engine_config()
+        EngineArgs(model=str(weights), hf_config_path=str(weights)).create_engine_config()
+
+
 @pytest.mark.parametrize(
     ("field", "value"), [("num_experts", 3), ("expert_size", 3), ("router", {"input": "attention"})]
 )
@@ -131,7 +148,9 @@ def test_overrides_that_do_not_fit_the_checkpoint_are_refused_by_field(prunepath
     checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
     block = json.loads((checkpoint / "config.json").read_text())["prunepath_config"]
     block |= {field: value, "format_version": 2}
-    with pytest.raises(ValueError, match=rf"prunepath_config.{field}: .* \(--hf-overrides\); expected"):
+    with pytest.raises(
+        ValueError, match=rf"prunepath_config.{field}: .* \(--hf-overrides or --hf-config-path\); expected"
+    ):
         EngineArgs(model=str(checkpoint), hf_overrides={"prunepath_config": block}).create_engine_config()
     block = {**json.loads((checkpoint / "config.json").read_text())["prunepath_config"], "default_tau": 0.3}
     config = EngineArgs(model=str(checkpoint), hf_overrides={"prunepath_config": block}).create_engine_config()

@@ -3,14 +3,15 @@
 import asyncio
 import json
 import re
+import shutil
 from types import SimpleNamespace
 
 import pytest
 from vllm.v1.metrics.stats import SchedulerStats
 
 from prunepath_vllm.config import PrunePathConfig
-from prunepath_vllm.entrypoints.server import batch
-from prunepath_vllm.entrypoints.server.knob import expect_served_names, settled_knob
+from prunepath_vllm.entrypoints.server import batch, engine
+from prunepath_vllm.entrypoints.server.knob import check_options, settled_knob
 from prunepath_vllm.entrypoints.server.queue_length import QueueLength, waiting_requests
 from prunepath_vllm.entrypoints.server.report import Report
 from prunepath_vllm.entrypoints.server.routes import info
@@ -132,14 +133,19 @@ def test_a_body_without_a_name_gets_the_default_of_the_name_it_is_answered_under
     assert settled_knob({"model": "other"}, named_taus, engine) == {}
 
 
+def server_args(*flags):
+    """What vLLM makes of its server's flags."""
+    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.utils.argparse_utils import FlexibleArgumentParser
+
+    return make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "m", *flags])
+
+
 def test_a_default_for_a_name_that_is_not_served_stops_the_server():
-    options = {"prunepath": {"default_tau_by_model": {"fats": 0.5}}}
+    flags = ["--additional-config", json.dumps({"prunepath": {"default_tau_by_model": {"fats": 0.5}}})]
     with pytest.raises(ConfigError, match="default_tau_by_model: 'fats' is not served; expected one of fast, best"):
-        expect_served_names(SimpleNamespace(additional_config=options, served_model_name=["fast", "best"], model="m"))
-    adapters = [SimpleNamespace(name="fats", path="somewhere")]
-    expect_served_names(
-        SimpleNamespace(additional_config=options, served_model_name=None, model="m", lora_modules=adapters)
-    )
+        check_options(server_args(*flags, "--served-model-name", "fast", "best"))
+    check_options(server_args(*flags, "--lora-modules", "fats=somewhere"))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +205,51 @@ def test_a_default_where_nobody_reads_it_stops_the_server(prunepath_checkpoint, 
     checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
     with pytest.raises(ValueError, match=re.escape(named)):
         EngineArgs(model=str(checkpoint), **options).create_engine_config()
+
+
+def test_a_generation_config_that_nobody_reads_stops_nothing(prunepath_checkpoint, tmp_path):
+    from vllm.engine.arg_utils import EngineArgs
+
+    checkpoint, other = tmp_path / "checkpoint", tmp_path / "other"
+    shutil.copytree(prunepath_checkpoint("llama", default_tau=0.6), checkpoint)
+    (checkpoint / "generation_config.json").write_text('{"tau": 0.4}')
+    other.mkdir()
+    (other / "generation_config.json").write_text('{"temperature": 0.4}')
+    with pytest.raises(ValueError, match=r"tau: 0.4 in generation_config.json"):
+        EngineArgs(model=str(checkpoint)).create_engine_config()
+    for source in ("vllm", str(other)):
+        EngineArgs(model=str(checkpoint), generation_config=source).create_engine_config()
+    override = {"tau": 0.5}
+    with pytest.raises(ValueError, match=r"tau: 0.5 in generation_config.json or --override-generation-config"):
+        EngineArgs(
+            str(checkpoint), generation_config="vllm", override_generation_config=override
+        ).create_engine_config()
+
+
+@pytest.mark.parametrize(
+    ("defaults", "named"),
+    [
+        ({"tau": 0.4}, "tau: 0.4 in --default-chat-template-kwargs is not read; expected additional_config.prunepath"),
+        ({"a": 1, "sparsity": 0}, "sparsity: 0 in --default-chat-template-kwargs is not read"),
+        ({"min_tau": 0.4}, "min_tau: 0.4 in --default-chat-template-kwargs is not read; expected additional_config.p"),
+    ],
+    ids=["tau", "sparsity", "operators"],
+)
+def test_a_tau_among_the_chat_templates_defaults_stops_servers_and_batches(defaults, named):
+    args = server_args("--default-chat-template-kwargs", json.dumps(defaults))
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        engine._with_middleware(None)(args, None)
+    block = PrunePathConfig.model_construct(tau_curve=None)
+    client = SimpleNamespace(vllm_config=None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(TauResolver, "of", lambda config: TauResolver(block, OperatorPolicy(0.8, 10)))
+        with pytest.raises(ConfigError, match=re.escape(named)):
+            asyncio.run(batch._with_resolver(None)(client, args))
+
+
+@pytest.mark.parametrize("defaults", ["{}", "null", '{"enable_thinking": false, "tau": null}'])
+def test_other_defaults_of_the_chat_template_are_the_servers_own(defaults):
+    check_options(server_args("--default-chat-template-kwargs", defaults))
 
 
 @pytest.mark.parametrize(("options", "mode"), [({}, "exact"), ({"mode": "at_least"}, "at_least")], ids=["unset", "set"])

@@ -7,17 +7,16 @@ from typing import Any
 import torch
 from vllm import envs
 
-from prunepath_vllm.checkpoint import validate_checkpoint
+from prunepath_vllm.checkpoint import read_config, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
-from prunepath_vllm.errors import ConfigError, UnsupportedFeatureError
+from prunepath_vllm.errors import CheckpointError, ConfigError, UnsupportedFeatureError
 from prunepath_vllm.families import family_of
 from prunepath_vllm.fields import usable_positions
 from prunepath_vllm.linears import METHOD
 from prunepath_vllm.model_executor.compat import VerifyAndUpdateConfig, VllmConfig, current_platform
 from prunepath_vllm.model_executor.engine_core import install_in_engine_core
-from prunepath_vllm.model_executor.operator_policy import OPERATORS_TAUS, operator_policy
+from prunepath_vllm.model_executor.operator_policy import operator_policy, refuse_unread_tau
 from prunepath_vllm.model_executor.tau_resolution import is_prunepath
-from prunepath_vllm.tau import PARAMETERS, shown
 
 _WORKERS = {
     "cpu": "prunepath_vllm.model_executor.worker_cpu.PrunePathCPUWorker",
@@ -47,8 +46,9 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
         vLLM counts all rows of a position table, and lets users ask for more; reading beyond the last is undefined.
 
         Raises:
-            ConfigError: ``max_model_len`` was given and is more.
+            ConfigError: ``max_model_len`` was given and is more; or see :func:`_refuse_other_config`.
         """
+        _refuse_other_config(model_config)
         limit = _position_limit(model_config)
         if model_config.original_max_model_len in (None, -1):  # left to vLLM
             model_config.max_model_len = min(model_config.max_model_len, limit)
@@ -84,6 +84,37 @@ class PrunePathEngineConfig(VerifyAndUpdateConfig):
         install_in_engine_core()
 
 
+class DenseModelConfig(VerifyAndUpdateConfig):
+    """The same hook for the dense architectures: it refuses a PrunePath checkpoint's weights, and touches nothing."""
+
+    @staticmethod
+    def verify_and_update_model_config(model_config: Any) -> None:
+        """See :func:`_refuse_other_config`; raises what it raises."""
+        _refuse_other_config(model_config)
+
+
+def _refuse_other_config(model_config: Any) -> None:
+    """Refuse a PrunePath model's configuration for other weights, and another model's for a PrunePath checkpoint's.
+
+    Left to the engine, the second would fail at the first tensor that the dense model has not.
+
+    Raises:
+        ConfigError: names the option.
+    """
+    path, weights = model_config.hf_config_path, model_config.model
+    if path is None:
+        return
+    try:
+        stored = read_config(weights).get("model_type")
+    except CheckpointError:  # not on this machine; or no PrunePath checkpoint, which validate_checkpoint names
+        return
+    served = model_config.hf_config.model_type
+    if stored != served and any(str(one).startswith("prunepath_") for one in (stored, served)):
+        raise ConfigError(
+            f"--hf-config-path: {path} is of model_type {served!r}; expected {stored!r}, as the weights in {weights}"
+        )
+
+
 def _refuse_other_experts(served: PrunePathConfig, stored: PrunePathConfig) -> None:
     """Refuse a block that does not fit the checkpoint's tensors; transformers checks none that comes by an override.
 
@@ -96,7 +127,8 @@ def _refuse_other_experts(served: PrunePathConfig, stored: PrunePathConfig) -> N
         found, expected = getattr(served, name), getattr(stored, name)
         if found != expected:
             raise ConfigError(
-                f"prunepath_config.{name}: {found!r} (--hf-overrides); expected {expected!r}, as in the checkpoint"
+                f"prunepath_config.{name}: {found!r} (--hf-overrides or --hf-config-path); expected {expected!r}, as "
+                "in the checkpoint"
             )
 
 
@@ -106,18 +138,11 @@ def _refuse_unread_taus(model_config: Any) -> None:
     Raises:
         ConfigError: names the field.
     """
-    sampling = {**model_config.try_get_generation_config(), **model_config.override_generation_config}
-    places = {
-        "generation_config.json or --override-generation-config": sampling,
-        "config.json or --hf-overrides": model_config.hf_config.to_dict(),
-    }
-    for place, given in places.items():
-        for name in (*PARAMETERS, *OPERATORS_TAUS):
-            if given.get(name) is not None:
-                right = name if name in OPERATORS_TAUS else "default_tau"
-                raise ConfigError(
-                    f"{name}: {shown(given[name])} in {place} is not read; expected additional_config.prunepath.{right}"
-                )
+    # With "vllm", which is for whoever cannot change the file, no default is taken from it.
+    file = {} if model_config.generation_config == "vllm" else model_config.try_get_generation_config()
+    sampling = {**file, **model_config.override_generation_config}
+    refuse_unread_tau(sampling, "generation_config.json or --override-generation-config")
+    refuse_unread_tau(model_config.hf_config.to_dict(), "config.json or --hf-overrides")
 
 
 def _position_limit(model_config: Any) -> int:

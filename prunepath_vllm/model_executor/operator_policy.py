@@ -7,7 +7,7 @@ from typing import Any
 
 from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.model_executor.compat import VllmConfig
-from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, parse_tau
+from prunepath_vllm.tau import DENSE_TAU, MAX_TAU, PARAMETERS, parse_tau, shown
 
 MODES = ("exact", "at_least")
 
@@ -58,6 +58,24 @@ class OperatorPolicy:
 
 OPERATORS_TAUS = tuple(one.name for one in fields(OperatorPolicy) if "tau" in one.name)
 """Of the policy, what a request may be thought to have, too."""
+
+
+def refuse_unread_tau(given: Mapping[str, Any], place: str) -> None:
+    """Refuse a tau where other defaults of an engine or a server stand, but nobody would read it.
+
+    Args:
+        given: the defaults.
+        place: where they stand, in words.
+
+    Raises:
+        ConfigError: names the field.
+    """
+    for name in (*PARAMETERS, *OPERATORS_TAUS):
+        if given.get(name) is not None:
+            right = name if name in OPERATORS_TAUS else "default_tau"
+            raise ConfigError(
+                f"{name}: {shown(given[name])} in {place} is not read; expected additional_config.prunepath.{right}"
+            )
 
 
 def _is_number(value: object) -> bool:

@@ -115,9 +115,11 @@ REACHES = (
         attributes=(
             "dtype",
             "enable_sleep_mode",
+            "generation_config",
             "get_total_num_hidden_layers",
             "get_vocab_size",
             "hf_config",
+            "hf_config_path",
             "max_model_len",
             "model",
             "original_max_model_len",
@@ -219,6 +221,13 @@ REACHES = (
         "wrapped: our middlewares and routes are added to the server's app",
         "find where the server adds its own middleware; it must run before the app serves",
         parameters=("args", "app"),
+    ),
+    Reach(
+        "vllm.entrypoints.launchers.cli_args",
+        "BaseFrontendArgs",
+        "defaults of a server or a batch: a tau that nobody would read is refused; adapters are served names, too",
+        "find where a server's flags are parsed",
+        attributes=("default_chat_template_kwargs", "lora_modules"),
     ),
     Reach(
         "vllm.v1.engine.async_llm",

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 from prunepath_vllm.entrypoints.server.knob import (
     KNOBS,
     TauRequestError,
-    expect_served_names,
+    check_options,
     request_knob,
     settled_knob,
 )
@@ -52,7 +52,7 @@ def _with_resolver(run_batch: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run_batch)
     async def wrapped(engine_client: Any, args: Any, *rest: Any, **kwargs: Any) -> Any:
         if resolver := TauResolver.of(engine_client.vllm_config):
-            expect_served_names(args)
+            check_options(args)
             _serving.set((resolver, engine_client))  # seen by the tasks of all lines
         return await run_batch(engine_client, args, *rest, **kwargs)
 

@@ -39,13 +39,13 @@ class ServedEngineConfig(PrunePathEngineConfig):
 def _with_middleware(init_entrypoints_middleware: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(init_entrypoints_middleware)
     def wrapped(args: Any, app: Any, *rest: Any, **kwargs: Any) -> None:
-        from prunepath_vllm.entrypoints.server.knob import KnobMiddleware, expect_served_names
+        from prunepath_vllm.entrypoints.server.knob import KnobMiddleware, check_options
         from prunepath_vllm.entrypoints.server.metrics import MetricsMiddleware
         from prunepath_vllm.entrypoints.server.render import RenderMiddleware
         from prunepath_vllm.entrypoints.server.report import ReportMiddleware
         from prunepath_vllm.entrypoints.server.routes import router
 
-        expect_served_names(args)
+        check_options(args)
         init_entrypoints_middleware(args, app, *rest, **kwargs)
         app.include_router(router)
         # Innermost: authentication and request identifiers come first.

@@ -5,6 +5,7 @@ where the engine admits the request (model_executor/admission.py).
 """
 
 import json
+from collections.abc import Mapping
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -21,6 +22,7 @@ from prunepath_vllm.model_executor.admission import (
     request_knob,
 )
 from prunepath_vllm.model_executor.compat import create_error_response
+from prunepath_vllm.model_executor.operator_policy import refuse_unread_tau
 from prunepath_vllm.model_executor.tau_resolution import TauResolver
 from prunepath_vllm.tau import DENSE_TAU, PARAMETERS, is_adaptive, parse_tau_range, resolve_tau
 
@@ -92,17 +94,19 @@ _TRUE = ("true", "1", "1.0", "t", "y", "yes", "on")
 """What the engine's schemas take for true."""
 
 
-def expect_served_names(args: Any) -> None:
-    """Refuse defaults for names that the server does not have: a typing error would go unnoticed.
+def check_options(args: Any) -> None:
+    """Refuse defaults on a server's command line that nobody would read: they would go unnoticed.
 
     Args:
-        args: the server's command line, whose ``additional_config`` :func:`operator_policy` has checked.
+        args: the command line of a server or a batch; :func:`operator_policy` has checked its ``additional_config``.
 
     Raises:
-        ConfigError: names the name.
+        ConfigError: names a tau among the defaults of the chat template, or a name that is not served.
     """
+    if isinstance(template := args.default_chat_template_kwargs, Mapping):
+        refuse_unread_tau(template, "--default-chat-template-kwargs")
     options = (args.additional_config or {}).get("prunepath", {})
-    adapters = [module.name for module in getattr(args, "lora_modules", None) or ()]
+    adapters = [module.name for module in args.lora_modules or ()]
     served = [*(args.served_model_name or [args.model]), *adapters]
     if unknown := set(options.get("default_tau_by_model", {})) - set(served):
         raise ConfigError(
