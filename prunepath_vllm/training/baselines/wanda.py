@@ -47,7 +47,7 @@ def prune_with_wanda(
         ConfigError, CheckpointError: `src` is not a dense model of a known family.
     """
     dst = Path(dst)
-    check_arguments(dst, sparsity, device)
+    check_arguments(src, dst, sparsity, device)
     config = read_config(src)
     family = family_of(config, converted=False)
     tokens = calibration_sequences(src, text, sequences)
