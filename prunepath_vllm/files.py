@@ -101,8 +101,13 @@ def check_absent_or_empty(target: Path, *, source: str | Path) -> None:
         UsageError: `target` is there and not an empty directory, or see :func:`check_apart`.
     """
     check_apart(target, source)
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    if not is_absent_or_empty(target):
         raise UsageError(f"{target}: already there and not an empty directory; expected a new one")
+
+
+def is_absent_or_empty(target: Path) -> bool:
+    """Whether nothing is there, or an empty directory."""
+    return not target.exists() or (target.is_dir() and not any(target.iterdir()))
 
 
 def check_apart(target: Path, source: str | Path) -> None:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunepath_vllm.checkpoint import read_config
-from prunepath_vllm.errors import ConfigError, UsageError
+from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
 from prunepath_vllm.families import family_of
 from prunepath_vllm.tau import shown
 from prunepath_vllm.training.recipe import RECIPE_FILE, Recipe, load_recipe
@@ -142,7 +142,7 @@ def check_teacher(name: str, teacher: PreTrainedModel, tokenizer: PreTrainedToke
         )
     try:
         known = load_tokenizer(name).get_vocab()
-    except (ImportError, KeyError, OSError, TypeError, ValueError):  # weights alone, or a tokenizer that cannot be read
+    except CheckpointError:  # weights alone, or a tokenizer that cannot be read
         return
     ours = tokenizer.get_vocab()
     for token, number in ours.items():
