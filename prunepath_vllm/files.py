@@ -94,14 +94,49 @@ def check_writable(target: Path) -> None:
     staging_directory(Path(os.path.realpath(target))).rmdir()
 
 
-def check_absent_or_empty(target: Path) -> None:
-    """Refuse a place where something is already.
+def check_absent_or_empty(target: Path, *, source: str | Path) -> None:
+    """Refuse a place where something is already, or which is not apart from what its content is made from.
 
     Raises:
-        UsageError: `target` is there and not an empty directory.
+        UsageError: `target` is there and not an empty directory, or see :func:`check_apart`.
     """
-    if target.exists() and not (target.is_dir() and not any(target.iterdir())):
+    check_apart(target, source)
+    if not is_absent_or_empty(target):
         raise UsageError(f"{target}: already there and not an empty directory; expected a new one")
+
+
+def is_absent_or_empty(target: Path) -> bool:
+    """Whether nothing is there, or an empty directory."""
+    return not target.exists() or (target.is_dir() and not any(target.iterdir()))
+
+
+def check_apart(target: Path, source: str | Path) -> None:
+    """Refuse to write into what is read, or around it, by whatever names the two are called.
+
+    Args:
+        target: directory or file to make.
+        source: directory or file that it is made from; what is not there, such as a Hugging Face name, is apart.
+
+    Raises:
+        UsageError: one is the other, or lies in it; names both.
+    """
+    if not os.path.exists(source):
+        return
+    new, old = Path(os.path.realpath(target)), Path(os.path.realpath(source))
+    if _same(new, old):
+        relation = "is"
+    elif any(_same(parent, old) for parent in new.parents):
+        relation = "lies in"
+    elif any(_same(new, parent) for parent in old.parents):
+        relation = "holds"
+    else:
+        return
+    raise UsageError(f"{target}: {relation} {source}, which it would be made from; expected a place apart from it")
+
+
+def _same(first: Path, second: Path) -> bool:
+    # A directory that is mounted in two places has two real paths.
+    return first == second or (first.exists() and first.samefile(second))
 
 
 def is_mount_point(path: Path) -> bool:

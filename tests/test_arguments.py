@@ -102,6 +102,8 @@ def no_work(*_: object, **__: object) -> None:
 
 
 WORK = {
+    "convert": "prunepath_vllm.conversion.convert.neuron_orders",
+    "quantize": "prunepath_vllm.conversion.quantize.new_directory",
     "eval": "prunepath_vllm.evaluation.runner.Run.__init__",
     "sweep": "prunepath_vllm.evaluation.runner.Run.__init__",
     "figures": "prunepath_vllm.evaluation.figures.save_figure",
@@ -167,6 +169,7 @@ def line(tmp_path, monkeypatch, dense_checkpoint, prunepath_checkpoint):
         (inputs / "recipe.yaml").write_text(yaml.safe_dump(recipe))
         return template.format(**known, recipe=inputs / "recipe.yaml", bad=bad).split(" ")
 
+    make.known = known
     return make
 
 
@@ -212,6 +215,44 @@ def test_folders_that_cannot_be_made(capsys, tmp_path, monkeypatch, line, templa
     code, said = refused(capsys, *argv)
     assert code == 2
     assert str(bad) in said
+    assert everything_below(tmp_path) == before
+
+
+MADE_FROM = {
+    "convert {dense} {bad}": "dense",
+    "convert {dense} {bad} --calibration-text {text}": "dense",
+    "quantize {ckpt} {bad} --expert-dtype int8": "ckpt",
+    "prune {ckpt} {bad} --method cold --max-tau .5 --text {text}": "ckpt",
+    "prune {ckpt} {bad} --method static --sparsity .5 --text {text}": "ckpt",
+    "prune {dense} {bad} --method wanda --sparsity .5 --text {text}": "dense",
+    "train --config {recipe}": "ckpt",
+}
+"""Every command that makes a directory from another, and which that is."""
+
+
+@pytest.mark.parametrize("spelling", ["the same", "in it", "in it, by a link", "around it"])
+@pytest.mark.parametrize("template", MADE_FROM)
+def test_a_directory_is_not_made_in_what_it_is_made_from(capsys, tmp_path, monkeypatch, line, template, spelling):
+    for reader in ("quantize.validate_checkpoint", "convert.read_config", "cold.validate_checkpoint"):
+        monkeypatch.setattr(f"prunepath_vllm.conversion.{reader}", no_work)
+    source = tmp_path / "disk" / "model"
+    shutil.copytree(line.known[MADE_FROM[template]], source)
+    line.known[MADE_FROM[template]] = source
+    (tmp_path / "link").symlink_to(source)
+    bad, relation = {
+        "the same": (tmp_path / "disk" / ".." / "disk" / "model", "is"),
+        "in it": (source / "new", "lies in"),
+        "in it, by a link": (tmp_path / "link" / "new", "lies in"),
+        "around it": (source.parent, "holds"),
+    }[spelling]
+    if template.startswith("train"):  # what it makes is output/model; other things may be in output
+        relation = "is" if spelling == "around it" else "lies in"
+    argv = line(template, bad)
+    before = everything_below(tmp_path)
+    code, said = refused(capsys, *argv)
+    assert code == 2
+    assert f" {relation} {source}, which it would be made from" in said
+    assert f": {bad}" in said
     assert everything_below(tmp_path) == before
 
 

@@ -1,15 +1,17 @@
 """Wanda, static expert pruning and LTE against independent computations, on every family."""
 
 import json
+import shutil
 
 import pytest
 import torch
 import torch.nn.functional as F
 from naive import load_naive, naive_logits
+from safetensors.torch import load_file, save_file
 from tiny_models import FAMILY_NAMES, HIDDEN, INTERMEDIATE, LAYERS, build_dense
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from prunepath_vllm.checkpoint import validate_checkpoint
+from prunepath_vllm.checkpoint import WEIGHTS_FILE, validate_checkpoint
 from prunepath_vllm.conversion.calibrate import load_model
 from prunepath_vllm.entrypoints.cli import main
 from prunepath_vllm.errors import UsageError
@@ -41,6 +43,38 @@ def text(tmp_path_factory):
 
 def tokens(sequences=3, length=12):
     return torch.randint(4, 300, (sequences, length), generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("method", ["wanda", "static"])
+def test_models_that_cannot_be_pruned_are_named(method, dense_checkpoint, prunepath_checkpoint, text, tmp_path, capsys):
+    good, other = dense_checkpoint("llama"), prunepath_checkpoint("llama")
+    good, other = (good, other) if method == "wanda" else (other, good)
+
+    def copied(name):
+        shutil.copytree(good, tmp_path / name)
+        return tmp_path / name
+
+    tensors = load_file(copied("nan") / WEIGHTS_FILE)
+    tensors["model.layers.0.mlp.up_proj.weight"][0, 0] = float("nan")
+    save_file(tensors, tmp_path / "nan" / WEIGHTS_FILE, metadata={"format": "pt"})
+    weights = copied("truncated") / WEIGHTS_FILE
+    weights.write_bytes(weights.read_bytes()[:5000])
+    for file in copied("words").glob("tokenizer*"):
+        file.unlink()
+    before = sorted(tmp_path.iterdir())
+    for source, named in (
+        (tmp_path / "nan", "up_proj.weight: 1 of 16384 values are NaN or infinite"),
+        (tmp_path / "truncated", "truncated"),
+        (tmp_path / "words", f"{tmp_path}/words: expected a tokenizer"),
+        (other, f"{other}"),
+    ):
+        line = ["prune", source, tmp_path / "out", "--method", method, "--sparsity", "0.5", "--text", text]
+        assert main([*map(str, line)]) == 1
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert said.startswith("prunepath prune: ")
+        assert named in said
+        assert "--debug" not in said
+        assert sorted(tmp_path.iterdir()) == before
 
 
 # --- Wanda -----------------------------------------------------------------------------------------------------------

@@ -155,6 +155,7 @@ def test_latency_refuses_arguments_that_make_no_sense(argv, said):
         (["x", "--model", "y"], "--model"),
         (["x", "--dense-url", "http://y"], "--dense-url"),
         (["x", "--extra-body", '{"tau": 0.5}'], "--extra-body"),
+        (["x", "--extra-body", "[1]"], r"--extra-body: \[1\]; expected a JSON object"),
         (["x", "--plot", "z.png"], "--dense"),
     ],
 )
@@ -186,6 +187,67 @@ def test_a_bad_tau_or_checkpoint_is_named_before_anything_starts(tmp_path, capsy
         said = capsys.readouterr()
         assert "config.json" in said.err.strip().splitlines()[-1]
         assert said.out == ""
+
+
+@pytest.mark.parametrize("benchmark", ["latency", "serve"])
+def test_a_bad_dense_model_is_named_before_anything_starts(benchmark, prunepath_checkpoint, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    for dense, named in (
+        ("none", "no such directory"),
+        ("file", "no such directory"),
+        ("folder", "config.json: no such"),
+    ):
+        line = ["bench", benchmark, prunepath_checkpoint("llama"), "--dense", tmp_path / dense]
+        assert cli.main([*map(str, line)]) == 1
+        (said,) = capsys.readouterr().err.splitlines()
+        assert str(tmp_path / dense) in said
+        assert named in said
+
+
+@pytest.mark.parametrize(
+    ("content", "named"),
+    [
+        (b"", "0 tokens; expected more than 32"),
+        (b"\xff\xfe", "expected a UTF-8 text file"),
+        (b"word " * 40, "expected more than 512"),
+    ],
+)
+def test_a_bad_text_is_named_before_anything_starts(content, named, prunepath_checkpoint, tmp_path, capsys):
+    (tmp_path / "text.txt").write_bytes(content)
+    more = ["--prefill", "512"] if b"word" in content else []
+    line = ["bench", "latency", prunepath_checkpoint("llama"), "--text", tmp_path / "text.txt", *more]
+    assert cli.main([*map(str, line)]) == 2
+    (said,) = capsys.readouterr().err.splitlines()
+    assert f"--text {tmp_path}/text.txt: " in said
+    assert named in said
+
+
+@pytest.mark.parametrize("command", ["kernel", "tune"])
+def test_every_model_is_looked_at_before_any_is_measured(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(layer, "require_gpu", lambda: pytest.fail("work was begun"))
+    monkeypatch.chdir(tmp_path)
+    for line, named in (
+        (["qwen2-7b", str(tmp_path / "none")], f"{tmp_path}/none: no such directory"),
+        (["qwen2-7b", "--expert-size", "7"], "expert_size 7 does not divide the feed-forward size 18944"),
+    ):
+        assert cli.main(["bench", command, *line]) == 1
+        (said,) = capsys.readouterr().err.splitlines()
+        assert named in said
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_expert_size_of_a_shape_divides_it(capsys):
+    assert cli.main(["bench", "latency", "--shape", "qwen2-7b", "--expert-size", "7"]) == 1
+    assert "expert_size 7 does not divide the feed-forward size 18944" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("url", ["nonsense", "http://127.0.0.1:9/a b", "http://127.0.0.1:9"])
+def test_a_server_that_is_not_there_is_named(url, prunepath_checkpoint, capsys):
+    assert cli.main(["bench", "serve", str(prunepath_checkpoint("llama")), "--base-url", url]) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"prunepath bench: {url}/v1/models: ")
+    assert said.endswith("; expected a server there")
 
 
 @pytest.mark.parametrize(("error", "dtype"), [(2e-2, "bfloat16"), (2e-3, "float32"), (math.inf, "float16")])

@@ -70,6 +70,14 @@ def test_a_corpus_is_fetched_once_and_says_where_it_is_from(index, tmp_path, mon
     assert corpora.fetch_corpus("wikitext-2", tmp_path / "data") == folder
 
 
+def test_an_empty_folder_is_not_taken_for_what_was_fetched(index, tmp_path, monkeypatch):
+    monkeypatch.setitem(corpora.CORPORA, "one", corpora.Corpus(wikitext(index), corpora.build_wikitext))
+    monkeypatch.setitem(models.MODELS, "two", lambda folder: (folder / "config.json").touch())
+    for fetch, name, file in ((corpora.fetch_corpus, "one", "test.txt"), (models.fetch_model, "two", "config.json")):
+        (tmp_path / name).mkdir()
+        assert (fetch(name, tmp_path) / file).is_file()
+
+
 def test_what_another_process_fetched_meanwhile_is_kept(index, tmp_path, monkeypatch):
     def build(wheel, folder):
         other = tmp_path / "one"

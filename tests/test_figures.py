@@ -3,14 +3,17 @@
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import naive
 import pytest
 import torch
 from naive import NaiveFFN, load_naive, naive_logits
+from safetensors.torch import load_file, save_file
 from tiny_models import build_tokenizer
 
+from prunepath_vllm.checkpoint import WEIGHTS_FILE
 from prunepath_vllm.entrypoints.cli import main
 from prunepath_vllm.entrypoints.commands.figures import NAMES
 
@@ -164,6 +167,103 @@ def test_what_is_wrong_is_named(prunepath_checkpoint, dense_checkpoint, text, tm
         assert main(["figures", name, *map(str, series), "--output", str(tmp_path / "out.json")]) == 2
         assert named in capsys.readouterr().err.splitlines()[-1]
         assert not (tmp_path / "out.json").exists()
+
+
+POINT = dict(tau=1.0, ffn_sparsity=0.0, accuracy=0.5)
+ROW = dict(tau=0.5, batch_size=1, decode_steps_ms=[1.0, 2.0])
+PLACE = dict(k=1, mse=0.5, relative_mse=0.1)
+NAN, KIND = float("nan"), "expected results of prunepath"
+
+
+def evaluation(*points: dict, **more: object) -> dict:
+    return dict(task="sst2", points=[*points] or [POINT]) | more
+
+
+def latencies(*rows: object, **more: object) -> dict:
+    return dict(sparse=dict(rows=[*rows], peak_gib=1.0) | more)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "named"),
+    [
+        *(
+            (name, content, "expected a JSON object")
+            for name in ("fig2", "fig3", "fig9")
+            for content in ("", "[]", "3", "null", "no JSON", "[" * 100_000)
+        ),
+        ("fig3", {}, KIND),
+        ("fig3", evaluation(points=[]), KIND),
+        ("fig3", evaluation(points={}), KIND),
+        ("fig3", evaluation(task=3, data=3), KIND),
+        ("fig3", evaluation(task={}, data=3, points=[POINT | dict(perplexity=None)]), KIND),
+        ("fig3", evaluation(points=[3]), KIND),
+        ("fig3", evaluation(intervals=[]) | dict(points=[POINT] * 2, intervals=[dict(accuracy=[0, 1])]), KIND),
+        ("fig3", evaluation(intervals=[dict(accuracy=[0.1])]), KIND),
+        ("fig3", evaluation(intervals=[dict(accuracy=["low", "high"])]), "accuracy 'low'; expected a finite number"),
+        ("fig3", evaluation(intervals=[dict(accuracy=[0, NAN])]), "accuracy nan; expected a finite number"),
+        ("fig3", evaluation(POINT, POINT | dict(accuracy=NAN)), "accuracy nan; expected a finite number"),
+        ("fig3", evaluation(POINT | dict(accuracy=float("inf"))), "accuracy inf; expected"),
+        ("fig3", evaluation(POINT | dict(accuracy=10**400)), "accuracy 1000"),
+        ("fig3", evaluation(POINT | dict(accuracy=None)), "accuracy None; expected"),
+        ("fig3", evaluation(POINT | dict(accuracy="high")), "accuracy 'high'; expected"),
+        ("fig8", evaluation(POINT | dict(ffn_sparsity=NAN)), "ffn_sparsity nan; expected a finite number"),
+        ("fig8", evaluation(POINT | dict(tau="x")), "tau 'x'; expected a finite number from 0 to 1.05"),
+        ("fig8", evaluation(POINT | dict(tau=[1])), "tau [1]; expected"),
+        ("fig4", dict(data="a.txt", points=[POINT | dict(perplexity=0.0)]), "perplexity 0.0; expected more than 0"),
+        ("fig9", {}, KIND),
+        ("fig9", dict(sparse=[1]), KIND),
+        ("fig9", latencies("row"), KIND),
+        ("fig9", latencies(ROW | dict(batch_size=2)), KIND),
+        ("fig9", latencies(ROW | dict(decode_steps_ms=[])), KIND),
+        ("fig9", latencies(ROW | dict(decode_steps_ms=[1, NAN])), "decode_steps_ms nan; expected a finite number"),
+        ("fig9", latencies(ROW | dict(decode_steps_ms=[1, 0])), "decode_steps_ms 0.0; expected more than 0"),
+        ("fig9", latencies(ROW | dict(decode_steps_ms="12")), "decode_steps_ms '1'; expected"),
+        ("fig9", latencies(ROW | dict(tau=None)), "tau None; expected"),
+        ("fig9", latencies(ROW, peak_gib="much"), "peak_gib 'much'; expected"),
+        ("fig2", {}, "expected the output of"),
+        ("fig2", dict(series=[]), "expected the output of"),
+        ("fig2", dict(series=[3]), "expected the output of"),
+        ("fig2", dict(series=[dict(points=[])]), "expected the output of"),
+        (
+            "fig2",
+            dict(series=[dict(points=[PLACE | dict(mse=NAN)])]),
+            "mse nan; expected a finite number of at",
+        ),
+        ("fig2", dict(series=[dict(points=[PLACE | dict(k=0)])]), "k 0; expected a finite number of at least 1"),
+        ("fig2", dict(series=[dict(points=[PLACE | dict(k="few")])]), "k 'few'; expected"),
+    ],
+    ids=lambda value: None if isinstance(value, str) and len(value) < 40 else "",
+)
+def test_results_that_cannot_be_drawn_are_named(name, content, named, tmp_path, capsys):
+    file = tmp_path / "results.json"
+    file.write_text(content if isinstance(content, str) else json.dumps(content))
+    assert main(["figures", name, f"Method={file}", "--output", str(tmp_path / "out.json")]) in (1, 2)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"prunepath figures: {file}: ")
+    assert named in line
+    assert "--debug" not in line
+    assert list(tmp_path.iterdir()) == [file]
+
+
+def test_a_checkpoint_that_fig2_cannot_measure_is_named(prunepath_checkpoint, text, tmp_path, capsys):
+    good, late = prunepath_checkpoint("llama"), prunepath_checkpoint("llama", dense_positions=4)
+    zero = tmp_path / "zero"
+    shutil.copytree(good, zero)
+    weights = load_file(zero / WEIGHTS_FILE)
+    zeroed = {name: tensor * 0 if "down_proj" in name else tensor for name, tensor in weights.items()}
+    save_file(zeroed, zero / WEIGHTS_FILE, metadata={"format": "pt"})
+    before = sorted(tmp_path.iterdir())
+    for series, more, code, named in (
+        ([f"A={zero}"], [], 1, "mean square 0.0; expected"),
+        ([f"A={late}"], ["--context", "4"], 2, "context: 4; expected more than the 4 dense positions"),
+        ([f"A={good}", f"B={tmp_path}/none"], [], 2, f"{tmp_path}/none: no such file or directory"),
+    ):
+        command = ["figures", "fig2", *series, "--output", tmp_path / "out.json", "--text", text, *more]
+        assert main([*map(str, command)]) == code
+        line = capsys.readouterr().err.splitlines()[-1]
+        assert named in line
+        assert "--debug" not in line
+        assert sorted(tmp_path.iterdir()) == before
 
 
 def documented() -> list[list[str]]:

@@ -10,7 +10,7 @@ import pytest
 
 from prunepath_vllm import files
 from prunepath_vllm.errors import UsageError
-from prunepath_vllm.files import check_writable, is_mount_point, new_directory
+from prunepath_vllm.files import check_apart, check_writable, is_mount_point, new_directory
 
 
 @pytest.fixture(params=["a file system", "a bind mount", "pretended"])
@@ -186,3 +186,50 @@ def test_places_where_nothing_can_be_put(tmp_path):
             check_writable(place)
     check_writable(tmp_path / "new" / "one")
     assert names(tmp_path / "new") == []
+
+
+def test_what_is_read_and_what_is_made_are_apart(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    source = tmp_path / "disk" / "model"
+    (source / "part").mkdir(parents=True)
+    (source / "weights").touch()
+    (tmp_path / "link").symlink_to(source)
+    (tmp_path / "sibling").mkdir()
+    for one in (source, "disk/model", "./disk/../disk/model/", "link", "link/../model"):
+        for other, relation in (
+            ("disk/model", "is"),
+            ("link/", "is"),
+            ("sibling/../link", "is"),
+            ("disk/model/new", "lies in"),
+            ("link/part/new/one", "lies in"),
+            ("disk/model/none/../new", "lies in"),
+            ("disk", "holds"),
+            (".", "holds"),
+            ("link/weights", "lies in"),
+        ):
+            with pytest.raises(UsageError) as refused:
+                check_apart(Path(other), one)
+            assert str(refused.value) == (
+                f"{Path(other)}: {relation} {one}, which it would be made from; expected a place apart from it"
+            )
+        for other in ("new", "sibling", "sibling/new", "disk/model2", "disk/mod", "disk/model/../new"):
+            check_apart(Path(other), one)
+    check_apart(tmp_path / "disk" / "model" / "new", "openai-community/gpt2")
+    with pytest.raises(UsageError, match="weights: is link/weights"):
+        check_apart(source / "weights", "link/weights")
+
+
+def test_a_directory_mounted_in_two_places_is_one(tmp_path, monkeypatch):
+    first, second = (tmp_path / name for name in ("model", "volume"))
+    (first / "part").mkdir(parents=True)
+    second.mkdir()
+    real = Path.samefile
+
+    def mounted(path, other):
+        return {path, Path(other)} == {first, second} or real(path, other)
+
+    monkeypatch.setattr(Path, "samefile", mounted)
+    for target, source in ((second / "new", first), (first / "new", second), (second, first), (second, first / "part")):
+        with pytest.raises(UsageError, match="apart"):
+            check_apart(target, source)
+    check_apart(tmp_path / "new", first)

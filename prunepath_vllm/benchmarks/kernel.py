@@ -14,6 +14,7 @@ from prunepath_vllm.benchmarks import layer, options, report, shapes
 from prunepath_vllm.benchmarks.report import BenchmarkError
 from prunepath_vllm.benchmarks.tile_search import Bench
 from prunepath_vllm.kernels.ffn import load_tuning
+from prunepath_vllm.kernels.layer import LayerSpec
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -47,12 +48,13 @@ def run(argv: Sequence[str]) -> int:
     args = parse(argv)
     check_output_file(args.output, "--output")
     check_plot(args.plot)
+    specs = {model: layer.spec_of(model, args.expert_size, args.expert_dtype) for model in args.models or ["qwen2-7b"]}
     layer.require_gpu()
     bandwidth = layer.copy_bandwidth()
     torch.cuda.empty_cache()
     result: dict[str, Any] = {"copy_TBps": bandwidth * 1e-6, "models": {}, "versions": report.versions()}
-    for model in args.models or ["qwen2-7b"]:
-        rows, checks = measure(model, args, bandwidth)
+    for model, spec in specs.items():
+        rows, checks = measure(model, spec, args, bandwidth)
         result["models"][model] = {"rows": rows, "checks": checks}
         worst = max(c["error"] for c in checks)
         print(f"{report.named(model, args.expert_dtype)}: {len(checks)} checks passed, worst relative RMS {worst:.1e}")
@@ -72,15 +74,14 @@ def run(argv: Sequence[str]) -> int:
 
 
 def measure(
-    model: str, args: argparse.Namespace, bandwidth: float
+    model: str, spec: LayerSpec, args: argparse.Namespace, bandwidth: float
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """One model's rows {tokens, share, path, us, dense_us, of_copy} and the checks that came first.
 
     Raises:
         BenchmarkError: a choice gives wrong results.
     """
-    bench = Bench(layer.spec_of(model, args.expert_size, args.expert_dtype), args.layers)
-    spec = bench.spec
+    bench = Bench(spec, args.layers)
     tuning = load_tuning(torch.cuda.get_device_name(), spec)
     checks: list[dict[str, Any]] = []
     for tokens in args.tokens:

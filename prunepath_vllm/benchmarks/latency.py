@@ -37,9 +37,11 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from prunepath_vllm.arguments import OneLineErrors, check_output_file, number, whole
 from prunepath_vllm.benchmarks import options, report, shapes
+from prunepath_vllm.config import check_dense_shape
 from prunepath_vllm.engine_environment import runs_on_cpu, set_server_defaults
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.linears import LINEAR_DTYPES
+from prunepath_vllm.modeling import load_tokenizer
 
 TEXT_CHARACTERS = 1 << 20
 """Of --text, that are tokenised."""
@@ -149,7 +151,7 @@ def operating_points(args: argparse.Namespace) -> list[Point]:
     """What --tau or --share ask for. A checkpoint's shares come from its tau curve."""
     if args.shape:
         config = shapes.dense_config(args.shape)
-        num_experts = shapes.shape_family(args.shape).intermediate_size(config) // args.expert_size
+        num_experts = check_dense_shape(shapes.shape_family(args.shape).intermediate_size(config), args.expert_size)
         if args.share:
             return [_point_of_share(share, num_experts, args.hottest_half) for share in args.share]
         return [{"tau": tau, "share": shapes.share_of_tau(tau, num_experts)} for tau in args.tau or (1.0, 0.8, 0.5)]
@@ -303,19 +305,31 @@ def _decode_steps_ms(llm: LLM, args: argparse.Namespace, tau: float | None, batc
 _prompts = torch.Generator().manual_seed(0)
 
 
+def text_tokens(path: str, tokenizer: Any, longest: int) -> list[int]:
+    """Token ids of a text's beginning: enough for prompts of up to `longest` that differ.
+
+    Raises:
+        UsageError: it is not UTF-8, or shorter.
+    """
+    try:
+        with open(path, encoding="utf-8") as file:
+            tokens: list[int] = tokenizer.encode(file.read(TEXT_CHARACTERS), add_special_tokens=False)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"--text {path}: expected a UTF-8 text file ({error})") from None
+    if len(tokens) <= longest:
+        raise UsageError(f"--text {path}: {len(tokens)} tokens; expected more than {longest}, one prompt")
+    return tokens
+
+
 @functools.cache
-def _token_ids(llm: LLM, path: str) -> torch.Tensor:
-    """int64 [N], of a text's beginning: enough for prompts that differ."""
-    text = Path(path).read_text(encoding="utf-8")[:TEXT_CHARACTERS]
-    return torch.tensor(llm.get_tokenizer().encode(text, add_special_tokens=False))
+def _token_ids(llm: LLM, path: str, longest: int) -> torch.Tensor:
+    return torch.tensor(text_tokens(path, llm.get_tokenizer(), longest))
 
 
 def _fresh_prompts(llm: LLM, args: argparse.Namespace, batch: int, length: int) -> list[list[int]]:
     """Token ids of prompts that no cache holds, of --text or at random."""
     if args.text:
-        text = _token_ids(llm, args.text)
-        if len(text) <= length:
-            raise UsageError(f"--text {args.text}: {len(text)} tokens; expected more than {length}, one prompt")
+        text = _token_ids(llm, args.text, length)
         starts = torch.randint(len(text) - length, (batch, 1), generator=_prompts)
         return text[starts + torch.arange(length)].tolist()
     vocabulary = min(50000, llm.llm_engine.model_config.get_vocab_size())
@@ -374,7 +388,11 @@ def run(argv: Sequence[str]) -> int:
     if args.engine:
         Path(args.part).write_text(json.dumps(run_engine(args)))
         return 0
-    operating_points(args)  # a bad checkpoint is named before an engine starts
+    operating_points(args)  # a bad checkpoint is named before an engine starts, as is a bad text
+    if args.dense:
+        options.check_dense(args.dense)
+    if args.text:
+        text_tokens(args.text, load_tokenizer(args.tokenizer or args.checkpoint), max([args.input_len, *args.prefill]))
     engines = ["dense", "sparse"] if args.shape or args.dense else ["sparse"]
     with tempfile.TemporaryDirectory() as folder:
         parts = {engine: Path(folder) / f"{engine}.json" for engine in engines}

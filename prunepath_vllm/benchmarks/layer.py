@@ -18,6 +18,7 @@ from prunepath_vllm.benchmarks.float32 import layer_output
 from prunepath_vllm.benchmarks.report import FLOAT8_TOLERANCE, BenchmarkError
 from prunepath_vllm.benchmarks.tile_search import Bench, graph_of
 from prunepath_vllm.checkpoint import load_prunepath_config
+from prunepath_vllm.config import check_dense_shape
 from prunepath_vllm.families import Family
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.kernels.ffn import Choice
@@ -130,7 +131,8 @@ def spec_of(name: str, expert_size: int = 32, expert_dtype: str | None = None) -
     if name in shapes.SHAPES:
         config = shapes.dense_config(name)
         family = shapes.shape_family(name)
-        return _layer(family, config, family.intermediate_size(config) // expert_size, expert_size, expert_dtype)
+        experts = check_dense_shape(family.intermediate_size(config), expert_size)
+        return _layer(family, config, experts, expert_size, expert_dtype)
     family, prunepath, config = load_prunepath_config(name)
     stored = expert_dtype or prunepath.expert_dtype
     return _layer(family, config, prunepath.num_experts, prunepath.expert_size, stored)

@@ -1,11 +1,13 @@
 """Arguments that several benchmarks share."""
 
 import argparse
+import os
+import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
 from prunepath_vllm.arguments import MAX_WHOLE
-from prunepath_vllm.checkpoint import CheckpointSummary, validate_checkpoint
+from prunepath_vllm.checkpoint import CheckpointSummary, read_config, validate_checkpoint
 from prunepath_vllm.config import EXPERT_DTYPES
 from prunepath_vllm.errors import TauError, UsageError
 from prunepath_vllm.tau import parse_tau_list
@@ -56,6 +58,16 @@ def causal_checkpoint(path: str) -> CheckpointSummary:
     if found.family.auto_class != "AutoModelForCausalLM":
         raise UsageError(f"{path}: expected a causal language model, got {found.family.architecture}")
     return found
+
+
+def check_dense(path: str) -> None:
+    """Refuse a dense model that is no model's directory; what may be a Hugging Face name, the engine looks for.
+
+    Raises:
+        CheckpointError: no such directory, or none of a model.
+    """
+    if os.path.exists(path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
+        read_config(path)
 
 
 def add_output(parser: Any) -> None:

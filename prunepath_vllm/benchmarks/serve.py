@@ -23,6 +23,7 @@ from prunepath_vllm.benchmarks import options, report, server
 from prunepath_vllm.benchmarks.report import BenchmarkError
 from prunepath_vllm.benchmarks.shapes import share_on_curve
 from prunepath_vllm.errors import UsageError
+from prunepath_vllm.tau import shown
 
 METRICS = {
     "request_throughput": "requests/s",
@@ -72,6 +73,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise UsageError("--model, --served-model-name: expected CKPT; the name is asked of the server")
     if args.dense_url and not args.dense:
         raise UsageError("--dense-url: expected with --dense, which its answers are compared with")
+    if not isinstance(args.extra_body, dict | None):
+        raise UsageError(f"--extra-body: {shown(args.extra_body)}; expected a JSON object")
     if {"tau", "sparsity"} & set(args.extra_body or {}):
         raise UsageError("--extra-body: expected no tau or sparsity in it; --tau says which to measure")
     check_output_file(args.output, "--output")
@@ -84,6 +87,8 @@ def run(argv: Sequence[str]) -> int:
     """The command: servers, a check of their answers, vLLM's benchmark, then one table, JSON and plot."""
     args = parse(argv)
     curve = options.causal_checkpoint(args.checkpoint).prunepath.tau_curve
+    if args.dense:
+        options.check_dense(args.dense)
     result: dict[str, Any] = {"model": args.checkpoint, "answers_off_by": {}, "runs": []}
     if args.dense:
         _measure(args, args.dense, args.dense_url, [None], result)

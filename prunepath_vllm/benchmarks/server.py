@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError, URLError
@@ -167,13 +168,13 @@ def ask(url: str, endpoint: str, body: dict[str, Any] | None = None) -> dict[str
         BenchmarkError: no connection, or a refusal.
     """
     data = None if body is None else json.dumps(body).encode()
-    request = Request(url.rstrip("/") + endpoint, data, {"Content-Type": "application/json"})
     try:
+        request = Request(url.rstrip("/") + endpoint, data, {"Content-Type": "application/json"})
         with urlopen(request, timeout=600) as answer:
             return json.load(answer)
     except HTTPError as error:
         raise BenchmarkError(
             f"{url}{endpoint}: HTTP {error.code}: {error.read(500).decode(errors='replace')}"
         ) from None
-    except OSError as error:
+    except (OSError, HTTPException, ValueError) as error:  # no connection, another protocol, no URL, no JSON
         raise BenchmarkError(f"{url}{endpoint}: {error}; expected a server there") from None

@@ -53,13 +53,13 @@ def run(argv: Sequence[str]) -> int:
     """Search each shape's tiles and write them down; a path whose results are wrong is left out."""
     args = parse(argv)
     check_output_folder(args.output, "--output")
+    specs = {model: layer.spec_of(model, args.expert_size, args.expert_dtype) for model in args.models}
     layer.require_gpu()
     deadline = time.monotonic() + args.seconds
     os.makedirs(args.output, exist_ok=True)
     file = os.path.join(args.output, table_name(torch.cuda.get_device_name()))
     tokens = tuple(sorted(args.tokens))
-    for model in args.models:
-        spec = layer.spec_of(model, args.expert_size, args.expert_dtype)
+    for model, spec in specs.items():
         print(f"{model}: {shape_key(spec)}, compiling", flush=True)
         precompile_all(spec, tuple(t for t in tokens if t in SWEEP_AT), args.processes)
         bench = Bench(spec, args.layers)

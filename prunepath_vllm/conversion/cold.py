@@ -82,8 +82,8 @@ def prune_cold_experts(
         device: "cpu" or "cuda".
 
     Raises:
-        UsageError: an argument out of range, `dst` is there or cannot be made, `src` lacks experts already, the text is
-            missing or too short, or every expert is used.
+        UsageError: an argument out of range, `dst` is there, cannot be made or is not apart from `src`, `src` lacks
+            experts already, the text is missing or too short, or every expert is used.
         TauError: `max_tau` is no tau.
         ConfigError, CheckpointError: `src` is not a valid PrunePath checkpoint, or not finite.
     """
@@ -91,7 +91,7 @@ def prune_cold_experts(
     max_tau = _sparse_tau(max_tau, "max_tau")
     if not 0 <= share < 1:
         raise UsageError(f"share: {share}; expected a number in [0, 1)")
-    check_absent_or_empty(dst)
+    check_absent_or_empty(dst, source=src)
     check_device(device)
     summary = validate_checkpoint(src, check_values=True)
     refuse_changed(src, summary.prunepath, "pruning", quantised=True)

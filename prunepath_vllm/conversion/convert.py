@@ -103,7 +103,8 @@ def convert(
         `dst`.
 
     Raises:
-        UsageError: arguments that make no sense together, `dst` not empty or not to be made, a text that is not one.
+        UsageError: arguments that make no sense together, `dst` not empty, not to be made or not apart from `src`, a
+            text that is not one.
         ConfigError: `src` is not of a supported family, function or size, or is quantised in a way that is not read.
         CheckpointError: `src` cannot be had or read, or its weights are not what its configuration promises.
     """
@@ -124,7 +125,7 @@ def convert(
         )
     if dense_positions < 0:
         raise UsageError(f"dense positions: {dense_positions}; expected 0 or more")
-    _check_arguments(dst, expert_size=expert_size, split=split, router=router, text=text, device=device)
+    _check_arguments(src, dst, expert_size=expert_size, split=split, router=router, text=text, device=device)
     source, base_model = _resolve_source(src)
     if (source / _ADAPTER_FILE).exists():
         raise CheckpointError(
@@ -233,7 +234,9 @@ def convert(
     return dst
 
 
-def _check_arguments(dst: Path, *, expert_size: int, split: str, router: str, text: Path | None, device: str) -> None:
+def _check_arguments(
+    src: str | Path, dst: Path, *, expert_size: int, split: str, router: str, text: Path | None, device: str
+) -> None:
     if expert_size <= 0:
         raise UsageError(f"expert size: {expert_size}; expected a positive integer")
     needs_text = [what for what in (split, router) if what in ("coactivation", "calibrated")]
@@ -244,7 +247,7 @@ def _check_arguments(dst: Path, *, expert_size: int, split: str, router: str, te
     if text is not None and not text.is_file():
         raise UsageError(f"calibration text {text}: no such file")
     check_device(device)
-    check_absent_or_empty(dst)
+    check_absent_or_empty(dst, source=src)
 
 
 def _resolve_source(src: str | Path) -> tuple[Path, str]:

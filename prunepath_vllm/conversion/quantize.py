@@ -93,8 +93,8 @@ def quantize(
         The error of every layer.
 
     Raises:
-        UsageError: another dtype, `dst` is there, cannot be made, or `src` is quantised already or of a family without
-            such linears.
+        UsageError: another dtype, `dst` is there, cannot be made or is not apart from `src`, or `src` is quantised
+            already or of a family without such linears.
         ConfigError, CheckpointError: `src` is not a valid PrunePath checkpoint, or not finite.
     """
     dst = Path(dst)
@@ -102,7 +102,7 @@ def quantize(
         raise UsageError(f"expert dtype: {expert_dtype!r}; expected one of {', '.join(EXPERT_DTYPES)}")
     if linears is not None and linears not in LINEAR_DTYPES:
         raise UsageError(f"linears: {linears!r}; expected one of {', '.join(LINEAR_DTYPES)}")
-    check_absent_or_empty(dst)
+    check_absent_or_empty(dst, source=src)
     summary = validate_checkpoint(src, check_values=True)
     if (already := summary.prunepath.expert_dtype) is not None:
         raise UsageError(f"{src}: expert_dtype {already!r}: already quantised; expected a checkpoint that is not")

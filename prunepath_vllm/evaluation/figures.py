@@ -12,7 +12,9 @@ from typing import Any
 from prunepath_vllm.checkpoint import read_json
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.evaluation.plots import draw_points, new_figure, save_figure
+from prunepath_vllm.evaluation.rows import finite
 from prunepath_vllm.evaluation.tasks import TASKS
+from prunepath_vllm.tau import MAX_TAU
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,8 @@ def read_series(argument: str) -> dict[str, Any]:
         {"label", "points"}; a point has task, metric, tau (None: dense), ffn_sparsity, value, low, high and file.
 
     Raises:
-        UsageError: no label, no such file, a file of another kind, or a sparsity that does not fit.
+        UsageError: no label, no such file, a file of another kind, a number in it that is none or out of range, or a
+            sparsity that does not fit.
     """
     label, files = split_label(argument)
     points: list[dict[str, Any]] = []
@@ -76,21 +79,34 @@ def _read_points(path: Path) -> list[dict[str, Any]]:
         if metric is None:  # a training's: perplexity of a language model, else accuracy
             metric = "perplexity" if content["points"][0]["perplexity"] is not None else "accuracy"
         intervals = content.get("intervals") or [{metric: (None, None)}] * len(content["points"])
-        return [
-            {
-                "task": task,
-                "metric": metric,
-                "tau": point["tau"],
-                "ffn_sparsity": float(point["ffn_sparsity"]),
-                "value": float(point[metric]),
-                "low": interval[metric][0],
-                "high": interval[metric][1],
-                "file": path.name,
-            }
+        points = [
+            _point(path, point, interval[metric], task, metric)
             for point, interval in zip(content["points"], intervals, strict=True)
         ]
-    except (KeyError, IndexError, TypeError, ValueError):
-        raise UsageError(f"{path}: expected results of prunepath eval, sweep or train") from None
+    except UsageError:
+        raise
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
+        points = []
+    if not points or not isinstance(task, str):
+        raise UsageError(f"{path}: expected results of prunepath eval, sweep or train")
+    return points
+
+
+def _point(path: Path, point: Mapping[str, Any], interval: Sequence[Any], task: str, metric: str) -> dict[str, Any]:
+    value = finite(point, metric, path)
+    if metric == "perplexity" and value <= 0:
+        raise UsageError(f"{path}: perplexity {value}; expected more than 0")
+    low, high = ({metric: bound} for bound in interval)
+    return {
+        "task": task,
+        "metric": metric,
+        "tau": None if point["tau"] is None else finite(point, "tau", path, 0, MAX_TAU),
+        "ffn_sparsity": finite(point, "ffn_sparsity", path),
+        "value": value,
+        "low": None if low[metric] is None else finite(low, metric, path),
+        "high": None if high[metric] is None else finite(high, metric, path),
+        "file": path.name,
+    }
 
 
 def split_label(argument: str, expected: str = "LABEL=FILE, the method's name and its results") -> tuple[str, str]:
@@ -175,12 +191,13 @@ def read_latency(argument: str) -> list[dict[str, Any]]:
         "peak_gib"}. The dense engine's is labelled Dense, the others LABEL (tau).
 
     Raises:
-        UsageError: no label, no such file, or a file of another kind.
+        UsageError: no label, no such file, a file of another kind, or a number in it that is none or out of range.
     """
     label, name = split_label(argument)
     if not Path(name).is_file():
         raise UsageError(f"{name}: no such file; expected results of prunepath bench latency")
-    content: Any = read_json(Path(name))
+    path = Path(name)
+    content: Any = read_json(path)
     series = []
     try:
         for engine in ("dense", "sparse"):
@@ -188,19 +205,24 @@ def read_latency(argument: str) -> list[dict[str, Any]]:
             for row in part["rows"]:
                 if row["batch_size"] != 1:
                     continue
-                steps = [float(step) for step in row["decode_steps_ms"]]
+                steps = [finite({"decode_steps_ms": step}, "decode_steps_ms", path) for step in row["decode_steps_ms"]]
                 middle = statistics.median(steps)
+                if min(steps) <= 0:
+                    raise UsageError(f"{path}: decode_steps_ms {min(steps)}; expected more than 0")
+                tau = None if engine == "dense" else finite(row, "tau", path, 0, MAX_TAU)
                 series.append(
                     {
-                        "label": "Dense" if engine == "dense" else f"{label} (tau {row['tau']:g})",
-                        "tau": row["tau"],
+                        "label": "Dense" if tau is None else f"{label} (tau {tau:g})",
+                        "tau": tau,
                         "step_ms": steps,
                         "median_ms": middle,
                         "tokens_per_second": 1e3 / middle,
-                        "peak_gib": part["peak_gib"],
+                        "peak_gib": None if part["peak_gib"] is None else finite(part, "peak_gib", path, 0),
                     }
                 )
-    except (KeyError, TypeError, ValueError):
+    except UsageError:
+        raise
+    except (AttributeError, KeyError, TypeError, ValueError):
         series = []
     if not series:
         raise UsageError(f"{name}: expected results of prunepath bench latency, with batch size 1")

@@ -1,5 +1,6 @@
 """How much of each feed-forward layer's output the router's first k experts make up (the paper's Figure 2)."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,9 @@ from prunepath_vllm.conversion.calibrate import load_model
 from prunepath_vllm.conversion.costs import output_rows
 from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.devices import check_device
-from prunepath_vllm.errors import UsageError
+from prunepath_vllm.errors import CheckpointError, UsageError
 from prunepath_vllm.evaluation.backends import open_checkpoint
+from prunepath_vllm.evaluation.rows import finite
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.modeling import load_tokenizer
 from prunepath_vllm.modeling.routing import Router
@@ -85,7 +87,7 @@ def reconstruction(
 
     Raises:
         UsageError: a count out of range, not a PrunePath checkpoint, or a text that is missing or too short.
-        CheckpointError, ConfigError: not a valid checkpoint.
+        CheckpointError, ConfigError: not a valid checkpoint, or one whose layers' outputs are all zero or not finite.
     """
     check_device(device)
     opened = open_checkpoint(checkpoint)
@@ -97,6 +99,8 @@ def reconstruction(
         if not 1 <= count <= prunepath.num_experts:
             raise UsageError(f"--top-k {count}: expected 1 to {prunepath.num_experts}, the experts of {checkpoint}")
     length = opened.context(context, default=CONTEXT)
+    if length <= prunepath.dense_positions:
+        raise UsageError(f"context: {length}; expected more than the {prunepath.dense_positions} dense positions")
     sequences = read_sequences(load_tokenizer(checkpoint), text, length=length, max_tokens=max_tokens)
     model: Any = load_model(opened.summary, device)
     seen = []
@@ -112,6 +116,10 @@ def reconstruction(
         model.base_model(sequence[None].to(device), tau=DENSE_TAU)
     errors = torch.stack([layer.squares / layer.values for layer in seen])  # [L, counts]
     power = sum(layer.power / layer.values for layer in seen) / len(seen)
+    if not (math.isfinite(power) and power > 0 and errors.isfinite().all()):
+        raise CheckpointError(
+            f"{checkpoint}: the layers' outputs on the text have the mean square {power}; expected a finite one above 0"
+        )
     points = [
         {"k": count, "mse": mse, "relative_mse": mse / power, "layer_mse": layers}
         for count, mse, layers in zip(counts, errors.mean(0).tolist(), errors.T.tolist(), strict=True)
@@ -130,12 +138,19 @@ def read_reconstruction(path: str | Path) -> dict[str, Any]:
     """What :func:`reconstruction` returned, from the one series of an earlier figure's data.
 
     Raises:
-        UsageError: the file holds something else.
+        UsageError: the file holds something else, or a number that is none or out of range.
     """
     content: Any = read_json(Path(path))
     try:
         (series,) = content["series"]
-        [(point["k"], point["mse"], point["relative_mse"]) for point in series["points"]]
+        found = dict(series)
+        for point in found["points"]:
+            for key, least in (("k", 1), ("mse", 0), ("relative_mse", 0)):
+                finite(point, key, Path(path), least)
+    except UsageError:
+        raise
     except (KeyError, TypeError, ValueError):
-        raise UsageError(f"{path}: expected the output of prunepath figures fig2 for one checkpoint") from None
-    return dict(series)
+        found = {}
+    if not found.get("points"):
+        raise UsageError(f"{path}: expected the output of prunepath figures fig2 for one checkpoint")
+    return found

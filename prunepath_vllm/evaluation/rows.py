@@ -1,12 +1,15 @@
-"""Rows of the evaluation sets, in the layouts that docs/data.md lists, and files of them."""
+"""Rows of the evaluation sets, in the layouts that docs/data.md lists, files of them; numbers in files of results."""
 
 import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Self, TypeVar
+from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from prunepath_vllm.errors import UsageError
+from prunepath_vllm.tau import shown
 
 
 class Row(BaseModel):
@@ -105,3 +108,33 @@ def read_rows(path: Path, layout: type[AnyRow]) -> list[AnyRow]:
     if not rows:
         raise UsageError(f"data {path}: no rows; expected at least one")
     return rows
+
+
+def finite(entry: Mapping[str, Any], key: str, path: Path, least: float = -math.inf, most: float = math.inf) -> float:
+    """A number of a file of results.
+
+    Args:
+        entry: what it is in.
+        key: its name there.
+        path: of the file.
+        least, most: what it may be.
+
+    Raises:
+        UsageError: it is no number, not finite or out of that range.
+        KeyError: there is none.
+    """
+    value = entry[key]
+    try:
+        number = math.nan if isinstance(value, bool | str) else float(value)
+    except (OverflowError, TypeError):
+        number = math.nan
+    if not (math.isfinite(number) and least <= number <= most):
+        bounds = (
+            ""
+            if math.isinf(least)
+            else f" of at least {least:g}"
+            if math.isinf(most)
+            else f" from {least:g} to {most:g}"
+        )
+        raise UsageError(f"{path}: {key} {shown(value)}; expected a finite number{bounds}")
+    return number

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from prunepath_vllm.config import PrunePathConfig
+from prunepath_vllm.errors import CheckpointError
 from prunepath_vllm.families import FAMILIES
 
 __all__ = ["load_tokenizer", "prunepath_config_of", "register_auto_classes", "register_configs"]
@@ -37,11 +38,19 @@ def register_configs() -> None:
 
 
 def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a PrunePath or dense model: transformers warns of a model type that it was not taught."""
+    """The tokenizer of a PrunePath or dense model: transformers warns of a model type that it was not taught.
+
+    Raises:
+        CheckpointError: it has none that transformers can read.
+    """
     from transformers import AutoTokenizer
 
     register_configs()
-    return AutoTokenizer.from_pretrained(path)
+    try:
+        return AutoTokenizer.from_pretrained(path)
+    except (ImportError, KeyError, OSError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(f"{path}: expected a tokenizer beside the weights, none can be read ({reason})") from None
 
 
 def register_auto_classes() -> None:

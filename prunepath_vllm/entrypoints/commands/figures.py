@@ -99,16 +99,22 @@ def _reconstructions(args: argparse.Namespace) -> list[dict[str, Any]]:
         counts = [int(count) for count in args.top_k.split(",")]
     except ValueError:
         raise UsageError(f"--top-k {args.top_k}: expected whole numbers separated by commas") from None
-    series = []
+    series: list[dict[str, Any]] = []
+    read: list[tuple[int, str]] = []  # places of series that a checkpoint is read for, after all files
     for text in args.series:
         label, path = split_label(text, "LABEL=CKPT, the method's name and its checkpoint")
+        series.append(dict(label=label))
         if Path(path).is_file():
-            series.append(read_reconstruction(path) | dict(label=label))
-            continue
-        if args.text is None:
+            series[-1] = read_reconstruction(path) | series[-1]
+        elif not Path(path).is_dir():
+            raise UsageError(f"{path}: no such file or directory; expected a checkpoint, or an earlier output of fig2")
+        elif args.text is None:
             raise UsageError(f"{text}: expected --text, what the checkpoint is to read")
+        else:
+            read.append((len(series) - 1, path))
+    for place, path in read:
         options = dict(max_tokens=args.max_tokens, context=args.context, device=args.device)
-        series.append(dict(label=label) | reconstruction(path, args.text, counts, **options))
+        series[place] |= reconstruction(path, args.text, counts, **options)
     return series
 
 

@@ -16,7 +16,7 @@ from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.families import Family, family_of
-from prunepath_vllm.files import new_directory
+from prunepath_vllm.files import check_apart, new_directory
 from prunepath_vllm.modeling import load_tokenizer
 
 SEQUENCES = 128
@@ -24,14 +24,15 @@ CONTEXT = 512
 RECORD_FILE = "pruning.json"
 
 
-def check_arguments(dst: Path, sparsity: float, device: str) -> None:
-    """Refuse a target that exists or cannot be made, a sparsity outside (0, 1) and a GPU that is not there.
+def check_arguments(src: str | Path, dst: Path, sparsity: float, device: str) -> None:
+    """Refuse a sparsity outside (0, 1), a GPU that is not there, and a target that is or that could not be made.
 
     Raises:
-        UsageError: names the argument.
+        UsageError: names the argument; for a target that is not apart from the source, both.
     """
     if not 0 < sparsity < 1:
         raise UsageError(f"sparsity: {sparsity}; expected a number in (0, 1)")
+    check_apart(dst, src)
     check_new_directory(dst, "DST")
     check_device(device)
 

@@ -59,7 +59,7 @@ def prune_experts(
         ConfigError, CheckpointError: `src` is not a valid PrunePath checkpoint.
     """
     dst = Path(dst)
-    check_arguments(dst, sparsity, device)
+    check_arguments(src, dst, sparsity, device)
     summary = validate_checkpoint(src)
     prunepath = summary.prunepath
     refuse_changed(src, prunepath, "pruning")

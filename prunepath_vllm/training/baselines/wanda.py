@@ -5,9 +5,11 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from prunepath_vllm.checkpoint import read_config
+from prunepath_vllm.checkpoint import check_finite, read_config
+from prunepath_vllm.errors import CheckpointError, ConfigError
 from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.training.baselines.common import (
     SEQUENCES,
@@ -44,15 +46,23 @@ def prune_with_wanda(
 
     Raises:
         UsageError: an argument that makes no sense, or a text that is missing or too short.
-        ConfigError, CheckpointError: `src` is not a dense model of a known family.
+        ConfigError, CheckpointError: `src` is not a dense model of a known family, cannot be read or is not finite.
     """
     dst = Path(dst)
-    check_arguments(dst, sparsity, device)
+    check_arguments(src, dst, sparsity, device)
     config = read_config(src)
-    family = family_of(config, converted=False)
+    try:
+        family = family_of(config, converted=False)
+    except ConfigError as error:
+        raise ConfigError(f"{src}: {error}") from None
     tokens = calibration_sequences(src, text, sequences)
     auto_class = getattr(transformers, family.auto_class)
-    model = auto_class.from_pretrained(src, dtype="auto", **family.dense_options).eval().to(device)
+    try:
+        model = auto_class.from_pretrained(src, dtype="auto", **family.dense_options).eval().to(device)
+    except SafetensorError as error:
+        raise CheckpointError(f"{src}: weights are truncated or no safetensors ({error})") from None
+    for name, weight in model.named_parameters():
+        check_finite(name, weight)
     dtype = model.dtype
     model = compute_dtype(model)
     linears = prune_model(model, family, family.num_layers(config), tokens, sparsity)
