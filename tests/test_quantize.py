@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 from prunepath_vllm.checkpoint import INDEX_FILE, validate_checkpoint
 from prunepath_vllm.config import EXPERT_DTYPES, PrunePathConfig
-from prunepath_vllm.conversion import convert as convert_module
+from prunepath_vllm.conversion import writing
 from prunepath_vllm.conversion.costs import output_rows
 from prunepath_vllm.conversion.quantize import quantize
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
@@ -236,7 +236,7 @@ def test_the_errors_on_given_inputs(prunepath_checkpoint, tmp_path):
 
 def test_shards(prunepath_checkpoint, quantised, tmp_path, monkeypatch):
     whole = load_file(quantised("llama", "int8") / "model.safetensors")
-    monkeypatch.setattr(convert_module, "MAX_SHARD_BYTES", 100_000)
+    monkeypatch.setattr(writing, "MAX_SHARD_BYTES", 100_000)
     quantize(prunepath_checkpoint("llama"), tmp_path / "out", "int8")
     files = {info.file for info in validate_checkpoint(tmp_path / "out", check_values=True).tensors.values()}
     assert len(files) > 2

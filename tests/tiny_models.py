@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import (
     Gemma2Config,
@@ -32,6 +32,7 @@ from transformers import (
     RobertaForSequenceClassification,
 )
 
+from prunepath_vllm.checkpoint import WEIGHTS_FILE
 from prunepath_vllm.families import FAMILIES
 
 _GEMMA: dict[str, Any] = dict(head_dim=32, query_pre_attn_scalar=24, sliding_window=16, tie_word_embeddings=True)
@@ -253,3 +254,12 @@ def block_fields(**changes) -> dict:
     """A right prunepath_config of format 2 for a tiny model, and what a test changes in it."""
     fields = dict(format_version=2, num_experts=8, expert_size=32, gate="none", split=dict(method="random", seed=0))
     return fields | changes
+
+
+def edit_config(path: Path, **fields: object) -> None:
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | fields))
+
+
+def edit_tensors(path: Path, **tensors: torch.Tensor) -> None:
+    save_file(load_file(path / WEIGHTS_FILE) | tensors, path / WEIGHTS_FILE)

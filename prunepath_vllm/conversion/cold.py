@@ -29,9 +29,9 @@ from prunepath_vllm.conversion.calibrate import (
     load_model,
     sequence_length,
 )
-from prunepath_vllm.conversion.convert import ShardWriter, copy_files
 from prunepath_vllm.conversion.model_card import write_model_card
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
+from prunepath_vllm.conversion.writing import ShardWriter, copy_files
 from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.files import check_absent_or_empty, check_writable, new_directory

@@ -9,13 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 from tqdm import tqdm
 
 from prunepath_vllm.checkpoint import (
-    INDEX_FILE,
-    WEIGHTS_FILE,
     TensorInfo,
     check_finite,
     check_tensors,
@@ -32,8 +29,9 @@ from prunepath_vllm.config import FORMAT_VERSION, PrunePathConfig, check_dense_s
 from prunepath_vllm.conversion import openpangu
 from prunepath_vllm.conversion.dense_model import dense_tensors
 from prunepath_vllm.conversion.float8_source import DenseWeights, parse_format
-from prunepath_vllm.conversion.model_card import QUALITY_FILE, SOURCE_WEIGHTS, write_model_card
+from prunepath_vllm.conversion.model_card import SOURCE_WEIGHTS, write_model_card
 from prunepath_vllm.conversion.splits import METHODS, neuron_orders
+from prunepath_vllm.conversion.writing import COPIED_FILES, ShardWriter, copy_files
 from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
 from prunepath_vllm.families import Family, family_of
@@ -44,10 +42,7 @@ from prunepath_vllm.kernels.layer import dtype_name
 ROUTERS = ("zero", "calibrated")
 ROUTER_INPUTS = ("ffn", "attention")
 GATES = ("none", "sigmoid")
-MAX_SHARD_BYTES = 2 * 10**9
 
-_COPIED_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "additional_chat_templates/*.jinja")
-"""Tokenizer, chat templates, generation settings; never pickles or code."""
 _ADAPTER_FILE = "adapter_config.json"
 """transformers puts the adapter of a directory with this file on the model."""
 _HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
@@ -79,8 +74,9 @@ def convert(
     """Convert a dense checkpoint. At tau >= 1 the result computes the dense model's function.
 
     Weights are streamed: besides one layer's clustering, memory holds the output shard being written
-    (:data:`MAX_SHARD_BYTES`). `dst` appears complete or not at all. The co-activation split and calibrated routers also
-    load the model. Of a source whose linears are float8 (:mod:`float8_source`), the dense model is the dequantised one.
+    (:data:`writing.MAX_SHARD_BYTES`). `dst` appears complete or not at all. The co-activation split and calibrated
+    routers also load the model. Of a source whose linears are float8 (:mod:`float8_source`), the dense model is the
+    dequantised one.
 
     Args:
         src: directory of a dense model, or its Hugging Face name.
@@ -263,7 +259,7 @@ def _resolve_source(src: str | Path) -> tuple[Path, str]:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["model*.safetensors", *_COPIED_FILES])), name
+        return Path(snapshot_download(name, allow_patterns=["model*.safetensors", *COPIED_FILES])), name
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
         raise CheckpointError(f"{name}: no such directory, and not to be had from Hugging Face ({reason})") from None
@@ -367,18 +363,6 @@ def _write_config(directory: Path, config: Mapping[str, Any]) -> None:
     (directory / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def copy_files(source: Path, staging: Path) -> None:
-    """Copy what stands beside a checkpoint's weights and configuration and stays true of another one made of it."""
-    for pattern in _COPIED_FILES:
-        for file in source.glob(pattern):
-            # What a training measured is the dense model's.
-            written_anew = file.name in ("config.json", QUALITY_FILE) or file.name.endswith(".index.json")
-            if file.is_file() and not written_anew:
-                copy = staging / file.relative_to(source)
-                copy.parent.mkdir(exist_ok=True)
-                shutil.copyfile(file, copy)
-
-
 def _write_weights(
     dense: DenseWeights,
     staging: Path,
@@ -469,46 +453,3 @@ def _with_float8_experts(
     writer.finish()
     validate_checkpoint(staging)
     write_model_card(staging)
-
-
-class ShardWriter:
-    """Collects tensors and writes them in files of at most MAX_SHARD_BYTES (or one tensor)."""
-
-    def __init__(self, directory: Path) -> None:
-        self.directory = directory
-        self.shard: dict[str, Tensor] = {}
-        self.shard_bytes = self.total_bytes = 0
-        self.files: list[list[str]] = []
-        """Tensor names of each shard written."""
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Keep a tensor for the current shard; the shard before it is written when it is full."""
-        if self.shard and self.shard_bytes + tensor.nbytes > MAX_SHARD_BYTES:
-            self._flush()
-        self.shard[name] = tensor.contiguous()
-        self.shard_bytes += tensor.nbytes
-        self.total_bytes += tensor.nbytes
-
-    def finish(self) -> None:
-        """Write the last shard, give the files their names, and write the index where there are several."""
-        self._flush()
-        if len(self.files) == 1:
-            self._temporary(0).rename(self.directory / WEIGHTS_FILE)
-            return
-        weight_map: dict[str, str] = {}
-        for number, names in enumerate(self.files):
-            file = f"model-{number + 1:05d}-of-{len(self.files):05d}.safetensors"
-            self._temporary(number).rename(self.directory / file)
-            weight_map |= dict.fromkeys(names, file)
-        index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
-        (self.directory / INDEX_FILE).write_text(json.dumps(index, indent=2) + "\n")
-
-    def _flush(self) -> None:
-        path = self._temporary(len(self.files))
-        save_file(self.shard, path, metadata={"format": "pt"})
-        self.files.append(list(self.shard))
-        self.shard, self.shard_bytes = {}, 0
-
-    def _temporary(self, number: int) -> Path:
-        """Where a shard waits for its name, which needs the number of shards."""
-        return self.directory / f"shard-{number}"

@@ -21,9 +21,9 @@ from prunepath_vllm.checkpoint import (
     validate_checkpoint,
 )
 from prunepath_vllm.config import EXPERT_DTYPES, PrunePathConfig
-from prunepath_vllm.conversion.convert import ShardWriter, copy_files
 from prunepath_vllm.conversion.model_card import write_model_card
 from prunepath_vllm.conversion.rounding import quantise_weight, quantised_product
+from prunepath_vllm.conversion.writing import ShardWriter, copy_files
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.files import check_absent_or_empty, check_writable, new_directory
 from prunepath_vllm.kernels import cpu
