@@ -113,13 +113,36 @@ def test_a_batch_line_has_its_knob_under_either_release(rest):
     async def run_request(endpoint, request, *args):
         seen.append((endpoint, request, args, admission._request_knob.get()))
 
-    line = SimpleNamespace(prunepath_body={"tau": 0.5})
+    line = SimpleNamespace(prunepath_line={"body": {"tau": 0.5}})
     token = batch._serving.set((resolver(), None))
     try:
         asyncio.run(batch._with_knob(run_request)("endpoint", line, *rest))
     finally:
         batch._serving.reset(token)
     assert seen == [("endpoint", line, rest, {"tau": 0.5})]
+
+
+@pytest.mark.parametrize(
+    ("beside", "said"),
+    [
+        ({"tau": 0.5}, "tau beside the line's body is not read; expected 'tau' in it"),
+        ({"prunepath_report": True}, "prunepath_report beside the line's body is not read"),
+        ({"vllm_xargs": {"sparsity": 0.5}}, "vllm_xargs.sparsity is not read; expected 'sparsity' in the line's body"),
+    ],
+    ids=str,
+)
+def test_a_knob_beside_a_batch_lines_body_is_refused(beside, said):
+    async def run_request(endpoint, request):
+        await endpoint(request.body)
+
+    line = json.dumps({"body": {}, "custom_id": "a", **beside})
+    token = batch._serving.set((resolver(), SimpleNamespace(logger_manager=None)))
+    try:
+        request = batch._with_written_body(lambda text: SimpleNamespace(**json.loads(text)))(line)
+        with pytest.raises(admission.TauRequestError, match=re.escape(said)):
+            asyncio.run(batch._with_knob(run_request)("endpoint", request))
+    finally:
+        batch._serving.reset(token)
 
 
 @pytest.mark.parametrize("named", [{}, {"model": None}, {"model": ""}, {"model": "fast"}], ids=str)

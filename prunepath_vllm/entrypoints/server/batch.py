@@ -15,6 +15,7 @@ from prunepath_vllm.entrypoints.server.knob import (
     KNOBS,
     TauRequestError,
     check_options,
+    refuse_misplaced,
     request_knob,
     settled_knob,
 )
@@ -25,8 +26,8 @@ from prunepath_vllm.model_executor.tau_resolution import TauResolver
 
 RUNNER = "vllm.entrypoints.launchers.run_batch"
 
-_BODY = "prunepath_body"
-"""Attribute of vLLM's parsed line: the body as it was written."""
+_LINE = "prunepath_line"
+"""Attribute of vLLM's parsed line: the line as it was written."""
 
 _serving: ContextVar[tuple[TauResolver, Any] | None] = ContextVar("prunepath_batch", default=None)
 """The resolver of the batch's engine, and vLLM's client of it; None where its model is not a PrunePath one."""
@@ -74,7 +75,7 @@ def _with_written_body(model_validate_json: Callable[..., Any]) -> Callable[...,
             left = {name: value for name, value in xargs.items() if name not in KNOBS}
             json_data = json.dumps({**line, "body": {**body, "vllm_xargs": left}})
         request = model_validate_json(json_data, *args, **kwargs)
-        setattr(request, _BODY, body)
+        setattr(request, _LINE, line)
         return request
 
     return wrapped
@@ -83,11 +84,13 @@ def _with_written_body(model_validate_json: Callable[..., Any]) -> Callable[...,
 def _with_knob(run_request: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(run_request)
     async def wrapped(serving_engine_func: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
-        serving, body = _serving.get(), getattr(request, _BODY, None)
-        if serving is None or body is None:
+        serving, line = _serving.get(), getattr(request, _LINE, None)
+        if serving is None or line is None:
             return await run_request(serving_engine_func, request, *args, **kwargs)
         resolver, engine = serving
+        body = line["body"]
         try:
+            _refuse_beside_body(line)
             knob, report = settled_knob(body, resolver, engine), Report() if asks_for_report(body) else None
         except TauError as error:
             return await run_request(functools.partial(_refuse, error), request, *args, **kwargs)
@@ -98,6 +101,16 @@ def _with_knob(run_request: Callable[..., Any]) -> Callable[..., Any]:
         return output
 
     return wrapped
+
+
+def _refuse_beside_body(line: dict[str, Any]) -> None:
+    """Refuse a knob that stands in a line, but not in its body: no endpoint sees it."""
+    for name in KNOBS:
+        if line.get(name) is not None:
+            raise TauError(
+                f"{name} beside the line's body is not read; expected {name!r} in it", parameter=name, value=line[name]
+            )
+    refuse_misplaced(line, "in the line's body")
 
 
 async def _refuse(error: TauError, body: Any) -> NoReturn:
