@@ -223,13 +223,6 @@ REACHES = (
         parameters=("args", "app"),
     ),
     Reach(
-        "vllm.entrypoints.launchers.cli_args",
-        "BaseFrontendArgs",
-        "defaults of a server or a batch: a tau that nobody would read is refused; adapters are served names, too",
-        "find where a server's flags are parsed",
-        attributes=("default_chat_template_kwargs", "lora_modules"),
-    ),
-    Reach(
         "vllm.v1.engine.async_llm",
         "AsyncLLM.collective_rpc",
         "a scrape of /metrics has the workers bring their counters up to date, in every data-parallel engine",

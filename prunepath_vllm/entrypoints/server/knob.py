@@ -103,10 +103,10 @@ def check_options(args: Any) -> None:
     Raises:
         ConfigError: names a tau among the defaults of the chat template, or a name that is not served.
     """
-    if isinstance(template := args.default_chat_template_kwargs, Mapping):
+    if isinstance(template := getattr(args, "default_chat_template_kwargs", None), Mapping):
         refuse_unread_tau(template, "--default-chat-template-kwargs")
     options = (args.additional_config or {}).get("prunepath", {})
-    adapters = [module.name for module in args.lora_modules or ()]
+    adapters = [module.name for module in getattr(args, "lora_modules", None) or ()]
     served = [*(args.served_model_name or [args.model]), *adapters]
     if unknown := set(options.get("default_tau_by_model", {})) - set(served):
         raise ConfigError(
