@@ -3,6 +3,7 @@
 import argparse
 import math
 import os
+import re
 from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
@@ -100,6 +101,14 @@ def check_output_folder(path: str | os.PathLike[str], name: str) -> None:
         raise UsageError(f"{name} {path}: {nearest} is not a directory; expected a folder, or room to make one")
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UsageError(f"{name} {path}: no permission to write in {nearest}; expected a folder that can be written")
+
+
+_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+
+
+def may_be_hub_name(name: str) -> bool:
+    """Whether Hugging Face could have a model of that name: "owner/name", or "name" alone."""
+    return _HUB_NAME.fullmatch(name) is not None
 
 
 def check_new_directory(path: str | os.PathLike[str], name: str) -> None:

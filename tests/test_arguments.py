@@ -349,6 +349,13 @@ def test_a_policy_is_refused_in_this_packages_words(capsys, monkeypatch, prunepa
     assert said[-1] == ("prunepath serve: additional_config.prunepath.default_tau must be a number in (0, 1.05], got 3")
 
 
+@pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c"])
+def test_serve_names_a_folder_that_is_not_there(capsys, name):
+    assert cli.main(["serve", name]) == 2
+    said = capsys.readouterr().err.splitlines()
+    assert said == [f"prunepath serve: {name}: no such directory, nor a Hugging Face model name (owner/name)"]
+
+
 def test_a_refused_evaluation_leaves_no_journal(capsys, tmp_path, prunepath_checkpoint):
     checkpoint = prunepath_checkpoint("llama", default_tau=0.6)
     (tmp_path / "wiki.valid.raw").write_text("the quick brown fox jumps over the lazy dog\n" * 400)

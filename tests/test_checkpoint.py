@@ -266,8 +266,9 @@ def test_inspect_prints_a_narrow_table(family, tmp_path, capsys):
 
 def test_inspect_json_and_zero_routers(tmp_path, capsys):
     path = save_prunepath("gpt2", tmp_path / "gpt2", router_scale=0.0)
-    assert cli.main(["inspect", str(path), "--json"]) == 0
+    assert cli.main(["inspect", str(path), "--json", "--output", str(tmp_path / "facts.json")]) == 0
     facts = json.loads(capsys.readouterr().out)
+    assert json.loads((tmp_path / "facts.json").read_text()) == facts
     assert facts["routers"] == {"fitted": 0, "zero": LAYERS, "bias": False}
     assert (facts["num_experts"], facts["tau_curve"], facts["intermediate_size"]) == (8, None, INTERMEDIATE)
     assert facts["parameters"] == sum(tensor.numel() for tensor in load_file(path / WEIGHTS_FILE).values())

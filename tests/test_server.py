@@ -404,6 +404,14 @@ ENDPOINTS = {
 
 
 @pytest.mark.parametrize("endpoint", ENDPOINTS)
+@pytest.mark.parametrize("knob", [{"tau": None}, {"sparsity": None}, {"tau": None, "prunepath_report": None}], ids=str)
+def test_null_is_no_knob(llama, endpoint, knob):
+    for extra in (knob, {"vllm_xargs": knob}, {"tau": 0.4, "vllm_xargs": {**knob, "top": 1}}):
+        response = llama.post(endpoint, {**ENDPOINTS[endpoint], **extra})
+        assert response.status_code == 200, response.text
+
+
+@pytest.mark.parametrize("endpoint", ENDPOINTS)
 @pytest.mark.parametrize("nested", [False, True], ids=["top-level", "vllm_xargs"])
 def test_bad_values_are_http_400_naming_parameter_and_range(llama, endpoint, nested):
     before = complete(llama, tau=0.6)

@@ -2,11 +2,10 @@
 
 import argparse
 import os
-import re
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from prunepath_vllm.arguments import MAX_WHOLE
+from prunepath_vllm.arguments import MAX_WHOLE, may_be_hub_name
 from prunepath_vllm.checkpoint import CheckpointSummary, read_config, validate_checkpoint
 from prunepath_vllm.config import EXPERT_DTYPES
 from prunepath_vllm.errors import TauError, UsageError
@@ -66,7 +65,7 @@ def check_dense(path: str) -> None:
     Raises:
         CheckpointError: no such directory, or none of a model.
     """
-    if os.path.exists(path) or not re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", path):
+    if os.path.exists(path) or not may_be_hub_name(path):
         read_config(path)
 
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from prunepath_vllm.arguments import may_be_hub_name
 from prunepath_vllm.checkpoint import (
     TensorInfo,
     check_finite,
@@ -45,7 +46,6 @@ GATES = ("none", "sigmoid")
 
 _ADAPTER_FILE = "adapter_config.json"
 """transformers puts the adapter of a directory with this file on the model."""
-_HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
 _LEFT_OUT = re.compile(
     r".*(\.attn\.(masked_)?bias|\.embeddings\.position_ids|\.rotary_emb\.inv_freq)$"  # buffers older versions saved
     r"|roberta\.pooler\."  # a pretraining part the classifier has no use for
@@ -253,7 +253,7 @@ def _resolve_source(src: str | Path) -> tuple[Path, str]:
         snapshot = _SNAPSHOT.search(path.resolve().as_posix())
         return path, snapshot[1].replace("--", "/", 1) if snapshot else path.resolve().name
     name = str(src)
-    if not _HUB_NAME.fullmatch(name):
+    if not may_be_hub_name(name):
         raise UsageError(f"{name}: no such directory, nor a Hugging Face model name (owner/name)")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError

@@ -174,7 +174,7 @@ def _with_tau(process_inputs: Callable[..., Any]) -> Callable[..., Any]:
             raise TauRequestError(
                 TauError(
                     f"{REPORT_KEY} must be a name, under which workers count the request, got {report!r}; true is for "
-                    "`prunepath serve`",
+                    "requests to a server",
                     parameter=REPORT_KEY,
                     value=report,
                 )

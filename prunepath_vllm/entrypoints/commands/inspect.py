@@ -3,7 +3,10 @@
 import argparse
 import json
 import math
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from prunepath_vllm.arguments import check_output_file
 
 if TYPE_CHECKING:
     from prunepath_vllm.checkpoint import CheckpointSummary
@@ -19,6 +22,7 @@ def add_parser(subparsers, parents: list[argparse.ArgumentParser]) -> argparse.A
     )
     parser.add_argument("checkpoint", metavar="CKPT", help="PrunePath checkpoint directory")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    parser.add_argument("--output", metavar="FILE", help="write the JSON there, too")
     return parser
 
 
@@ -26,7 +30,10 @@ def run(args: argparse.Namespace) -> int:
     """Validate, then print a table or JSON."""
     from prunepath_vllm.checkpoint import validate_checkpoint
 
+    check_output_file(args.output, "--output")
     facts = describe(validate_checkpoint(args.checkpoint, check_values=True))
+    if args.output:
+        Path(args.output).write_text(json.dumps(facts, indent=2) + "\n")
     print(json.dumps(facts, indent=2) if args.json else _table(facts))
     return 0
 

@@ -47,7 +47,7 @@ class KnobMiddleware:
             if body is not None and (resolver := app_resolver(scope["app"])) is not None:
                 _refuse_in_url(scope)
                 knob = settled_knob(body, resolver, scope["app"].state.engine_client)
-                receive = _without_range(body, knob, receive)
+                receive = _as_schemas_take_it(body, knob, receive)
         except TauError as error:
             await refusal(error)(scope, receive, send)
             return
@@ -229,12 +229,17 @@ def _is_json(scope: Scope) -> bool:
     return b"json" in content_type.lower()
 
 
-def _without_range(body: dict[str, Any], knob: dict[str, Any], receive: Receive) -> Receive:
-    """What the engine is to read where ``vllm_xargs`` holds a range of taus, for which its schema has no type."""
+def _as_schemas_take_it(body: dict[str, Any], knob: dict[str, Any], receive: Receive) -> Receive:
+    """What the engine is to read where ``vllm_xargs`` holds what its schema has no type for: null, a range of taus."""
     xargs = body.get("vllm_xargs")
-    if not isinstance(xargs, dict) or not isinstance(xargs.get("tau"), dict):
+    if not isinstance(xargs, dict):
         return receive
-    content = json.dumps({**body, "vllm_xargs": {**xargs, **knob}}).encode()
+    given = {name: value for name, value in xargs.items() if value is not None or name not in KNOBS}
+    if isinstance(given.get("tau"), dict):
+        given |= knob
+    elif len(given) == len(xargs):
+        return receive
+    content = json.dumps({**body, "vllm_xargs": given}).encode()
     return _replay([{"type": "http.request", "body": content, "more_body": False}], receive)
 
 
