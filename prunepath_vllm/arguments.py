@@ -111,6 +111,16 @@ def may_be_hub_name(name: str) -> bool:
     return _HUB_NAME.fullmatch(name) is not None
 
 
+def check_hub_name(name: str) -> None:
+    """Refuse a model that is no directory and not :func:`may_be_hub_name` either.
+
+    Raises:
+        UsageError: names it.
+    """
+    if not may_be_hub_name(name):
+        raise UsageError(f"{name}: no such directory, nor a Hugging Face model name (owner/name)")
+
+
 def check_new_directory(path: str | os.PathLike[str], name: str) -> None:
     """Refuse a directory that is there already or could not be made.
 

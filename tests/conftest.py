@@ -110,6 +110,22 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture
+def own_text(tmp_path: Path) -> Path:
+    """A text file of the test's own, to overwrite."""
+    path = tmp_path / "calibration.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs.\n" * 20)
+    return path
+
+
+@pytest.fixture
+def own_llama(tmp_path: Path) -> Path:
+    """A dense checkpoint of the test's own, to damage."""
+    from tiny_models import save_dense
+
+    return save_dense("llama", tmp_path / "dense")
+
+
 @pytest.fixture(scope="module")
 def registered() -> None:
     """What ``prunepath_vllm.register`` registers."""

@@ -36,7 +36,6 @@ from prunepath_vllm.families import FAMILIES
 from prunepath_vllm.training.adapter import neuron_order
 
 EXPERTS = INTERMEDIATE // 32
-TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs.\n" * 20
 
 FFN = {
     **dict.fromkeys(GLU_MODELS, ("model.layers.{}.mlp", ["gate_proj", "up_proj"], "down_proj")),
@@ -44,19 +43,6 @@ FFN = {
     "roberta": ("roberta.encoder.layer.{}", ["intermediate.dense"], "output.dense"),
 }
 """Spelled out here rather than taken from the package's table."""
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "calibration.txt"
-    path.write_text(TEXT)
-    return path
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    """A dense checkpoint to damage."""
-    return save_dense("llama", tmp_path / "dense")
 
 
 def tensors_of(path: Path) -> dict[str, Tensor]:
@@ -94,10 +80,10 @@ def logits(path: Path, auto_class: str, **kwargs) -> Tensor:
 
 @pytest.mark.parametrize("family", FAMILY_NAMES)
 @pytest.mark.parametrize("split", ["kmeans", "coactivation", "random"])
-def test_converted_neurons_are_the_dense_ones_permuted(family, split, dense_checkpoint, text, tmp_path):
+def test_converted_neurons_are_the_dense_ones_permuted(family, split, dense_checkpoint, own_text, tmp_path):
     source = dense_checkpoint(family)
     path = convert(
-        source, tmp_path / "out", split=split, calibration_text=text if split == "coactivation" else None, seed=3
+        source, tmp_path / "out", split=split, calibration_text=own_text if split == "coactivation" else None, seed=3
     )
     dense, converted = split_gate_up(tensors_of(source)), tensors_of(path)
     row = next(row for row in FAMILIES if row.name == family)
@@ -158,7 +144,7 @@ def test_deterministic_for_a_seed_and_seeds_differ(dense_checkpoint, tmp_path):
 
 @pytest.mark.parametrize("split", ["kmeans", "coactivation"])
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
-def test_split_recovers_planted_experts(family, split, text, tmp_path):
+def test_split_recovers_planted_experts(family, split, own_text, tmp_path):
     """Neurons copied from a few, shuffled: each expert must consist of copies of one."""
     source = save_dense(family, tmp_path / "dense")
     tensors = tensors_of(source)
@@ -170,7 +156,9 @@ def test_split_recovers_planted_experts(family, split, text, tmp_path):
                 if name in tensors:
                     tensors[name] = tensors[name][..., planted] if family == "gpt2" else tensors[name][planted]
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, source / WEIGHTS_FILE)
-    path = convert(source, tmp_path / "out", split=split, calibration_text=text if split == "coactivation" else None)
+    path = convert(
+        source, tmp_path / "out", split=split, calibration_text=own_text if split == "coactivation" else None
+    )
     converted = tensors_of(path)
     for layer in range(LAYERS):
         weight = converted[f"{module.format(layer)}.{inputs[0]}.weight"]
@@ -178,15 +166,15 @@ def test_split_recovers_planted_experts(family, split, text, tmp_path):
         assert torch.equal(experts, experts[:, :1].expand_as(experts))
 
 
-def test_config_and_files_of_the_result(llama, tmp_path):
-    edit_config(llama, auto_map={"AutoModel": "evil.py"}, _name_or_path="/somewhere/private", custom=[1])
+def test_config_and_files_of_the_result(own_llama, tmp_path):
+    edit_config(own_llama, auto_map={"AutoModel": "evil.py"}, _name_or_path="/somewhere/private", custom=[1])
     for name in ("evil.py", "pytorch_model.bin", "optimizer.pt", "model.safetensors.index.json.bak"):
-        (llama / name).write_text("x")
-    (llama / "merges.txt").write_text("m")
+        (own_llama / name).write_text("x")
+    (own_llama / "merges.txt").write_text("m")
     point = dict(tau=None, ffn_sparsity=0.0, loss=1.0, perplexity=2.7, accuracy=None)
-    (llama / "quality.json").write_text(json.dumps(dict(data="valid.txt", points=[point])))  # of a dense training
-    path = convert(llama, tmp_path / "deep" / "out", expert_size=16)
-    dense, config = (json.loads((directory / "config.json").read_text()) for directory in (llama, path))
+    (own_llama / "quality.json").write_text(json.dumps(dict(data="valid.txt", points=[point])))  # of a dense training
+    path = convert(own_llama, tmp_path / "deep" / "out", expert_size=16)
+    dense, config = (json.loads((directory / "config.json").read_text()) for directory in (own_llama, path))
     assert config.pop("prunepath_config") == {
         "format_version": 1,
         "num_experts": 16,
@@ -304,21 +292,21 @@ def test_peak_memory_is_bounded_by_shards_not_by_the_model(tmp_path):
     assert len(list((tmp_path / "out").glob("*.safetensors"))) > 15
 
 
-def test_result_appears_whole_or_not_at_all(llama, tmp_path, monkeypatch):
+def test_result_appears_whole_or_not_at_all(own_llama, tmp_path, monkeypatch):
     def fail(*args, **kwargs):
         raise OSError("disk full")
 
     monkeypatch.setattr(writing, "save_file", fail)
     with pytest.raises(OSError, match="disk full"):
-        convert(llama, tmp_path / "out")
+        convert(own_llama, tmp_path / "out")
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]
 
 
-def test_a_snapshot_of_the_hub_cache_has_its_models_name(llama, tmp_path):
+def test_a_snapshot_of_the_hub_cache_has_its_models_name(own_llama, tmp_path):
     for folder, name in (("models--owner--My--Model", "owner/My--Model"), ("models--gpt2", "gpt2")):
         snapshot = tmp_path / folder / "snapshots" / "0123abcd"
         snapshot.parent.mkdir(parents=True)
-        shutil.copytree(llama, snapshot)
+        shutil.copytree(own_llama, snapshot)
         link = tmp_path / f"link to {folder}"
         link.symlink_to(snapshot)
         for number, source in enumerate((snapshot, link)):
@@ -326,18 +314,18 @@ def test_a_snapshot_of_the_hub_cache_has_its_models_name(llama, tmp_path):
             assert validate_checkpoint(path).prunepath.base_model == name
 
 
-def test_additional_chat_templates_are_copied(llama, tmp_path):
-    templates = llama / "additional_chat_templates"
+def test_additional_chat_templates_are_copied(own_llama, tmp_path):
+    templates = own_llama / "additional_chat_templates"
     templates.mkdir()
     (templates / "tool_use.jinja").write_text("{{ tools }}")
     (templates / "evil.py").write_text("x")
-    path = convert(llama, tmp_path / "out", split="random")
+    path = convert(own_llama, tmp_path / "out", split="random")
     assert [file.name for file in (path / templates.name).iterdir()] == ["tool_use.jinja"]
     tokenizer = transformers.AutoTokenizer.from_pretrained(path)
     assert tokenizer.chat_template["tool_use"] == "{{ tools }}"
 
 
-def test_a_volume_and_a_link_are_taken_as_destinations(llama, tmp_path):
+def test_a_volume_and_a_link_are_taken_as_destinations(own_llama, tmp_path):
     """An empty volume: files are written in it and it stays; here a bind mount where this user may make one."""
     volume, disk, link = (tmp_path / name for name in ("volume", "disk", "link"))
     volume.mkdir()
@@ -346,7 +334,7 @@ def test_a_volume_and_a_link_are_taken_as_destinations(llama, tmp_path):
     mounted = not subprocess.run(["mount", "-t", "tmpfs", "none", volume], capture_output=True).returncode
     try:
         for place in (volume, link):
-            convert(llama, place, split="random")
+            convert(own_llama, place, split="random")
             summary = validate_checkpoint(place)
             rewrite_checkpoint(summary, {}, default_tau=0.7)
             assert validate_checkpoint(place, check_values=True).prunepath.default_tau == 0.7
@@ -358,12 +346,12 @@ def test_a_volume_and_a_link_are_taken_as_destinations(llama, tmp_path):
             subprocess.run(["umount", volume], check=True)
 
 
-def test_hub_name(llama, tmp_path, monkeypatch):
+def test_hub_name(own_llama, tmp_path, monkeypatch):
     seen = {}
 
     def download(name, allow_patterns):
         seen[name] = allow_patterns
-        return str(llama)
+        return str(own_llama)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     path = convert("owner/Model-1.5B", tmp_path / "out", split="random")
@@ -381,19 +369,19 @@ def test_hub_name(llama, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("gate", ["none", "sigmoid"])
-def test_calibrated_routers(gate, dense_checkpoint, text, tmp_path):
+def test_calibrated_routers(gate, dense_checkpoint, own_text, tmp_path):
     from prunepath_vllm.modeling import register_auto_classes
 
     register_auto_classes()
-    text.write_text(TEXT * 4)
-    options = dict(router="calibrated", gate=gate, dense_positions=1, calibration_text=text)
+    own_text.write_text(own_text.read_text() * 4)
+    options = dict(router="calibrated", gate=gate, dense_positions=1, calibration_text=own_text)
     path = convert(dense_checkpoint("llama"), tmp_path / "out", **options)
     summary = validate_checkpoint(path, check_values=True)
     assert summary.prunepath.tau_curve
     assert summary.prunepath.dense_positions == 1
     routers = [f"model.layers.{layer}.mlp.router.weight" for layer in range(LAYERS)]
     assert all(tensor.any() for _, tensor in stream_tensors(path, summary.tensors, routers))
-    assert {file.name for file in tmp_path.iterdir()} == {"out", text.name}
+    assert {file.name for file in tmp_path.iterdir()} == {"out", own_text.name}
     torch.testing.assert_close(
         logits(path, "AutoModelForCausalLM", tau=1.0),
         logits(dense_checkpoint("llama"), "AutoModelForCausalLM"),

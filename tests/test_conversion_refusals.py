@@ -15,33 +15,18 @@ from prunepath_vllm.conversion.convert import convert
 from prunepath_vllm.entrypoints import cli
 from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
 
-TEXT = "The quick brown fox jumps over the lazy dog; pack my box with five dozen liquor jugs.\n" * 20
 
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "calibration.txt"
-    path.write_text(TEXT)
-    return path
-
-
-@pytest.fixture
-def llama(tmp_path: Path) -> Path:
-    """A dense checkpoint to damage."""
-    return save_dense("llama", tmp_path / "dense")
-
-
-def test_destination_in_use_is_refused_and_an_empty_one_taken(llama, tmp_path):
+def test_destination_in_use_is_refused_and_an_empty_one_taken(own_llama, tmp_path):
     out = tmp_path / "out"
     out.mkdir()
-    convert(llama, out)
+    convert(own_llama, out)
     before = {file.name: file.stat().st_mtime_ns for file in out.iterdir()}
     with pytest.raises(UsageError, match="out: already there"):
-        convert(llama, out)
+        convert(own_llama, out)
     assert {file.name: file.stat().st_mtime_ns for file in out.iterdir()} == before
     (tmp_path / "file").write_text("x")
     with pytest.raises(UsageError, match="file: already there"):
-        convert(llama, tmp_path / "file")
+        convert(own_llama, tmp_path / "file")
 
 
 @pytest.mark.parametrize(
@@ -55,11 +40,11 @@ def test_destination_in_use_is_refused_and_an_empty_one_taken(llama, tmp_path):
     ],
     ids=["family", "class", "activation", "quantised", "size"],
 )
-def test_models_that_cannot_be_converted(llama, tmp_path, fields, words):
-    edit_config(llama, **fields)
+def test_models_that_cannot_be_converted(own_llama, tmp_path, fields, words):
+    edit_config(own_llama, **fields)
     with pytest.raises(ConfigError) as caught:
-        convert(llama, tmp_path / "out")
-    assert all(word in str(caught.value) for word in [*words, str(llama)])
+        convert(own_llama, tmp_path / "out")
+    assert all(word in str(caught.value) for word in [*words, str(own_llama)])
     assert not (tmp_path / "out").exists()
 
 
@@ -78,11 +63,11 @@ def test_converted_source_is_refused(tmp_path):
     ],
     ids=["shape", "nan", "dtype"],
 )
-def test_sources_with_bad_tensors(llama, tmp_path, tensor, words):
+def test_sources_with_bad_tensors(own_llama, tmp_path, tensor, words):
     name = "model.layers.2.mlp.up_proj.weight"
-    edit_tensors(llama, **{name: tensor})
+    edit_tensors(own_llama, **{name: tensor})
     with pytest.raises(CheckpointError) as caught:
-        convert(llama, tmp_path / "out", split="random")
+        convert(own_llama, tmp_path / "out", split="random")
     assert all(word in str(caught.value) for word in [name, *words])
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]
 
@@ -105,22 +90,22 @@ def test_every_tensor_of_the_source_is_checked_before_any_work(family, tmp_path,
 
 
 @pytest.mark.parametrize("change", [dict(_attn_implementation="flash_attention_2"), dict(pad_token_id=10**6)])
-def test_settings_that_no_tensor_depends_on_do_not_matter(llama, tmp_path, change):
-    edit_config(llama, **change)
-    convert(llama, tmp_path / "out", split="random")
+def test_settings_that_no_tensor_depends_on_do_not_matter(own_llama, tmp_path, change):
+    edit_config(own_llama, **change)
+    convert(own_llama, tmp_path / "out", split="random")
     validate_checkpoint(tmp_path / "out", check_values=True)
 
 
-def test_a_configuration_of_no_model_is_named(llama, tmp_path):
-    edit_config(llama, rms_norm_eps=[])
+def test_a_configuration_of_no_model_is_named(own_llama, tmp_path):
+    edit_config(own_llama, rms_norm_eps=[])
     with pytest.raises(ConfigError, match=r"dense: transformers builds no LlamaForCausalLM of config\.json \("):
-        convert(llama, tmp_path / "out")
+        convert(own_llama, tmp_path / "out")
 
 
-def test_a_source_with_an_adapter_is_refused(llama, tmp_path):
-    (llama / "adapter_config.json").write_text("{}")
+def test_a_source_with_an_adapter_is_refused(own_llama, tmp_path):
+    (own_llama / "adapter_config.json").write_text("{}")
     with pytest.raises(CheckpointError, match=r"adapter_config\.json is there"):
-        convert(llama, tmp_path / "out")
+        convert(own_llama, tmp_path / "out")
 
 
 def test_weights_that_doubled_leave_float16_are_named(tmp_path):
@@ -132,10 +117,10 @@ def test_weights_that_doubled_leave_float16_are_named(tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["dense"]
 
 
-def test_pickle_only_source(llama, tmp_path):
-    (llama / WEIGHTS_FILE).rename(llama / "pytorch_model.bin")
+def test_pickle_only_source(own_llama, tmp_path):
+    (own_llama / WEIGHTS_FILE).rename(own_llama / "pytorch_model.bin")
     with pytest.raises(CheckpointError, match=r"pytorch_model\.bin, a pickle"):
-        convert(llama, tmp_path / "out")
+        convert(own_llama, tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -151,10 +136,10 @@ def test_pickle_only_source(llama, tmp_path):
         ({"device": "cuda"}, "no CUDA GPU"),
     ],
 )
-def test_arguments_that_make_no_sense(llama, tmp_path, options, words, monkeypatch):
+def test_arguments_that_make_no_sense(own_llama, tmp_path, options, words, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(UsageError, match=words):
-        convert(llama, tmp_path / "out", **options)
+        convert(own_llama, tmp_path / "out", **options)
 
 
 @pytest.mark.parametrize("options", [dict(split="coactivation"), dict(router="calibrated")], ids=["split", "router"])
@@ -163,28 +148,32 @@ def test_arguments_that_make_no_sense(llama, tmp_path, options, words, monkeypat
     [(b"short", "5 tokens"), (b"", "0 tokens"), (b"\xff" * 50, "readable UTF-8")],
     ids=["short", "empty", "binary"],
 )
-def test_bad_calibration_texts_are_refused_before_any_work(llama, tmp_path, text, monkeypatch, options, content, words):
+def test_bad_calibration_texts_are_refused_before_any_work(
+    own_llama, tmp_path, own_text, monkeypatch, options, content, words
+):
     monkeypatch.setattr(splits_module, "balanced_kmeans", None)
-    text.write_bytes(content)
+    own_text.write_bytes(content)
     with pytest.raises(UsageError, match=rf"calibration\.txt: .*{words}"):
-        convert(llama, tmp_path / "out", calibration_text=text, **options)
-    assert {file.name for file in tmp_path.iterdir()} == {"dense", text.name}
+        convert(own_llama, tmp_path / "out", calibration_text=own_text, **options)
+    assert {file.name for file in tmp_path.iterdir()} == {"dense", own_text.name}
 
 
-def test_more_dense_positions_than_a_sequence_has_are_refused_before_any_work(llama, tmp_path, text, monkeypatch):
+def test_more_dense_positions_than_a_sequence_has_are_refused_before_any_work(
+    own_llama, tmp_path, own_text, monkeypatch
+):
     monkeypatch.setattr(splits_module, "balanced_kmeans", None)
-    text.write_text(TEXT * 4)
+    own_text.write_text(own_text.read_text() * 4)
     with pytest.raises(UsageError, match=r"dense positions: 512; expected fewer than \d+, a sequence's tokens"):
-        convert(llama, tmp_path / "out", router="calibrated", dense_positions=512, calibration_text=text)
+        convert(own_llama, tmp_path / "out", router="calibrated", dense_positions=512, calibration_text=own_text)
     assert not (tmp_path / "out").exists()
 
 
-def test_destinations_that_cannot_be_made_are_refused_before_any_work(llama, tmp_path, monkeypatch):
+def test_destinations_that_cannot_be_made_are_refused_before_any_work(own_llama, tmp_path, monkeypatch):
     monkeypatch.setattr(convert_module, "neuron_orders", None)
     (tmp_path / "file").touch()
     for place in (tmp_path / "file" / "out", Path("/proc/out")):
         with pytest.raises(UsageError, match=f"{place}: cannot be written"):
-            convert(llama, place)
+            convert(own_llama, place)
 
 
 @pytest.mark.parametrize(

@@ -158,7 +158,7 @@ def test_a_body_without_a_name_gets_the_default_of_the_name_it_is_answered_under
 
 def server_args(*flags):
     """What vLLM makes of its server's flags."""
-    from vllm.entrypoints.launchers.cli_args import make_arg_parser
+    from vllm.entrypoints.cli.serve import make_arg_parser  # releases have it in different modules
     from vllm.utils.argparse_utils import FlexibleArgumentParser
 
     return make_arg_parser(FlexibleArgumentParser()).parse_args(["--model", "m", *flags])

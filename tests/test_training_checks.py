@@ -37,13 +37,13 @@ def placed(key: str, value: str) -> Recipe:
 @pytest.mark.parametrize("key", PLACES)
 def test_a_run_goes_on_whatever_its_places_are_called(key, tmp_path, monkeypatch):
     """As an absolute path, with ./, with a slash at the end, through a link, from the home directory."""
-    work, out = tmp_path / "home" / "work", tmp_path / "out"
-    (work / "place").mkdir(parents=True)
-    (work / "link").symlink_to("place")
+    desk, out = tmp_path / "home" / "desk", tmp_path / "out"
+    (desk / "place").mkdir(parents=True)
+    (desk / "link").symlink_to("place")
     out.mkdir()
-    monkeypatch.chdir(work)
+    monkeypatch.chdir(desk)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
-    spellings = ("place", "./place", "place/", str(work / "place"), "../work/place", "link", "~/work/place")
+    spellings = ("place", "./place", "place/", str(desk / "place"), "../desk/place", "link", "~/desk/place")
     for before in spellings:
         save_recipe(placed(key, before), out)
         for now in spellings:

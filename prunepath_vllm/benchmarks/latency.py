@@ -321,6 +321,11 @@ def text_tokens(path: str, tokenizer: Any, longest: int) -> list[int]:
     return tokens
 
 
+def _longest(args: argparse.Namespace) -> int:
+    """Tokens of the longest prompt."""
+    return max([args.input_len, *args.prefill])
+
+
 @functools.cache
 def _token_ids(llm: LLM, path: str, longest: int) -> torch.Tensor:
     return torch.tensor(text_tokens(path, llm.get_tokenizer(), longest))
@@ -329,7 +334,7 @@ def _token_ids(llm: LLM, path: str, longest: int) -> torch.Tensor:
 def _fresh_prompts(llm: LLM, args: argparse.Namespace, batch: int, length: int) -> list[list[int]]:
     """Token ids of prompts that no cache holds, of --text or at random."""
     if args.text:
-        text = _token_ids(llm, args.text, length)
+        text = _token_ids(llm, args.text, _longest(args))  # once an engine
         starts = torch.randint(len(text) - length, (batch, 1), generator=_prompts)
         return text[starts + torch.arange(length)].tolist()
     vocabulary = min(50000, llm.llm_engine.model_config.get_vocab_size())
@@ -392,7 +397,7 @@ def run(argv: Sequence[str]) -> int:
     if args.dense:
         options.check_dense(args.dense)
     if args.text:
-        text_tokens(args.text, load_tokenizer(args.tokenizer or args.checkpoint), max([args.input_len, *args.prefill]))
+        text_tokens(args.text, load_tokenizer(args.tokenizer or args.checkpoint), _longest(args))
     engines = ["dense", "sparse"] if args.shape or args.dense else ["sparse"]
     with tempfile.TemporaryDirectory() as folder:
         parts = {engine: Path(folder) / f"{engine}.json" for engine in engines}

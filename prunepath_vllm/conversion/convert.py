@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from prunepath_vllm.arguments import may_be_hub_name
+from prunepath_vllm.arguments import check_hub_name
 from prunepath_vllm.checkpoint import (
     TensorInfo,
     check_finite,
@@ -253,8 +253,7 @@ def _resolve_source(src: str | Path) -> tuple[Path, str]:
         snapshot = _SNAPSHOT.search(path.resolve().as_posix())
         return path, snapshot[1].replace("--", "/", 1) if snapshot else path.resolve().name
     name = str(src)
-    if not may_be_hub_name(name):
-        raise UsageError(f"{name}: no such directory, nor a Hugging Face model name (owner/name)")
+    check_hub_name(name)
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
 

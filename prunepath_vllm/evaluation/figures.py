@@ -93,18 +93,18 @@ def _read_points(path: Path) -> list[dict[str, Any]]:
 
 
 def _point(path: Path, point: Mapping[str, Any], interval: Sequence[Any], task: str, metric: str) -> dict[str, Any]:
-    value = finite(point, metric, path)
+    value = finite(point[metric], metric, path)
     if metric == "perplexity" and value <= 0:
         raise UsageError(f"{path}: perplexity {value}; expected more than 0")
-    low, high = ({metric: bound} for bound in interval)
+    low, high = (None if bound is None else finite(bound, metric, path) for bound in interval)
     return {
         "task": task,
         "metric": metric,
-        "tau": None if point["tau"] is None else finite(point, "tau", path, 0, MAX_TAU),
-        "ffn_sparsity": finite(point, "ffn_sparsity", path),
+        "tau": None if point["tau"] is None else finite(point["tau"], "tau", path, 0, MAX_TAU),
+        "ffn_sparsity": finite(point["ffn_sparsity"], "ffn_sparsity", path),
         "value": value,
-        "low": None if low[metric] is None else finite(low, metric, path),
-        "high": None if high[metric] is None else finite(high, metric, path),
+        "low": low,
+        "high": high,
         "file": path.name,
     }
 
@@ -205,11 +205,11 @@ def read_latency(argument: str) -> list[dict[str, Any]]:
             for row in part["rows"]:
                 if row["batch_size"] != 1:
                     continue
-                steps = [finite({"decode_steps_ms": step}, "decode_steps_ms", path) for step in row["decode_steps_ms"]]
+                steps = [finite(step, "decode_steps_ms", path) for step in row["decode_steps_ms"]]
                 middle = statistics.median(steps)
                 if min(steps) <= 0:
                     raise UsageError(f"{path}: decode_steps_ms {min(steps)}; expected more than 0")
-                tau = None if engine == "dense" else finite(row, "tau", path, 0, MAX_TAU)
+                tau = None if engine == "dense" else finite(row["tau"], "tau", path, 0, MAX_TAU)
                 series.append(
                     {
                         "label": "Dense" if tau is None else f"{label} (tau {tau:g})",
@@ -217,7 +217,7 @@ def read_latency(argument: str) -> list[dict[str, Any]]:
                         "step_ms": steps,
                         "median_ms": middle,
                         "tokens_per_second": 1e3 / middle,
-                        "peak_gib": None if part["peak_gib"] is None else finite(part, "peak_gib", path, 0),
+                        "peak_gib": None if part["peak_gib"] is None else finite(part["peak_gib"], "peak_gib", path, 0),
                     }
                 )
     except UsageError:

@@ -146,7 +146,7 @@ def read_reconstruction(path: str | Path) -> dict[str, Any]:
         found = dict(series)
         for point in found["points"]:
             for key, least in (("k", 1), ("mse", 0), ("relative_mse", 0)):
-                finite(point, key, Path(path), least)
+                finite(point[key], key, Path(path), least)
     except UsageError:
         raise
     except (KeyError, TypeError, ValueError):

@@ -2,7 +2,6 @@
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -110,20 +109,18 @@ def read_rows(path: Path, layout: type[AnyRow]) -> list[AnyRow]:
     return rows
 
 
-def finite(entry: Mapping[str, Any], key: str, path: Path, least: float = -math.inf, most: float = math.inf) -> float:
+def finite(value: Any, name: str, path: Path, least: float = -math.inf, most: float = math.inf) -> float:
     """A number of a file of results.
 
     Args:
-        entry: what it is in.
-        key: its name there.
+        value: what stands there.
+        name: what it is called there.
         path: of the file.
         least, most: what it may be.
 
     Raises:
         UsageError: it is no number, not finite or out of that range.
-        KeyError: there is none.
     """
-    value = entry[key]
     try:
         number = math.nan if isinstance(value, bool | str) else float(value)
     except (OverflowError, TypeError):
@@ -136,5 +133,5 @@ def finite(entry: Mapping[str, Any], key: str, path: Path, least: float = -math.
             if math.isinf(most)
             else f" from {least:g} to {most:g}"
         )
-        raise UsageError(f"{path}: {key} {shown(value)}; expected a finite number{bounds}")
+        raise UsageError(f"{path}: {name} {shown(value)}; expected a finite number{bounds}")
     return number

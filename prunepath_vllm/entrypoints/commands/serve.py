@@ -7,9 +7,9 @@ import sys
 import tempfile
 from typing import Any
 
-from prunepath_vllm.arguments import OneLineErrors, may_be_hub_name
+from prunepath_vllm.arguments import OneLineErrors, check_hub_name
 from prunepath_vllm.engine_environment import require_engine, set_server_defaults
-from prunepath_vllm.errors import PrunePathError, UsageError
+from prunepath_vllm.errors import PrunePathError
 
 DRAIN_SECONDS = 10
 """How long a server that is told to stop goes on with the answers it has begun."""
@@ -42,8 +42,8 @@ def run(args: argparse.Namespace) -> int:
             from prunepath_vllm.checkpoint import validate_checkpoint
 
             validate_checkpoint(args.checkpoint)
-        elif "://" not in args.checkpoint and not may_be_hub_name(args.checkpoint):
-            raise UsageError(f"{args.checkpoint}: no such directory, nor a Hugging Face model name (owner/name)")
+        elif "://" not in args.checkpoint:  # else an address, which the engine reads from
+            check_hub_name(args.checkpoint)
     with tempfile.TemporaryDirectory(prefix="prunepath-metrics-") as metrics:
         # The workers' counters reach the server's /metrics through files; read when prometheus_client is imported.
         os.environ.setdefault("PROMETHEUS_MULTIPROC_DIR", metrics)

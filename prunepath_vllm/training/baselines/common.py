@@ -25,7 +25,7 @@ RECORD_FILE = "pruning.json"
 
 
 def check_arguments(src: str | Path, dst: Path, sparsity: float, device: str) -> None:
-    """Refuse a sparsity outside (0, 1), a GPU that is not there, and a target that is or that could not be made.
+    """Refuse a sparsity outside (0, 1), a GPU that is not there, and a target that is there or cannot be made.
 
     Raises:
         UsageError: names the argument; for a target that is not apart from the source, both.
