@@ -59,12 +59,19 @@ def test_models_that_cannot_be_pruned_are_named(method, dense_checkpoint, prunep
     save_file(tensors, tmp_path / "nan" / WEIGHTS_FILE, metadata={"format": "pt"})
     weights = copied("truncated") / WEIGHTS_FILE
     weights.write_bytes(weights.read_bytes()[:5000])
+    torch.save(load_file(copied("pickle") / WEIGHTS_FILE), tmp_path / "pickle" / "pytorch_model.bin")
+    (tmp_path / "pickle" / WEIGHTS_FILE).unlink()
     for file in copied("words").glob("tokenizer*"):
         file.unlink()
     before = sorted(tmp_path.iterdir())
     for source, named in (
         (tmp_path / "nan", "up_proj.weight: 1 of 16384 values are NaN or infinite"),
         (tmp_path / "truncated", "truncated"),
+        (
+            tmp_path / "pickle",
+            f"{tmp_path}/pickle: no weights; expected {WEIGHTS_FILE} or model.safetensors.index.json",
+        ),
+        (tmp_path / "pickle", "found only pytorch_model.bin, a pickle, which is never loaded"),
         (tmp_path / "words", f"{tmp_path}/words: expected a tokenizer"),
         (other, f"{other}"),
     ):

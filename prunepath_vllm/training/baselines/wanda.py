@@ -5,11 +5,10 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from prunepath_vllm.checkpoint import check_finite, read_config
-from prunepath_vllm.errors import CheckpointError, ConfigError
+from prunepath_vllm.checkpoint import check_finite, read_config, read_tensor_index
+from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.training.baselines.common import (
     SEQUENCES,
@@ -46,7 +45,8 @@ def prune_with_wanda(
 
     Raises:
         UsageError: an argument that makes no sense, or a text that is missing or too short.
-        ConfigError, CheckpointError: `src` is not a dense model of a known family, cannot be read or is not finite.
+        ConfigError, CheckpointError: `src` is not a dense model of a known family, has no safetensors that can be read
+            or is not finite.
     """
     dst = Path(dst)
     check_arguments(src, dst, sparsity, device)
@@ -55,12 +55,11 @@ def prune_with_wanda(
         family = family_of(config, converted=False)
     except ConfigError as error:
         raise ConfigError(f"{src}: {error}") from None
+    read_tensor_index(src)
     tokens = calibration_sequences(src, text, sequences)
     auto_class = getattr(transformers, family.auto_class)
-    try:
-        model = auto_class.from_pretrained(src, dtype="auto", **family.dense_options).eval().to(device)
-    except SafetensorError as error:
-        raise CheckpointError(f"{src}: weights are truncated or no safetensors ({error})") from None
+    options = dict(dtype="auto", use_safetensors=True, **family.dense_options)
+    model = auto_class.from_pretrained(src, **options).eval().to(device)
     for name, weight in model.named_parameters():
         check_finite(name, weight)
     dtype = model.dtype
