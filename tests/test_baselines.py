@@ -84,6 +84,30 @@ def test_models_that_cannot_be_pruned_are_named(method, dense_checkpoint, prunep
         assert sorted(tmp_path.iterdir()) == before
 
 
+@pytest.mark.parametrize("method", ["wanda", "static"])
+def test_a_sparsity_that_removes_nothing_is_refused_with_the_smallest_that_does(
+    method, dense_checkpoint, prunepath_checkpoint, text, tmp_path, capsys
+):
+    source, least, of = (
+        (dense_checkpoint("llama"), "0.00391", f"the {INTERMEDIATE} weights in the longest rows of ")
+        if method == "wanda"
+        else (prunepath_checkpoint("llama"), "0.0626", "8 experts in a layer")
+    )
+
+    def prune(sparsity, name):
+        line = ["prune", source, tmp_path / name, "--method", method, "--sparsity", sparsity, "--text", text]
+        return main([*map(str, line), "--sequences", "1"])
+
+    for nothing in ("0.0001", str(float(least) * 0.99)):
+        assert prune(nothing, "out") == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"sparsity: {float(nothing):g} rounds to none of {of}" in said
+        assert said.endswith(f"; expected {least} or more")
+        assert not list(tmp_path.iterdir())
+    assert prune(least, "some") == 0
+    assert json.loads((tmp_path / "some" / "pruning.json").read_text())["sparsity"] > 0
+
+
 # --- Wanda -----------------------------------------------------------------------------------------------------------
 
 

@@ -14,6 +14,7 @@ from prunepath_vllm.training.baselines.common import (
     SEQUENCES,
     calibration_sequences,
     check_arguments,
+    check_removes,
     compute_dtype,
     run_layer_by_layer,
     share_of_zeros,
@@ -55,6 +56,13 @@ def prune_with_wanda(
         family = family_of(config, converted=False)
     except ConfigError as error:
         raise ConfigError(f"{src}: {error}") from None
+    longest = max(family.hidden_size(config), family.intermediate_size(config))
+    check_removes(
+        sparsity,
+        lambda share: pruned_of(longest, share),
+        above=1 / longest,
+        of=f"the {longest} weights in the longest rows of {src}",
+    )
     read_tensor_index(src)
     tokens = calibration_sequences(src, text, sequences)
     auto_class = getattr(transformers, family.auto_class)
@@ -125,5 +133,10 @@ def prune_rows(weight: Tensor, norms: Tensor, sparsity: float) -> None:
         sparsity: share of each row, rounded down to whole weights.
     """
     scores = weight.abs().float() * norms
-    lowest = scores.topk(int(sparsity * weight.shape[1]), dim=1, largest=False).indices
+    lowest = scores.topk(pruned_of(weight.shape[1], sparsity), dim=1, largest=False).indices
     weight.scatter_(1, lowest, 0)
+
+
+def pruned_of(length: int, sparsity: float) -> int:
+    """How many weights of a row go."""
+    return int(sparsity * length)
