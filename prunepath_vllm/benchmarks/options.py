@@ -63,7 +63,8 @@ def check_dense(path: str) -> None:
     """Refuse a dense model that is no model's directory; what may be a Hugging Face name, the engine looks for.
 
     Raises:
-        CheckpointError: no such directory, or none of a model.
+        UsageError: no such directory.
+        CheckpointError: none of a model.
     """
     if os.path.exists(path) or not may_be_hub_name(path):
         read_config(path)

@@ -66,6 +66,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
     """Look a checkpoint directory over: a PrunePath one is validated, a dense one must be of a known family.
 
     Raises:
+        UsageError: no such directory.
         CheckpointError, ConfigError: it is neither.
     """
     path = Path(path)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from prunepath_vllm.arguments import check_output_folder, require_package
+from prunepath_vllm.arguments import check_hub_name, check_output_folder, require_package
 from prunepath_vllm.checkpoint import read_config, refuse_changed, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.conversion.calibrate import CURVE_TAUS, calibrate
@@ -240,6 +240,8 @@ def _source(recipe: Recipe) -> str:
 
 def _directory(name: str) -> Path:
     """A model's directory; a Hugging Face name is downloaded."""
+    if not Path(name).is_dir():
+        check_hub_name(name)
     try:
         return checkpoint_directory(name, {})
     except (OSError, ValueError) as error:
