@@ -7,7 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from prunepath_vllm import arguments
 from prunepath_vllm.entrypoints import cli
@@ -378,6 +380,20 @@ READERS = (
 """Every way to name a model or a checkpoint: MODEL."""
 
 
+def training(model: Path, text: str | Path) -> dict:
+    """A recipe of one step."""
+    return dict(
+        output="run",
+        model=dict(path=str(model)),
+        data=dict(train=[dict(path=str(text))], sequence_length=16),
+        stages=[dict(losses={})],
+        optimizer=dict(lr=1e-3),
+        schedule=dict(max_steps=1),
+        batch=dict(sequences=1),
+        runtime=dict(device="cpu", bf16=False, tensorboard=False),
+    )
+
+
 def test_every_command_that_reads_a_model_is_listed():
     read_none = {"fetch", "check"}
     assert {line.split()[0] for line in READERS} == set(cli.COMMANDS) - read_none
@@ -395,11 +411,7 @@ def test_a_name_at_which_nothing_is_is_wrong_use_and_a_folder_without_a_model_a_
     if there:
         model.mkdir(parents=True)
     Path("text.txt").write_text("words")
-    recipe = dict(output="run", model=dict(path=str(model)), data=dict(train=[dict(path="text.txt")]))
-    recipe |= dict(stages=[dict(losses={})], optimizer=dict(lr=1e-3), schedule=dict(max_steps=1))
-    recipe |= dict(batch=dict(sequences=1), runtime=dict(device="cpu", bf16=False, tensorboard=False))
-    recipe["data"]["sequence_length"] = 16
-    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    Path("recipe.yaml").write_text(yaml.safe_dump(training(model, "text.txt")))
     before = sorted(tmp_path.rglob("*"))
     checkpoint = str(prunepath_checkpoint("llama", default_tau=0.6))
     meant = dict(MODEL=model, TEXT="text.txt", OUT="out", RECIPE="recipe.yaml", CHECKPOINT=checkpoint)
@@ -409,6 +421,24 @@ def test_a_name_at_which_nothing_is_is_wrong_use_and_a_folder_without_a_model_a_
     assert said.startswith(f"prunepath {words[0]}: ")
     assert f"{model}{named}" in said
     assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("line", ["eval MODEL --task wikitext", "train --config RECIPE", "train --config TEACHER"])
+def test_pickles_are_never_read(line, dense_checkpoint, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    good = dense_checkpoint("llama")
+    pickled = shutil.copytree(good, tmp_path / "pickled")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    Path("recipe.yaml").write_text(yaml.safe_dump(training(pickled, text)))
+    distilled = training(good, text) | dict(distillation=dict(teacher=str(pickled)))
+    Path("teacher.yaml").write_text(yaml.safe_dump(distilled))
+    meant = dict(MODEL=pickled, RECIPE="recipe.yaml", TEACHER="teacher.yaml")
+    words = re.sub("|".join(meant), lambda word: str(meant[word[0]]), line).split()
+    assert cli.main(words) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert str(pickled) in said
+    assert "model.safetensors" in said
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c"])
