@@ -91,11 +91,12 @@ def read_config(path: str | Path) -> dict[str, Any]:
     """Read config.json of a checkpoint directory, dense or converted.
 
     Raises:
-        CheckpointError: no such directory or file, or it is not a JSON object.
+        UsageError: no such directory.
+        CheckpointError: no such file in it, or it is not a JSON object.
     """
     path = Path(path)
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such directory; expected a checkpoint directory")
+        raise UsageError(f"{path}: no such directory; expected a checkpoint directory")
     return read_json(path / "config.json")
 
 
@@ -103,6 +104,7 @@ def load_prunepath_config(path: str | Path) -> tuple[Family, PrunePathConfig, di
     """Parse config.json of a PrunePath checkpoint: its family, its ``prunepath_config`` and the whole mapping.
 
     Raises:
+        UsageError: no such directory.
         CheckpointError: config.json cannot be read.
         ConfigError: it does not describe a PrunePath model.
     """
@@ -306,6 +308,7 @@ def validate_checkpoint(path: str | Path, *, check_values: bool = False) -> Chec
             memory at a time.
 
     Raises:
+        UsageError: no such directory.
         ConfigError: config.json does not describe a PrunePath model.
         CheckpointError: files or tensors are missing, unexpected, mis-shaped, corrupt or not finite.
     """

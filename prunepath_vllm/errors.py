@@ -31,7 +31,7 @@ class UnsupportedFeatureError(PrunePathError):
 
 
 class UsageError(PrunePathError):
-    """A command called with arguments that make no sense; exit code 2."""
+    """A command called with arguments that make no sense, or with a name at which nothing is; exit code 2."""
 
 
 class TrainingError(PrunePathError):

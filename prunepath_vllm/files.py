@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from prunepath_vllm.arguments import may_be_hub_name
 from prunepath_vllm.errors import UsageError
 
 MOUNTS = Path("/proc/self/mountinfo")
@@ -115,14 +116,19 @@ def check_apart(target: Path, source: str | Path) -> None:
 
     Args:
         target: directory or file to make.
-        source: directory or file that it is made from; what is not there, such as a Hugging Face name, is apart.
+        source: directory or file that it is made from, or a Hugging Face name, which stands for its folder in the
+            cache, downloaded already or not. Anything else that is not there is apart.
 
     Raises:
         UsageError: one is the other, or lies in it; names both.
     """
+    place, said = Path(source), str(source)
     if not os.path.exists(source):
-        return
-    new, old = Path(os.path.realpath(target)), Path(os.path.realpath(source))
+        if not may_be_hub_name(said):
+            return
+        place = hub_folder(said)
+        said = f"{place}, the cache of {source}"
+    new, old = Path(os.path.realpath(target)), Path(os.path.realpath(place))
     if _same(new, old):
         relation = "is"
     elif any(_same(parent, old) for parent in new.parents):
@@ -131,12 +137,19 @@ def check_apart(target: Path, source: str | Path) -> None:
         relation = "holds"
     else:
         return
-    raise UsageError(f"{target}: {relation} {source}, which it would be made from; expected a place apart from it")
+    raise UsageError(f"{target}: {relation} {said}, which it would be made from; expected a place apart from it")
+
+
+def hub_folder(name: str) -> Path:
+    """Where the Hugging Face cache keeps, or would keep, the snapshots of a model."""
+    from huggingface_hub import constants  # read now: which cache counts is set in the environment
+
+    return Path(constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
 
 
 def _same(first: Path, second: Path) -> bool:
     # A directory that is mounted in two places has two real paths.
-    return first == second or (first.exists() and first.samefile(second))
+    return first == second or (first.exists() and second.exists() and first.samefile(second))
 
 
 def is_mount_point(path: Path) -> bool:

@@ -2,14 +2,18 @@
 
 import argparse
 import json
+import re
 import shutil
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
+from safetensors.torch import load_file
 
 from prunepath_vllm import arguments
 from prunepath_vllm.entrypoints import cli
+from prunepath_vllm.entrypoints.commands import bench
 from prunepath_vllm.entrypoints.commands import serve as serve_command
 
 COMMANDS = cli.build_parser()._subparsers._group_actions[0].choices
@@ -347,6 +351,94 @@ def test_a_policy_is_refused_in_this_packages_words(capsys, monkeypatch, prunepa
     said = capsys.readouterr().err.splitlines()
     assert code == 2
     assert said[-1] == ("prunepath serve: additional_config.prunepath.default_tau must be a number in (0, 1.05], got 3")
+
+
+READERS = (
+    "convert MODEL OUT",
+    "calibrate MODEL --text TEXT",
+    "calibrate MODEL --text TEXT --usage-at 0.5",
+    "quantize MODEL OUT --expert-dtype int8",
+    "inspect MODEL",
+    "generate MODEL --prompt a",
+    "serve MODEL",
+    "train --config RECIPE",
+    "prune MODEL OUT --method wanda --sparsity 0.5 --text TEXT",
+    "prune MODEL OUT --method static --sparsity 0.5 --text TEXT",
+    "prune MODEL OUT --method cold --max-tau 0.5 --text TEXT",
+    "eval MODEL --task wikitext",
+    "eval CHECKPOINT --task wikitext --dense MODEL",
+    "sweep MODEL --text TEXT --max-loss 2% --no-speed",
+    "sweep CHECKPOINT --text TEXT --max-loss 2% --no-speed --dense MODEL",
+    "figures fig2 A=MODEL --text TEXT --output OUT.json",
+    "bench kernel MODEL",
+    "bench latency MODEL",
+    "bench latency CHECKPOINT --dense MODEL",
+    "bench serve MODEL",
+    "bench serve CHECKPOINT --dense MODEL",
+    "bench tune MODEL",
+)
+"""Every way to name a model or a checkpoint: MODEL."""
+
+
+def training(model: Path, text: str | Path) -> dict:
+    """A recipe of one step."""
+    return dict(
+        output="run",
+        model=dict(path=str(model)),
+        data=dict(train=[dict(path=str(text))], sequence_length=16),
+        stages=[dict(losses={})],
+        optimizer=dict(lr=1e-3),
+        schedule=dict(max_steps=1),
+        batch=dict(sequences=1),
+        runtime=dict(device="cpu", bf16=False, tensorboard=False),
+    )
+
+
+def test_every_command_that_reads_a_model_is_listed():
+    read_none = {"fetch", "check"}
+    assert {line.split()[0] for line in READERS} == set(cli.COMMANDS) - read_none
+    benchmarks = {line.split()[1] for line in READERS if line.startswith("bench ")}
+    assert benchmarks == set(bench.BENCHMARKS)
+
+
+@pytest.mark.parametrize(("there", "code", "named"), [(False, 2, ": no such"), (True, 1, "/config.json: no such file")])
+@pytest.mark.parametrize("line", READERS)
+def test_a_name_at_which_nothing_is_is_wrong_use_and_a_folder_without_a_model_a_failure(
+    line, there, code, named, prunepath_checkpoint, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    model = tmp_path / "no" / "model"
+    if there:
+        model.mkdir(parents=True)
+    Path("text.txt").write_text("words")
+    Path("recipe.yaml").write_text(yaml.safe_dump(training(model, "text.txt")))
+    before = sorted(tmp_path.rglob("*"))
+    checkpoint = str(prunepath_checkpoint("llama", default_tau=0.6))
+    meant = dict(MODEL=model, TEXT="text.txt", OUT="out", RECIPE="recipe.yaml", CHECKPOINT=checkpoint)
+    words = re.sub("|".join(meant), lambda word: str(meant[word[0]]), line).split()
+    assert cli.main(words) == code
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert said.startswith(f"prunepath {words[0]}: ")
+    assert f"{model}{named}" in said
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.parametrize("line", ["eval MODEL --task wikitext", "train --config RECIPE", "train --config TEACHER"])
+def test_pickles_are_never_read(line, dense_checkpoint, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    good = dense_checkpoint("llama")
+    pickled = shutil.copytree(good, tmp_path / "pickled")
+    torch.save(load_file(pickled / "model.safetensors"), pickled / "pytorch_model.bin")
+    (pickled / "model.safetensors").unlink()
+    Path("recipe.yaml").write_text(yaml.safe_dump(training(pickled, text)))
+    distilled = training(good, text) | dict(distillation=dict(teacher=str(pickled)))
+    Path("teacher.yaml").write_text(yaml.safe_dump(distilled))
+    meant = dict(MODEL=pickled, RECIPE="recipe.yaml", TEACHER="teacher.yaml")
+    words = re.sub("|".join(meant), lambda word: str(meant[word[0]]), line).split()
+    assert cli.main(words) == 1
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert str(pickled) in said
+    assert "model.safetensors" in said
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c"])

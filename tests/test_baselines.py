@@ -59,12 +59,19 @@ def test_models_that_cannot_be_pruned_are_named(method, dense_checkpoint, prunep
     save_file(tensors, tmp_path / "nan" / WEIGHTS_FILE, metadata={"format": "pt"})
     weights = copied("truncated") / WEIGHTS_FILE
     weights.write_bytes(weights.read_bytes()[:5000])
+    torch.save(load_file(copied("pickle") / WEIGHTS_FILE), tmp_path / "pickle" / "pytorch_model.bin")
+    (tmp_path / "pickle" / WEIGHTS_FILE).unlink()
     for file in copied("words").glob("tokenizer*"):
         file.unlink()
     before = sorted(tmp_path.iterdir())
     for source, named in (
         (tmp_path / "nan", "up_proj.weight: 1 of 16384 values are NaN or infinite"),
         (tmp_path / "truncated", "truncated"),
+        (
+            tmp_path / "pickle",
+            f"{tmp_path}/pickle: no weights; expected {WEIGHTS_FILE} or model.safetensors.index.json",
+        ),
+        (tmp_path / "pickle", "found only pytorch_model.bin, a pickle, which is never loaded"),
         (tmp_path / "words", f"{tmp_path}/words: expected a tokenizer"),
         (other, f"{other}"),
     ):
@@ -75,6 +82,30 @@ def test_models_that_cannot_be_pruned_are_named(method, dense_checkpoint, prunep
         assert named in said
         assert "--debug" not in said
         assert sorted(tmp_path.iterdir()) == before
+
+
+@pytest.mark.parametrize("method", ["wanda", "static"])
+def test_a_sparsity_that_removes_nothing_is_refused_with_the_smallest_that_does(
+    method, dense_checkpoint, prunepath_checkpoint, text, tmp_path, capsys
+):
+    source, least, of = (
+        (dense_checkpoint("llama"), "0.00391", f"the {INTERMEDIATE} weights in the longest rows of ")
+        if method == "wanda"
+        else (prunepath_checkpoint("llama"), "0.0626", "8 experts in a layer")
+    )
+
+    def prune(sparsity, name):
+        line = ["prune", source, tmp_path / name, "--method", method, "--sparsity", sparsity, "--text", text]
+        return main([*map(str, line), "--sequences", "1"])
+
+    for nothing in ("0.0001", str(float(least) * 0.99)):
+        assert prune(nothing, "out") == 2
+        said = capsys.readouterr().err.splitlines()[-1]
+        assert f"sparsity: {float(nothing):g} rounds to none of {of}" in said
+        assert said.endswith(f"; expected {least} or more")
+        assert not list(tmp_path.iterdir())
+    assert prune(least, "some") == 0
+    assert json.loads((tmp_path / "some" / "pruning.json").read_text())["sparsity"] > 0
 
 
 # --- Wanda -----------------------------------------------------------------------------------------------------------

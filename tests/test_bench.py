@@ -193,13 +193,13 @@ def test_a_bad_tau_or_checkpoint_is_named_before_anything_starts(tmp_path, capsy
 def test_a_bad_dense_model_is_named_before_anything_starts(benchmark, prunepath_checkpoint, tmp_path, capsys):
     (tmp_path / "file").touch()
     (tmp_path / "folder").mkdir()
-    for dense, named in (
-        ("none", "no such directory"),
-        ("file", "no such directory"),
-        ("folder", "config.json: no such"),
+    for dense, named, code in (
+        ("none", "no such directory", 2),
+        ("file", "no such directory", 2),
+        ("folder", "config.json: no such", 1),
     ):
         line = ["bench", benchmark, prunepath_checkpoint("llama"), "--dense", tmp_path / dense]
-        assert cli.main([*map(str, line)]) == 1
+        assert cli.main([*map(str, line)]) == code
         (said,) = capsys.readouterr().err.splitlines()
         assert str(tmp_path / dense) in said
         assert named in said
@@ -227,11 +227,11 @@ def test_a_bad_text_is_named_before_anything_starts(content, named, prunepath_ch
 def test_every_model_is_looked_at_before_any_is_measured(command, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(layer, "require_gpu", lambda: pytest.fail("work was begun"))
     monkeypatch.chdir(tmp_path)
-    for line, named in (
-        (["qwen2-7b", str(tmp_path / "none")], f"{tmp_path}/none: no such directory"),
-        (["qwen2-7b", "--expert-size", "7"], "expert_size 7 does not divide the feed-forward size 18944"),
+    for line, named, code in (
+        (["qwen2-7b", str(tmp_path / "none")], f"{tmp_path}/none: no such directory", 2),
+        (["qwen2-7b", "--expert-size", "7"], "expert_size 7 does not divide the feed-forward size 18944", 1),
     ):
-        assert cli.main(["bench", command, *line]) == 1
+        assert cli.main(["bench", command, *line]) == code
         (said,) = capsys.readouterr().err.splitlines()
         assert named in said
     assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from prunepath_vllm.checkpoint import (
     validate_checkpoint,
 )
 from prunepath_vllm.entrypoints import cli
-from prunepath_vllm.errors import CheckpointError, ConfigError
+from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
 
 GATE = "model.layers.1.mlp.gate_proj.weight"
 ROUTER = "model.layers.1.mlp.router.weight"
@@ -244,8 +244,8 @@ def test_unreadable_config(llama, content):
 
 
 def test_no_directory(tmp_path):
-    refused(tmp_path / "nowhere", "nowhere", "directory")
-    with pytest.raises(CheckpointError, match="nowhere"):
+    refused(tmp_path / "nowhere", "nowhere", "directory", kind=UsageError)
+    with pytest.raises(UsageError, match="nowhere"):
         load_prunepath_config(tmp_path / "nowhere")
 
 

@@ -31,7 +31,7 @@ from prunepath_vllm.conversion.convert import convert
 from prunepath_vllm.conversion.model_card import write_model_card
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
 from prunepath_vllm.entrypoints import cli
-from prunepath_vllm.errors import CheckpointError, UsageError
+from prunepath_vllm.errors import UsageError
 from prunepath_vllm.families import FAMILIES
 from prunepath_vllm.training.adapter import neuron_order
 
@@ -362,7 +362,7 @@ def test_hub_name(own_llama, tmp_path, monkeypatch):
         raise huggingface_hub.errors.LocalEntryNotFoundError("no\nnetwork")
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", unreachable)
-    with pytest.raises(CheckpointError, match=r"owner/x: no such directory.*no network"):
+    with pytest.raises(UsageError, match=r"owner/x: no such directory.*no network"):
         convert("owner/x", tmp_path / "other")
     with pytest.raises(UsageError, match="no such directory"):
         convert("./typo/in/path", tmp_path / "other")

@@ -1,6 +1,7 @@
 """What conversion refuses, by name and before any work: sources, arguments, texts, destinations."""
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from prunepath_vllm.checkpoint import WEIGHTS_FILE, read_tensor_index, validate_
 from prunepath_vllm.conversion.convert import convert
 from prunepath_vllm.entrypoints import cli
 from prunepath_vllm.errors import CheckpointError, ConfigError, UsageError
+from prunepath_vllm.training.run import train
 
 
 def test_destination_in_use_is_refused_and_an_empty_one_taken(own_llama, tmp_path):
@@ -224,3 +226,21 @@ def test_command_fails_with_one_line_and_a_code(arguments, code, dense_checkpoin
     err = capsys.readouterr().err
     assert err.startswith("prunepath convert: ")
     assert err.count("\n") == 1
+
+
+def test_a_destination_in_the_snapshot_of_a_hub_name_is_refused(own_llama, tmp_path, monkeypatch, recipe):
+    folder = tmp_path / "hub" / "models--owner--tiny"
+    snapshot = folder / "snapshots" / "0a1b2c"
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs" / "main").write_text(snapshot.name)
+    shutil.copytree(own_llama, snapshot)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    before = sorted(folder.rglob("*"))
+    named = re.escape(f"lies in {folder}, the cache of owner/tiny, which it would be made from")
+    with pytest.raises(UsageError, match=named):
+        convert("owner/tiny", snapshot / "converted", split="random")
+    with pytest.raises(UsageError, match=named):
+        train(recipe(output=str(snapshot), model=dict(path="owner/tiny")))
+    assert sorted(folder.rglob("*")) == before
+    convert("owner/tiny", tmp_path / "apart", split="random")

@@ -219,6 +219,34 @@ def test_what_is_read_and_what_is_made_are_apart(tmp_path, monkeypatch):
         check_apart(source / "weights", "link/weights")
 
 
+@pytest.mark.parametrize("downloaded", [True, False])
+def test_a_model_by_its_hub_name_lies_in_the_cache(tmp_path, monkeypatch, downloaded):
+    cache, link = tmp_path / "disk" / "hub", tmp_path / "link"
+    folder = cache / "models--owner--Model-1.5B"
+    snapshot = folder / "snapshots" / "0a1b2c"
+    (snapshot if downloaded else cache).mkdir(parents=True)
+    link.symlink_to(cache)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(link))
+    for target, relation in (
+        (snapshot, "lies in"),
+        (snapshot / "pruned", "lies in"),
+        (folder, "is"),
+        (cache, "holds"),
+        (tmp_path / "disk", "holds"),
+    ):
+        with pytest.raises(UsageError) as refused:
+            check_apart(target, "owner/Model-1.5B")
+        assert str(refused.value) == (
+            f"{target}: {relation} {link / folder.name}, the cache of owner/Model-1.5B, which it would be made from; "
+            "expected a place apart from it"
+        )
+    for target in (tmp_path / "new", cache / "models--owner--Model-1.5B-pruned", cache / "models--owner--other"):
+        check_apart(target, "owner/Model-1.5B")
+    (tmp_path / "owner" / "Model-1.5B").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    check_apart(folder, "owner/Model-1.5B")  # a directory of that name comes first
+
+
 def test_a_directory_mounted_in_two_places_is_one(tmp_path, monkeypatch):
     first, second = (tmp_path / name for name in ("model", "volume"))
     (first / "part").mkdir(parents=True)

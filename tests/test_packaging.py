@@ -13,8 +13,8 @@ from prunepath_vllm.entrypoints import cli
 
 ROOT = Path(__file__).parents[1]
 HEAVY = {"torch", "vllm", "transformers", "triton", "numpy", "pydantic", "safetensors", "yaml"}
-COMMANDS = [name for name in cli.COMMANDS if name != "bench"]
-"""The benchmarks' own help shows the engine's flags."""
+HELPED = [*([name] for name in cli.COMMANDS), ["bench", "kernel"], ["bench", "tune"]]
+"""The help of the other two benchmarks shows the engine's flags."""
 
 
 def run(code: str, *paths: Path, bare: bool = False, **env: str) -> subprocess.CompletedProcess:
@@ -34,14 +34,14 @@ def command(*arguments: str, then: str = "") -> str:
     )
 
 
-@pytest.mark.parametrize("line", [["--version"], ["--help"], *([name, "--help"] for name in COMMANDS)], ids="-".join)
+@pytest.mark.parametrize("line", [["--version"], ["--help"], *([*name, "--help"] for name in HELPED)], ids="-".join)
 def test_help_imports_nothing_heavy(line):
     told = run(command(*line, then=f"assert not {HEAVY!r} & set(sys.modules), sys.modules.keys()"))
     assert told.returncode == 0, told.stderr
     assert told.stdout.startswith(("prunepath-vllm ", "usage: prunepath"))
 
 
-@pytest.mark.parametrize("line", [["--version"], ["--help"], ["serve", "--help"], ["bench", "--help"]], ids="-".join)
+@pytest.mark.parametrize("line", [["--version"], ["--help"], *([*name, "--help"] for name in HELPED)], ids="-".join)
 def test_help_without_anything_installed(line):
     told = run(command(*line), bare=True)
     assert told.returncode == 0, told.stderr

@@ -262,7 +262,7 @@ def test_quantisation_refuses_before_any_work(prunepath_checkpoint, dense_checkp
         (done, path, "int8", UsageError, "expert_dtype 'int8': already quantised; expected"),
         (broken, path, "int8", CheckpointError, "up_proj.weight: 1 of .* NaN or infinite"),
         (dense_checkpoint("llama"), path, "int8", ConfigError, "model_type: 'llama' is not a PrunePath family"),
-        (tmp_path / "none", path, "int8", CheckpointError, "no such directory"),
+        (tmp_path / "none", path, "int8", UsageError, "no such directory"),
     ):
         with pytest.raises(error, match=message):
             quantize(src, dst, dtype)

@@ -2,50 +2,22 @@
 
 import argparse
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
-from prunepath_vllm.arguments import OneLineErrors, check_output_file, check_plot, whole
-from prunepath_vllm.benchmarks import layer, options, report, shapes
+from prunepath_vllm.arguments import check_output_file, check_plot
+from prunepath_vllm.benchmarks import layer, report
 from prunepath_vllm.benchmarks.report import BenchmarkError
 from prunepath_vllm.benchmarks.tile_search import Bench
 from prunepath_vllm.kernels.ffn import load_tuning
 from prunepath_vllm.kernels.layer import LayerSpec
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments."""
-    parser = OneLineErrors(
-        prog="prunepath bench kernel", description="The routed layer alone against the dense one, on a CUDA GPU."
-    )
-    parser.add_argument(
-        "models", nargs="*", metavar="CKPT|SHAPE", help=f"checkpoints or {', '.join(shapes.SHAPES)} (default: qwen2-7b)"
-    )
-    parser.add_argument(
-        "--tokens", type=options.numbers(int), default=[1, 2, 4, 8, 16, 64, 2048], metavar="LIST",
-        help="batch sizes (default: 1,2,4,8,16,64,2048)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--share", type=options.shares, default=[1.0, 0.5, 0.2, 0.1, 0.05], metavar="LIST",
-        help="active shares of experts (default: 1.0,0.5,0.2,0.1,0.05)",
-    )  # fmt: skip
-    parser.add_argument("--expert-size", type=whole(1), default=32, metavar="N", help="of a shape (default: 32)")
-    options.add_expert_dtype(parser)
-    parser.add_argument(
-        "--layers", type=whole(1), default=8, metavar="N", help="with weights of their own (default: 8)"
-    )
-    options.add_output(parser)
-    options.add_debug(parser)
-    return parser.parse_args(argv)
-
-
-def run(argv: Sequence[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Check, time, print; exit code 1, and no speed, where a choice is wrong."""
-    args = parse(argv)
     check_output_file(args.output, "--output")
     check_plot(args.plot)
     specs = {model: layer.spec_of(model, args.expert_size, args.expert_dtype) for model in args.models or ["qwen2-7b"]}

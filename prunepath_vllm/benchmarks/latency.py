@@ -37,6 +37,7 @@ from vllm.utils.argparse_utils import FlexibleArgumentParser
 
 from prunepath_vllm.arguments import OneLineErrors, check_output_file, number, whole
 from prunepath_vllm.benchmarks import options, report, shapes
+from prunepath_vllm.benchmarks.published import SHAPES
 from prunepath_vllm.config import check_dense_shape
 from prunepath_vllm.engine_environment import runs_on_cpu, set_server_defaults
 from prunepath_vllm.errors import UsageError
@@ -71,7 +72,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     vllm_latency.add_cli_args(parser)
     parser.add_argument("checkpoint", nargs="?", metavar="CKPT", help="PrunePath checkpoint directory")
-    parser.add_argument("--shape", choices=shapes.SHAPES, help="random weights of a published shape, instead of CKPT")
+    parser.add_argument("--shape", choices=SHAPES, help="random weights of a published shape, instead of CKPT")
     parser.add_argument("--expert-size", type=whole(1), default=32, metavar="N", help="with --shape (default: 32)")
     parser.add_argument(
         "--router-input", choices=("ffn", "attention"), default="ffn", help="with --shape: what its routers read"

@@ -15,6 +15,7 @@ from torch import Tensor
 from prunepath_vllm.activations import ACTIVATIONS
 from prunepath_vllm.benchmarks import shapes
 from prunepath_vllm.benchmarks.float32 import layer_output
+from prunepath_vllm.benchmarks.published import SHAPES
 from prunepath_vllm.benchmarks.report import FLOAT8_TOLERANCE, BenchmarkError
 from prunepath_vllm.benchmarks.tile_search import Bench, graph_of
 from prunepath_vllm.checkpoint import load_prunepath_config
@@ -128,7 +129,7 @@ def require_gpu() -> None:
 
 def spec_of(name: str, expert_size: int = 32, expert_dtype: str | None = None) -> LayerSpec:
     """The layer of a published shape, or of a PrunePath checkpoint's directory; `expert_dtype` None for its own."""
-    if name in shapes.SHAPES:
+    if name in SHAPES:
         config = shapes.dense_config(name)
         family = shapes.shape_family(name)
         experts = check_dense_shape(family.intermediate_size(config), expert_size)

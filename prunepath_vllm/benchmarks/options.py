@@ -1,15 +1,16 @@
-"""Arguments that several benchmarks share."""
+"""Arguments that several benchmarks share. Imports nothing heavy, so that help is told at once."""
 
 import argparse
 import os
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from prunepath_vllm.arguments import MAX_WHOLE, may_be_hub_name
-from prunepath_vllm.checkpoint import CheckpointSummary, read_config, validate_checkpoint
-from prunepath_vllm.config import EXPERT_DTYPES
 from prunepath_vllm.errors import TauError, UsageError
 from prunepath_vllm.tau import parse_tau_list
+
+if TYPE_CHECKING:
+    from prunepath_vllm.checkpoint import CheckpointSummary
 
 Number = TypeVar("Number", int, float)
 
@@ -47,12 +48,14 @@ def shares(text: str) -> list[float]:
     return values
 
 
-def causal_checkpoint(path: str) -> CheckpointSummary:
+def causal_checkpoint(path: str) -> "CheckpointSummary":
     """A valid checkpoint that generates text.
 
     Raises:
         UsageError: its family does not.
     """
+    from prunepath_vllm.checkpoint import validate_checkpoint
+
     found = validate_checkpoint(path)
     if found.family.auto_class != "AutoModelForCausalLM":
         raise UsageError(f"{path}: expected a causal language model, got {found.family.architecture}")
@@ -63,8 +66,11 @@ def check_dense(path: str) -> None:
     """Refuse a dense model that is no model's directory; what may be a Hugging Face name, the engine looks for.
 
     Raises:
-        CheckpointError: no such directory, or none of a model.
+        UsageError: no such directory.
+        CheckpointError: none of a model.
     """
+    from prunepath_vllm.checkpoint import read_config
+
     if os.path.exists(path) or not may_be_hub_name(path):
         read_config(path)
 
@@ -78,7 +84,7 @@ def add_output(parser: Any) -> None:
 def add_expert_dtype(parser: Any) -> None:
     """--expert-dtype, of weights drawn at random."""
     parser.add_argument(
-        "--expert-dtype", choices=EXPERT_DTYPES,
+        "--expert-dtype", choices=("float8_e4m3fn", "int8"),
         help="quantise the random weights (default: as a checkpoint has them, a shape's are bfloat16)",
     )  # fmt: skip
 

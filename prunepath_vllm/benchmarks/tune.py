@@ -3,13 +3,12 @@
 import argparse
 import os
 import time
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from prunepath_vllm.arguments import OneLineErrors, check_output_folder, number, whole
-from prunepath_vllm.benchmarks import layer, options, shapes
+from prunepath_vllm.arguments import check_output_folder
+from prunepath_vllm.benchmarks import layer
 from prunepath_vllm.benchmarks.report import BenchmarkError
 from prunepath_vllm.benchmarks.tile_search import (
     CASES,
@@ -25,40 +24,16 @@ from prunepath_vllm.benchmarks.tile_search import (
 from prunepath_vllm.kernels.ffn import TUNING_DIR, Choice, shape_key, table_name
 
 
-def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments."""
-    parser = OneLineErrors(
-        prog="prunepath bench tune", description="Make the table of tile choices and crossovers for this GPU."
-    )
-    parser.add_argument("models", nargs="+", metavar="CKPT|SHAPE", help=f"checkpoints or {', '.join(shapes.SHAPES)}")
-    parser.add_argument(
-        "--output", metavar="DIR", default=os.environ.get(TUNING_DIR) or ".",
-        help=f"where <gpu>.json is made or added to; the engine looks into ${TUNING_DIR} (default: that, or here)",
-    )  # fmt: skip
-    parser.add_argument("--tokens", type=options.numbers(int), default=list(TOKENS), metavar="LIST", help="batch sizes")
-    parser.add_argument("--expert-size", type=whole(1), default=32, metavar="N", help="of a shape (default: 32)")
-    options.add_expert_dtype(parser)
-    parser.add_argument(
-        "--layers", type=whole(1), default=8, metavar="N", help="with weights of their own (default: 8)"
-    )
-    parser.add_argument(
-        "--processes", type=whole(1), default=min(8, os.cpu_count() or 1), metavar="N", help="compilers"
-    )
-    parser.add_argument("--seconds", type=number(0), default=float("inf"), metavar="S", help="begin nothing after this")
-    options.add_debug(parser)
-    return parser.parse_args(argv)
-
-
-def run(argv: Sequence[str]) -> int:
+def run(args: argparse.Namespace) -> int:
     """Search each shape's tiles and write them down; a path whose results are wrong is left out."""
-    args = parse(argv)
-    check_output_folder(args.output, "--output")
+    folder = args.output or os.environ.get(TUNING_DIR) or "."
+    check_output_folder(folder, "--output")
     specs = {model: layer.spec_of(model, args.expert_size, args.expert_dtype) for model in args.models}
     layer.require_gpu()
     deadline = time.monotonic() + args.seconds
-    os.makedirs(args.output, exist_ok=True)
-    file = os.path.join(args.output, table_name(torch.cuda.get_device_name()))
-    tokens = tuple(sorted(args.tokens))
+    os.makedirs(folder, exist_ok=True)
+    file = os.path.join(folder, table_name(torch.cuda.get_device_name()))
+    tokens = tuple(sorted(args.tokens or TOKENS))
     for model, spec in specs.items():
         print(f"{model}: {shape_key(spec)}, compiling", flush=True)
         precompile_all(spec, tuple(t for t in tokens if t in SWEEP_AT), args.processes)

@@ -99,10 +99,10 @@ def convert(
         `dst`.
 
     Raises:
-        UsageError: arguments that make no sense together, `dst` not empty, not to be made or not apart from `src`, a
-            text that is not one.
+        UsageError: arguments that make no sense together, `src` not to be had, `dst` not empty, not to be made or not
+            apart from `src`, a text that is not one.
         ConfigError: `src` is not of a supported family, function or size, or is quantised in a way that is not read.
-        CheckpointError: `src` cannot be had or read, or its weights are not what its configuration promises.
+        CheckpointError: `src` cannot be read, or its weights are not what its configuration promises.
     """
     dst = Path(dst)
     text = None if calibration_text is None else Path(calibration_text)
@@ -261,7 +261,7 @@ def _resolve_source(src: str | Path) -> tuple[Path, str]:
         return Path(snapshot_download(name, allow_patterns=["model*.safetensors", *COPIED_FILES])), name
     except (HfHubHTTPError, HFValidationError, OSError) as error:
         reason = " ".join(str(error).split())[:200]
-        raise CheckpointError(f"{name}: no such directory, and not to be had from Hugging Face ({reason})") from None
+        raise UsageError(f"{name}: no such directory, and not to be had from Hugging Face ({reason})") from None
 
 
 def _dense_family(source: Path, config: Mapping[str, Any]) -> Family:

@@ -29,8 +29,9 @@ def command_line() -> str:
     (commands,) = (a for a in parser._actions if isinstance(a, argparse._SubParsersAction))
     summaries = {action.dest: action.help or "" for action in commands._choices_actions}
     parts = [
-        "# Command line\n\nErrors are one line on stderr: exit code 2 for wrong use, 1 for a failure. `--debug`, which "
-        "every command takes, shows the traceback.\n"
+        "# Command line\n\nErrors are one line on stderr: exit code 2 for wrong use, a model, checkpoint or file "
+        "that is not there included, 1 for a failure, such as a broken checkpoint. `--debug`, which every command "
+        "takes, shows the traceback.\n"
     ]
     for name, command in commands.choices.items():
         parts.append(f"## prunepath {name}\n\n{_sentence(command.description or summaries[name])}\n")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig
 
-from prunepath_vllm.checkpoint import CheckpointSummary, read_config, validate_checkpoint
+from prunepath_vllm.checkpoint import CheckpointSummary, read_config, read_tensor_index, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.conversion.calibrate import in_a_fast_dtype, load_model, sequence_length
 from prunepath_vllm.devices import check_device
@@ -63,15 +63,18 @@ class Checkpoint:
 
 
 def open_checkpoint(path: str | Path) -> Checkpoint:
-    """Look a checkpoint directory over: a PrunePath one is validated, a dense one must be of a known family.
+    """Look a checkpoint directory over: a PrunePath one is validated, a dense one is safetensors of a known family.
 
     Raises:
+        UsageError: no such directory.
         CheckpointError, ConfigError: it is neither.
     """
     path = Path(path)
     config = read_config(path)
     if "prunepath_config" not in config:
-        return Checkpoint(path, family_of(config, converted=False), config, None)
+        family = family_of(config, converted=False)
+        read_tensor_index(path)
+        return Checkpoint(path, family, config, None)
     summary = validate_checkpoint(path)
     return Checkpoint(path, summary.family, summary.config, summary)
 

@@ -12,7 +12,7 @@ from typing import Any
 from prunepath_vllm.checkpoint import read_json
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.evaluation.plots import draw_points, new_figure, save_figure
-from prunepath_vllm.evaluation.rows import finite
+from prunepath_vllm.evaluation.rows import finite, read_as
 from prunepath_vllm.evaluation.tasks import TASKS
 from prunepath_vllm.tau import MAX_TAU
 
@@ -73,7 +73,7 @@ def _read_points(path: Path) -> list[dict[str, Any]]:
     if not path.is_file():
         raise UsageError(f"{path}: no such file; expected results of prunepath eval, sweep or train")
     content: Any = read_json(path)
-    try:
+    with read_as("results of prunepath eval, sweep or train", path):
         task = content.get("task") or content["data"]
         metric = TASKS[task].metrics[0] if task in TASKS else None
         if metric is None:  # a training's: perplexity of a language model, else accuracy
@@ -83,12 +83,8 @@ def _read_points(path: Path) -> list[dict[str, Any]]:
             _point(path, point, interval[metric], task, metric)
             for point, interval in zip(content["points"], intervals, strict=True)
         ]
-    except UsageError:
-        raise
-    except (AttributeError, KeyError, IndexError, TypeError, ValueError):
-        points = []
-    if not points or not isinstance(task, str):
-        raise UsageError(f"{path}: expected results of prunepath eval, sweep or train")
+        if not points or not isinstance(task, str):
+            raise ValueError
     return points
 
 
@@ -199,7 +195,7 @@ def read_latency(argument: str) -> list[dict[str, Any]]:
     path = Path(name)
     content: Any = read_json(path)
     series = []
-    try:
+    with read_as("results of prunepath bench latency, with batch size 1", name):
         for engine in ("dense", "sparse"):
             part = content.get(engine) or {"rows": []}
             for row in part["rows"]:
@@ -220,12 +216,8 @@ def read_latency(argument: str) -> list[dict[str, Any]]:
                         "peak_gib": None if part["peak_gib"] is None else finite(part["peak_gib"], "peak_gib", path, 0),
                     }
                 )
-    except UsageError:
-        raise
-    except (AttributeError, KeyError, TypeError, ValueError):
-        series = []
-    if not series:
-        raise UsageError(f"{name}: expected results of prunepath bench latency, with batch size 1")
+        if not series:
+            raise ValueError
     return series
 
 

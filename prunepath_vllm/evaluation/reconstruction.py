@@ -16,7 +16,7 @@ from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.devices import check_device
 from prunepath_vllm.errors import CheckpointError, UsageError
 from prunepath_vllm.evaluation.backends import open_checkpoint
-from prunepath_vllm.evaluation.rows import finite
+from prunepath_vllm.evaluation.rows import finite, read_as
 from prunepath_vllm.kernels import reference
 from prunepath_vllm.modeling import load_tokenizer
 from prunepath_vllm.modeling.routing import Router
@@ -141,16 +141,12 @@ def read_reconstruction(path: str | Path) -> dict[str, Any]:
         UsageError: the file holds something else, or a number that is none or out of range.
     """
     content: Any = read_json(Path(path))
-    try:
+    with read_as("the output of prunepath figures fig2 for one checkpoint", path):
         (series,) = content["series"]
         found = dict(series)
+        if not found["points"]:
+            raise ValueError
         for point in found["points"]:
             for key, least in (("k", 1), ("mse", 0), ("relative_mse", 0)):
                 finite(point[key], key, Path(path), least)
-    except UsageError:
-        raise
-    except (KeyError, TypeError, ValueError):
-        found = {}
-    if not found.get("points"):
-        raise UsageError(f"{path}: expected the output of prunepath figures fig2 for one checkpoint")
     return found

@@ -2,6 +2,8 @@
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Self, TypeVar
 
@@ -135,3 +137,22 @@ def finite(value: Any, name: str, path: Path, least: float = -math.inf, most: fl
         )
         raise UsageError(f"{path}: {name} {shown(value)}; expected a finite number{bounds}")
     return number
+
+
+@contextmanager
+def read_as(expected: str, path: str | Path) -> Iterator[None]:
+    """Around the reading of a result's fields: whatever is not there or of another kind is refused alike.
+
+    Args:
+        expected: what the file should be.
+        path: the file.
+
+    Raises:
+        UsageError: names both, for a ValueError raised inside too; a UsageError raised inside, about a number, stays.
+    """
+    try:
+        yield
+    except (AttributeError, LookupError, TypeError, ValueError) as error:
+        if isinstance(error, UsageError):
+            raise
+        raise UsageError(f"{path}: expected {expected}") from None

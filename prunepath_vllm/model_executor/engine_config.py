@@ -102,11 +102,11 @@ def _refuse_other_config(model_config: Any) -> None:
         ConfigError: names the option.
     """
     path, weights = model_config.hf_config_path, model_config.model
-    if path is None:
+    if path is None or not os.path.isdir(weights):
         return
     try:
         stored = read_config(weights).get("model_type")
-    except CheckpointError:  # not on this machine; or no PrunePath checkpoint, which validate_checkpoint names
+    except CheckpointError:  # no PrunePath checkpoint, which validate_checkpoint names
         return
     served = model_config.hf_config.model_type
     if stored != served and any(str(one).startswith("prunepath_") for one in (stored, served)):

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase, set_seed
 
-from prunepath_vllm.arguments import check_output_folder, require_package
-from prunepath_vllm.checkpoint import read_config, refuse_changed, validate_checkpoint
+from prunepath_vllm.arguments import check_hub_name, check_output_folder, require_package
+from prunepath_vllm.checkpoint import read_config, read_tensor_index, refuse_changed, validate_checkpoint
 from prunepath_vllm.config import PrunePathConfig
 from prunepath_vllm.conversion.calibrate import CURVE_TAUS, calibrate
 from prunepath_vllm.conversion.convert import convert
@@ -240,6 +240,8 @@ def _source(recipe: Recipe) -> str:
 
 def _directory(name: str) -> Path:
     """A model's directory; a Hugging Face name is downloaded."""
+    if not Path(name).is_dir():
+        check_hub_name(name)
     try:
         return checkpoint_directory(name, {})
     except (OSError, ValueError) as error:
@@ -257,7 +259,8 @@ def _make_dense(recipe: Recipe, destination: Path) -> None:
     try:
         tokenizer = AutoTokenizer.from_pretrained(recipe.model.path)
         if recipe.model.scratch is None:
-            model = auto.from_pretrained(recipe.model.path, dtype="auto", ignore_mismatched_sizes=True, **labels)
+            options = dict(dtype="auto", use_safetensors=True, ignore_mismatched_sizes=True, **labels)
+            model = auto.from_pretrained(recipe.model.path, **options)
         else:
             ids = {name: getattr(tokenizer, name) for name in ("bos_token_id", "eos_token_id", "pad_token_id")}
             fields = {"vocab_size": len(tokenizer), **ids, **labels, **recipe.model.scratch}
@@ -330,6 +333,7 @@ def load_model(recipe: Recipe, start: Path, tokenizer: PreTrainedTokenizerBase) 
 
     register_auto_classes()
     family = _family(start)
+    read_tensor_index(start)
     if (block := read_config(start).get("prunepath_config")) is not None:
         refuse_changed(start, PrunePathConfig.parse(block), "training")
     task_class = _task_class(recipe)
@@ -384,7 +388,7 @@ def _teacher(
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if on_gpu else torch.float32
-    teacher = AutoModelForCausalLM.from_pretrained(recipe.distillation.teacher, dtype=dtype)
+    teacher = AutoModelForCausalLM.from_pretrained(recipe.distillation.teacher, dtype=dtype, use_safetensors=True)
     vocabulary = model.get_output_embeddings().weight.shape[0]
     check_teacher(recipe.distillation.teacher, teacher, tokenizer, vocabulary)
     ours, its = ((one.config.num_hidden_layers, one.config.hidden_size) for one in (model, teacher))

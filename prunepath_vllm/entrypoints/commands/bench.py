@@ -14,7 +14,7 @@ BENCHMARKS = {
     "serve": "the engine's own benchmark of a server; takes any `vllm bench serve` flag",
     "tune": "make the table of kernel choices for this GPU and a shape",
 }
-"""Modules of ``prunepath_vllm.benchmarks``. They parse their own arguments: the engine's flags are slow to import."""
+"""Modules of ``prunepath_vllm.benchmarks``. Those of the engine parse their own arguments, its flags among them."""
 
 
 class _Raw(OneLineErrors):
@@ -38,6 +38,10 @@ def add_parser(
 
 def run(args: argparse.Namespace) -> int:
     """Run one benchmark."""
-    if args.benchmark in ("latency", "serve"):
+    from prunepath_vllm.benchmarks.layer_options import parse_kernel, parse_tune
+
+    parse = {"kernel": parse_kernel, "tune": parse_tune}.get(args.benchmark)
+    if parse is None:
         require_engine()
-    return importlib.import_module(f"prunepath_vllm.benchmarks.{args.benchmark}").run(args.argv)
+    given = args.argv if parse is None else parse(args.argv)
+    return importlib.import_module(f"prunepath_vllm.benchmarks.{args.benchmark}").run(given)

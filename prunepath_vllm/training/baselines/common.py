@@ -1,7 +1,9 @@
 """What the pruning baselines share: the calibration text and the directory they write."""
 
 import json
+import math
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,26 @@ def check_arguments(src: str | Path, dst: Path, sparsity: float, device: str) ->
     check_apart(dst, src)
     check_new_directory(dst, "DST")
     check_device(device)
+
+
+def check_removes(sparsity: float, removed: Callable[[float], int], *, above: float, of: str) -> None:
+    """Refuse a sparsity that rounds to nothing: the result would be a copy of the source.
+
+    Args:
+        sparsity: in (0, 1).
+        removed: how many go at a sparsity; 0 below `above`, not just above it.
+        above: the exact bound, in (0, 1).
+        of: what they go of, for the error.
+
+    Raises:
+        UsageError: with the smallest sparsity of three digits that removes something.
+    """
+    if removed(sparsity):
+        return
+    unit = 10.0 ** (math.floor(math.log10(above)) - 2)
+    shown = (f"{steps * unit:.3g}" for steps in count(math.floor(above / unit)))
+    least = next(value for value in shown if removed(float(value)))
+    raise UsageError(f"sparsity: {sparsity:g} rounds to none of {of}; expected {least} or more")
 
 
 def calibration_sequences(src: str | Path, text: str | Path, sequences: int) -> Tensor:

@@ -22,6 +22,7 @@ from prunepath_vllm.training.baselines.common import (
     SEQUENCES,
     calibration_sequences,
     check_arguments,
+    check_removes,
     compute_dtype,
     run_layer_by_layer,
     write_checkpoint,
@@ -65,16 +66,20 @@ def prune_experts(
     refuse_changed(src, prunepath, "pruning")
     if prunepath.gate != "none":
         raise UsageError(f"{src}: gate {prunepath.gate!r}; expected 'none': without its router an expert has no gate")
-    kept = round(prunepath.num_experts * (1 - sparsity))
+    experts = prunepath.num_experts
+    check_removes(
+        sparsity, lambda share: round(experts * share), above=0.5 / experts, of=f"{experts} experts in a layer"
+    )
+    kept = experts - round(experts * sparsity)
     if kept < 1:
-        raise UsageError(f"sparsity: {sparsity} leaves no expert of {prunepath.num_experts}; expected less")
+        raise UsageError(f"sparsity: {sparsity} leaves no expert of {experts}; expected less")
     tokens = calibration_sequences(src, text, sequences)
     model = compute_dtype(load_model(summary, device))
     shares = mean_shares(model, summary, tokens).cpu()
     best = shares.topk(kept, dim=1).indices.sort(dim=1).values
     record = dict(
         method="static experts",
-        sparsity=1 - kept / prunepath.num_experts,
+        sparsity=1 - kept / experts,
         expert_size=prunepath.expert_size,
         text=Path(text).name,
         sequences=len(tokens),

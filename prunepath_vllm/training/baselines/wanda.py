@@ -5,16 +5,16 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from prunepath_vllm.checkpoint import check_finite, read_config
-from prunepath_vllm.errors import CheckpointError, ConfigError
+from prunepath_vllm.checkpoint import check_finite, read_config, read_tensor_index
+from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.families import Family, family_of
 from prunepath_vllm.training.baselines.common import (
     SEQUENCES,
     calibration_sequences,
     check_arguments,
+    check_removes,
     compute_dtype,
     run_layer_by_layer,
     share_of_zeros,
@@ -46,7 +46,8 @@ def prune_with_wanda(
 
     Raises:
         UsageError: an argument that makes no sense, or a text that is missing or too short.
-        ConfigError, CheckpointError: `src` is not a dense model of a known family, cannot be read or is not finite.
+        ConfigError, CheckpointError: `src` is not a dense model of a known family, has no safetensors that can be read
+            or is not finite.
     """
     dst = Path(dst)
     check_arguments(src, dst, sparsity, device)
@@ -55,12 +56,18 @@ def prune_with_wanda(
         family = family_of(config, converted=False)
     except ConfigError as error:
         raise ConfigError(f"{src}: {error}") from None
+    longest = max(family.hidden_size(config), family.intermediate_size(config))
+    check_removes(
+        sparsity,
+        lambda share: pruned_of(longest, share),
+        above=1 / longest,
+        of=f"the {longest} weights in the longest rows of {src}",
+    )
+    read_tensor_index(src)
     tokens = calibration_sequences(src, text, sequences)
     auto_class = getattr(transformers, family.auto_class)
-    try:
-        model = auto_class.from_pretrained(src, dtype="auto", **family.dense_options).eval().to(device)
-    except SafetensorError as error:
-        raise CheckpointError(f"{src}: weights are truncated or no safetensors ({error})") from None
+    options = dict(dtype="auto", use_safetensors=True, **family.dense_options)
+    model = auto_class.from_pretrained(src, **options).eval().to(device)
     for name, weight in model.named_parameters():
         check_finite(name, weight)
     dtype = model.dtype
@@ -126,5 +133,10 @@ def prune_rows(weight: Tensor, norms: Tensor, sparsity: float) -> None:
         sparsity: share of each row, rounded down to whole weights.
     """
     scores = weight.abs().float() * norms
-    lowest = scores.topk(int(sparsity * weight.shape[1]), dim=1, largest=False).indices
+    lowest = scores.topk(pruned_of(weight.shape[1], sparsity), dim=1, largest=False).indices
     weight.scatter_(1, lowest, 0)
+
+
+def pruned_of(length: int, sparsity: float) -> int:
+    """How many weights of a row go."""
+    return int(sparsity * length)
