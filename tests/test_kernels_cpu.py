@@ -159,8 +159,23 @@ def test_cpu_paths_equal_the_widened_layer(monkeypatch, how, dtype, stored, glu)
     torch.testing.assert_close(layer_output(x, gates, weights, spec).double(), expected, rtol=1e-4, atol=1e-4)
     if how in ("gathered", "dense"):
         monkeypatch.setattr(cpu, "native_tokens", lambda *_, **__: 0)
+    monkeypatch.setattr(cpu, "WIDENED_ROWS", 20)  # several blocks, the last a smaller one
     y = cpu.routed_ffn(x, tau, router, weights, spec, gather=how != "no host reads")
     assert (y.double() - expected).norm() / expected.norm() < (1e-5 if dtype == torch.float32 else 0.02)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("stored", QUANTISED_DTYPES, ids=str)
+def test_every_stored_value_is_widened_exactly(monkeypatch, stored, dtype):
+    """All bytes but those that stand for no number, subnormal ones too, in blocks that do not divide the rows."""
+    monkeypatch.setattr(cpu, "WIDENED_ROWS", 3)
+    values = torch.arange(-128, 128, dtype=torch.int16).to(torch.int8).view(stored)
+    rows = values[values.float().isfinite()].view(-1, 2)
+    scale = 2.0 ** -torch.arange(len(rows)).remainder(5)
+    blocks = [(part, block.clone()) for part, block in cpu._widened(rows, scale, dtype)]
+    assert [part.start for part, _ in blocks] == list(range(0, len(rows), 3))
+    expected = (rows.float() * scale[:, None]).to(dtype)
+    assert torch.equal(torch.cat([block for _, block in blocks]), expected)
 
 
 def test_wrong_scales_are_named():
@@ -195,5 +210,5 @@ def test_which_steps_take_the_native_kernel():
         assert cpu.step_tokens(every, dtype, quantised=False) == dense
         assert cpu.step_tokens(some, dtype, quantised=False, at_least=True) == dense
         assert cpu.step_tokens(some, dtype, quantised=False) == (float("inf") if measured else small)
-        assert cpu.step_tokens(torch.ones(257), dtype, quantised=True) == cpu.QUANTISED_NATIVE_TOKENS
-        assert cpu.step_tokens(torch.full((257,), 0.5), dtype, quantised=True) == float("inf")
+        assert cpu.step_tokens(torch.ones(129), dtype, quantised=True) == cpu.QUANTISED_NATIVE_TOKENS
+        assert cpu.step_tokens(torch.full((129,), 0.5), dtype, quantised=True) == float("inf")
