@@ -69,6 +69,7 @@ def test_links_lead_somewhere(page):
 def test_command_lines_of_a_page_are_understood(page):
     """Every `prunepath ...` line of a code block is one that the command line takes; a placeholder is a word."""
     text = (ROOT / page).read_text().replace("\\\n", " ")
+    text = re.sub(r"torchrun .* -m prunepath_vllm.entrypoints.cli ", "prunepath ", text)
     lines = re.findall(r"^    (?:\.venv/bin/)?(prunepath [a-z].*)$", text, re.MULTILINE)
     for line in lines:
         words = shlex.split(re.split(r"\s(?:#|   )|   ", line)[0].replace("[any vllm serve flag]", ""))[1:]

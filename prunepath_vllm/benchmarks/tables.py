@@ -35,9 +35,6 @@ SERVED = {
 }
 """Rows of a ``serve`` table: vLLM's field, how to write it, whether less is better."""
 
-NEAR = 0.02
-"""How far a measured FFN sparsity may lie from the one a ``checkpoint`` table asks for."""
-
 
 def share(value: float | None) -> str:
     """A row's label: of a dense model, of every expert, or of the share that is active."""
@@ -169,42 +166,58 @@ def scores(*models: str, metric: str, at: str = "") -> str:
     return markdown(["", "items", f"{metric} at FFN sparsity"], rows)
 
 
-def checkpoint(*measures: str, at: str) -> str:
-    """One checkpoint at many sparsities: a row a measure, a column its dense model and each sparsity, with the ratio.
+def checkpoint(*measures: str, at: str, tau: str) -> str:
+    """One checkpoint at many taus: a row a measure, a column its dense model and each FFN sparsity, with the ratio.
 
     Args:
         measures: LABEL=METRIC:FILE,DENSE of results of ``prunepath eval`` or a training, or LABEL=tokens/s:FILE of
-            ``prunepath bench latency``, of one request. A point within ``NEAR`` of a sparsity counts as measured
-            there; perplexity is interpolated as in a ``perplexity`` table.
-        at: FFN sparsities.
+            ``prunepath bench latency``, of one request. What was measured at a tau stands under its sparsity, from
+            which that of other texts differs by hundredths; perplexity, of more taus, is interpolated at the sparsity.
+        at: FFN sparsities, the columns.
+        tau: theirs.
+
+    Raises:
+        ValueError: not as many taus as sparsities, or several dense points.
+        UsageError: a file without one of the taus.
     """
-    sparsities = [float(one) for one in at.split(",")]
+    columns = list(zip(_numbers(at), _numbers(tau), strict=True))
     rows = []
+    values: Sequence[float | None]
     for label, request in map(split_label, measures):
         metric, _, files = request.partition(":")
         if metric == "tokens/s":
-            base, curve = _tokens_per_second(files)
+            base, found = _tokens_per_second(files)
+            values = [_at(files, found, one) for _, one in columns]
         else:
-            curve, ((_, base), *_) = (read_curve(str(RESULTS / file), metric) for file in files.split(","))
+            file, dense = files.split(",")
+            ((_, base),) = read_curve(str(RESULTS / dense), metric)
+            if metric == "perplexity":
+                curve = read_curve(str(RESULTS / file))
+                values = [perplexity_at(curve, sparsity) for sparsity, _ in columns]
+            else:
+                found = {point["tau"]: point[metric] for point in _read(file)["points"]}
+                values = [_at(file, found, one) for _, one in columns]
         form = {"perplexity": "{:.2f}", "tokens/s": "{:.1f}"}.get(metric, "{:.3f}")
-        value_at = perplexity_at if metric == "perplexity" else _nearest
-        values = [value_at(curve, one) for one in sparsities]
         cells = ["-" if value is None else f"{form.format(value)} ({value / base:.2f})" for value in values]
         rows.append([label, form.format(base), *cells])
-    return markdown(["FFN sparsity", "dense", *(f"{one:g}" for one in sparsities)], rows)
+    return markdown(["FFN sparsity", "dense", *(f"{sparsity:g}" for sparsity, _ in columns)], rows)
 
 
-def _nearest(curve: Curve, sparsity: float) -> float | None:
-    distance, value = min((abs(measured - sparsity), value) for measured, value in curve)
-    return value if distance <= NEAR else None
+def _numbers(text: str) -> list[float]:
+    return [float(one) for one in text.split(",")]
 
 
-def _tokens_per_second(file: str) -> tuple[float, Curve]:
-    """The dense model's, and ours by FFN sparsity."""
+def _at(file: str, found: Mapping[float, float], tau: float) -> float:
+    if tau not in found:
+        raise UsageError(f"{file}: no point at tau {tau}; expected one of {', '.join(map(str, found))}")
+    return found[tau]
+
+
+def _tokens_per_second(file: str) -> tuple[float, dict[float, float]]:
+    """The dense model's, and ours by tau."""
     result = _read(file)
     dense, sparse = ([row for row in result[part]["rows"] if row["batch_size"] == 1] for part in ("dense", "sparse"))
-    points = sorted((1 - row["share"], 1000 / row["decode_step_ms"]) for row in sparse)
-    return 1000 / dense[0]["decode_step_ms"], points
+    return 1000 / dense[0]["decode_step_ms"], {row["tau"]: 1000 / row["decode_step_ms"] for row in sparse}
 
 
 def host_experts(file: str, *, batch: str = "1", base: str) -> str:
@@ -274,7 +287,7 @@ def render(request: str) -> str:
     options = dict(word[2:].partition("=")[::2] for word in words if word.startswith("--"))
     try:
         return KINDS[kind](*(word for word in words if not word.startswith("--")), **options)
-    except (KeyError, TypeError, StopIteration) as error:
+    except (KeyError, TypeError, ValueError, StopIteration) as error:
         raise UsageError(f"table: {request}: {type(error).__name__}: {error}") from None
 
 
