@@ -33,6 +33,13 @@ SPECS = (
     LayerSpec(576, 192, 8, torch.bfloat16),  # SmolLM2-135M; no table
 )
 
+MANY_EXPERTS = (
+    LayerSpec(3584, 4736, 4, torch.bfloat16),
+    LayerSpec(3584, 2368, 8, torch.bfloat16),
+    LayerSpec(3584, 1184, 16, torch.bfloat16),
+)
+"""Qwen2-7B's smaller experts: the more there are, the more registers routing takes."""
+
 SIZES = {1: 8, 2: 64, 3: 64, 12: 8, 28: 64, 48: 64, 64: 8}
 """Expert sizes besides those of SPECS, compiled for a narrow layer, and the batch of their up and down kernels.
 
@@ -101,6 +108,8 @@ def main(capability: int) -> None:
     gc.disable()  # a search of everything imported, time and again; kernels leave little
     for spec in SPECS:
         compile_layer(spec, load_tuning("NVIDIA H200", spec) if capability == 90 else heuristic_tuning(spec))
+    for spec in MANY_EXPERTS:
+        compile_routing(spec, load_tuning("NVIDIA H200", spec) if capability == 90 else heuristic_tuning(spec))
     for size, batch in SIZES.items():
         compile_sparse_paths(LayerSpec(256, 8, size, torch.bfloat16), batch)
     for stored in ("int8", "float8_e4m3fn"):
@@ -110,7 +119,8 @@ def main(capability: int) -> None:
             torch.empty(8), torch.empty(5, dtype=torch.int32), torch.empty(6, dtype=torch.int32),
             torch.empty(64, dtype=torch.int64), torch.empty(64), dense_positions=1, prompt_lens=prompt_lens,
         )  # fmt: skip
-    select_mask(torch.empty(64, 592), torch.empty(64))
+    for num_experts in (592, 8192):
+        select_mask(torch.empty(64, num_experts), torch.empty(64))
 
 
 def empty(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -149,6 +159,19 @@ def compile_layer(spec: LayerSpec, tuning: Tuning) -> None:
     given = dict(experts_read=counts[1], tau=tau, active_counts=counts[0])
     gated_activation(empty(256, spec.input_rows), weights, spec, **given)
     gated_activation(empty(256, spec.input_rows), weights, spec, torch.empty(256, spec.num_experts, device="meta"))
+
+
+def compile_routing(spec: LayerSpec, tuning: Tuning) -> None:
+    """What depends on the number of experts: every choice's routing, and lists of experts, alone or in a kernel."""
+    router, weights = layer_of(spec)
+    for limit, choice in tuning.choices:
+        num_tokens, one = min(limit, 256), Tuning(((1, choice),))
+        x, tau = empty(num_tokens, spec.hidden, dtype=spec.dtype), torch.empty(num_tokens, device="meta")
+        if choice.path == "dense":
+            route(x, tau, router, spec.rule, config=choice.router, want_flags=False, pdl=0)
+        else:
+            route_ahead(x, tau, router, spec, tuning=one)
+            routed_ffn(x, tau, router, weights, spec, tuning=one)
 
 
 def compile_sparse_paths(spec: LayerSpec, *batches: int) -> None:

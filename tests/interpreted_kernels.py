@@ -29,7 +29,7 @@ from prunepath_vllm.kernels.layer import (
     Weights,
     dequantise,
 )
-from prunepath_vllm.kernels.routing import RouterConfig, Routing, route, select_mask
+from prunepath_vllm.kernels.routing import RouterConfig, Routing, list_experts, route, select_mask
 
 ACTIVATIONS = {
     "silu": F.silu,
@@ -183,6 +183,31 @@ def test_experts_of_a_logits_program(num_tokens, dtype, tile, taken, monkeypatch
     torch.testing.assert_close(got, expected_gates(x, tau, router, RoutingRule()), atol=1e-4, rtol=0)
 
 
+MANY_EXPERTS = (1025, 4736, 8192)
+"""One beyond a power of two; Qwen2-7B's experts of 4; 16,384 neurons in experts of 2."""
+
+
+@pytest.mark.parametrize("select", SELECTS)
+@pytest.mark.parametrize("num_tokens", [1, 3])
+@pytest.mark.parametrize("num_experts", MANY_EXPERTS)
+def test_many_experts_are_routed_and_listed(num_experts, num_tokens, select):
+    x, router, _, _ = make_case(num_tokens, num_experts, 1, 16)
+    tau = torch.tensor([0.6, 1e-6, 0.95])[:num_tokens]
+    rule = RoutingRule(gate="sigmoid")
+    config = replace(SELECTS[select], block_e=256, tile_e=128, select_block_e=64)
+    counts, read = torch.zeros(num_tokens, dtype=torch.int32), torch.zeros(2, dtype=torch.int64)
+    kept = num_experts - 100
+    got = list_experts(route(x, tau, router, rule, config=config, active_counts=counts, kept=kept), read, resident=500)
+    want = expected_gates(x, tau, router, rule)[:, :kept]
+    torch.testing.assert_close(got.gates, want, atol=1e-5, rtol=0)
+    assert torch.equal(got.gates != 0, want != 0)
+    assert torch.equal(counts, (want != 0).sum(-1).int())
+    (used,) = (want != 0).any(0).nonzero(as_tuple=True)
+    assert got.experts[: len(used)].tolist() == used.tolist()
+    assert got.experts[-1] == len(used)
+    assert read.tolist() == [len(used), (used >= 500).sum()]
+
+
 @pytest.mark.parametrize("select", SELECTS)
 @pytest.mark.parametrize("tau", [1.0, 0.5], ids=["dense", "some"])
 def test_route_one_token_without_flags(tau, select):
@@ -305,6 +330,8 @@ def test_a_router_of_low_rank_that_reads_another_input(path, num_tokens, dtype):
     gates = reference.expert_weights(logits.float(), tau, **vars(spec.rule))
     y = routed_ffn(x, tau, router, weights, spec, tuning=NO_TUNING[path], router_input=seen)
     assert error(y, reference_ffn(x, gates, weights, "silu", True)) < TOLERANCE[dtype]
+    widened = replace(router, weight=router.weight.float())  # as the engine keeps it
+    assert torch.equal(routed_ffn(x, tau, widened, weights, spec, tuning=NO_TUNING[path], router_input=seen), y)
 
 
 @pytest.mark.parametrize(
@@ -497,7 +524,7 @@ def check_layer(
         assert read.item() - 5 == (spec.num_experts if path == "dense" else (scale != 0).any(0).sum())
 
 
-@pytest.mark.parametrize("num_experts", [12, 592])
+@pytest.mark.parametrize("num_experts", [12, 592, *MANY_EXPERTS])
 def test_select_mask_of_training(num_experts):
     """A warp a token; ties, tau at and above 1, and a tau that only the top expert stays below."""
     generator = torch.Generator().manual_seed(8)

@@ -285,6 +285,26 @@ def latency_result() -> dict:
     }
 
 
+@pytest.mark.parametrize(
+    ("policy", "mode"),
+    [(None, "exact"), ({"min_tau": 0.5}, "exact"), ({"mode": "at_least"}, "at_least")],
+)
+def test_latency_writes_what_it_measured(policy, mode, tmp_path, monkeypatch):
+    def engines(argv, parts, *, together):
+        for engine, part in parts.items():
+            part.write_text(json.dumps(latency_result()[engine]))
+        return 0
+
+    monkeypatch.setattr(latency, "_run_engines", engines)
+    file = tmp_path / "out.json"
+    line = ["--shape", "smollm2", "--expert-size", "8", "--router-input", "attention", "--output", str(file)]
+    more = [] if policy is None else ["--additional-config", json.dumps({"prunepath": policy})]
+    assert latency.run([*line, *more]) == 0
+    written = json.loads(file.read_text())
+    found = {name: written[name] for name in ("model", "expert_size", "router_input", "mode")}
+    assert found == dict(model="smollm2", expert_size=8, router_input="attention", mode=mode)
+
+
 def test_latency_tables():
     lines = latency.tables(latency_result()).splitlines()
     assert lines[0] == "m: routed layer within 1.0e-03 (relative RMS) of float32"

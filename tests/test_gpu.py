@@ -410,6 +410,21 @@ def test_two_gpus_give_the_tokens_of_one(prunepath_checkpoint, tmp_path, family,
         assert [row["tokens"] for row in two[kind]] == [row["tokens"] for row in one[kind]]
 
 
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA GPUs")
+@pytest.mark.parametrize("layout", ["tensor", "pipeline"])
+@pytest.mark.parametrize("variant", ["llama-attention", "gpt2-attention-rank"])
+def test_two_gpus_route_beside_the_attention_as_one(prunepath_checkpoint, variant, layout):
+    """In float32. CPU counterpart: test_routers.py in two processes."""
+    family, options = VARIANTS[variant]
+    checkpoint = prunepath_checkpoint(family, default_tau=0.6, **options)
+    one, two = (
+        run_engine("decoder", checkpoint, "cuda", eager=False, engine={f"{layout}_parallel_size": size})
+        for size in (1, 2)
+    )
+    for kind in ("mixed", "lone", "shared_prefix"):
+        assert [row["tokens"] for row in two[kind]] == [row["tokens"] for row in one[kind]]
+
+
 def test_too_little_host_memory_is_one_error():
     with pytest.raises(
         ConfigError, match=r"4096\.00 GiB of pinned host memory for experts: the driver has not so much"

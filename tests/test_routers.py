@@ -295,6 +295,28 @@ def test_cpu_paths_route_by_their_own_input(num_tokens, dtype, monkeypatch):
         cpu.routed_ffn(x, tau, router, weights, spec, router_input=seen[:2])
 
 
+@pytest.mark.parametrize("rank", [None, 6])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_a_low_ranks_second_factor_is_widened_once_on_a_gpu(rank, device):
+    """Which no CPU has; a device of no memory stands for it."""
+    from prunepath_vllm.model_executor.layers.routed_ffn import ExpertRouter
+
+    prunepath = PrunePathConfig.parse(block_fields(router=dict(input="attention", rank=rank)))
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device(device):
+            router = ExpertRouter(HIDDEN, prunepath, 0)
+    finally:
+        torch.set_default_dtype(default)
+    assert router.weight.dtype == (torch.float32 if device == "meta" and rank else torch.bfloat16)
+    assert {one.dtype for one in router.tensors()[1:] if one is not None} == {torch.bfloat16}
+    loaded = torch.randn(router.weight.shape, generator=torch.Generator().manual_seed(0)).bfloat16()
+    weight = torch.nn.Parameter(torch.empty_like(router.weight, device="cpu"), requires_grad=False)
+    router.weight.weight_loader(weight, loaded)
+    assert torch.equal(weight.float(), loaded.float())
+
+
 # --- the engine ------------------------------------------------------------------------------------------------------
 
 
@@ -304,8 +326,10 @@ def test_cpu_paths_route_by_their_own_input(num_tokens, dtype, monkeypatch):
         ("llama", ROUTERS["attention"], "v1", False, {}),
         ("gpt2", ROUTERS["attention, rank 6"], "v2", True, {}),
         ("qwen3", ROUTERS["attention, rank 6"], "v1", False, {"tensor_parallel_size": 2, "disable_log_stats": False}),
+        # V1's eager CPU worker of vLLM 0.32.0 has no pipelines.
+        ("llama", ROUTERS["attention"], "v2", True, {"pipeline_parallel_size": 2, "disable_log_stats": False}),
     ],
-    ids=["llama-compiled", "gpt2-v2", "qwen3-compiled-two-ranks"],
+    ids=["llama-compiled", "gpt2-v2", "qwen3-compiled-two-ranks", "llama-v2-two-stages"],
 )
 def test_the_engine_equals_the_naive_model(prunepath_checkpoint, family, options, runner, eager, engine):
     """Mixed taus in one batch and alone, chunked prefill, prefix cache."""

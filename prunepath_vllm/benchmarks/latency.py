@@ -42,6 +42,7 @@ from prunepath_vllm.config import check_dense_shape
 from prunepath_vllm.engine_environment import runs_on_cpu, set_server_defaults
 from prunepath_vllm.errors import UsageError
 from prunepath_vllm.linears import LINEAR_DTYPES
+from prunepath_vllm.model_executor.operator_policy import OperatorPolicy
 from prunepath_vllm.modeling import load_tokenizer
 
 TEXT_CHARACTERS = 1 << 20
@@ -144,8 +145,14 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 def has_host_experts(additional_config: Any) -> bool:
     """Whether the operator's policy leaves experts in host memory."""
+    policy = _policy(additional_config)
+    return bool(policy.get("host_experts") or policy.get("gpu_expert_gib"))
+
+
+def _policy(additional_config: Any) -> dict[str, Any]:
+    """The operator's policy as it is given; what is no object is for the engine to refuse."""
     policy = (additional_config or {}).get("prunepath") or {}
-    return isinstance(policy, dict) and bool(policy.get("host_experts") or policy.get("gpu_expert_gib"))
+    return policy if isinstance(policy, dict) else {}
 
 
 def operating_points(args: argparse.Namespace) -> list[Point]:
@@ -408,6 +415,7 @@ def run(argv: Sequence[str]) -> int:
     result = {
         "model": args.shape or args.checkpoint,
         **({"expert_size": args.expert_size, "router_input": args.router_input} if args.shape else {}),
+        "mode": _policy(args.additional_config).get("mode", OperatorPolicy.mode),
         "input_len": args.input_len,
         "output_len": args.output_len,
         "text": args.text,

@@ -114,7 +114,10 @@ def heuristic_tuning(spec: LayerSpec) -> Tuning:
     few = RouterConfig(4, 7, 4, 4, select="pairwise", select_block_e=4)
     if spec.num_experts > PAIRWISE_UP_TO:
         few = RouterConfig(4, 7, 4, 16)
-        one = RouterConfig(4, 1, 8, 16) if spec.num_experts > 4 * PAIRWISE_UP_TO else replace(one, select_block_e=8)
+        # Of more than 2,048 eight at once do not fit the registers.
+        one = replace(one, select_block_e=8 if spec.num_experts <= 2 * PAIRWISE_UP_TO else 4)
+        if spec.num_experts > 4 * PAIRWISE_UP_TO:
+            one = RouterConfig(4, 1, 8, 16)
     grouped = GroupedConfig(128, 64, 4, 3, 8)
     choices = (
         (1, Choice("fused", 1, one, fused=fused)),

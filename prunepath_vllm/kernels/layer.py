@@ -218,7 +218,8 @@ class RouterWeights:
     """What router logits are made of, contiguous.
 
     Attributes:
-        weight: [E, H], or [E, r] with `down`.
+        weight: [E, H], or [E, r] with `down`, which a GPU's kernels read in float32: of another dtype every call makes
+            a copy.
         bias: [E] or None.
         down: [r, H] or None: logits = (x down^T) weight^T + bias, the r values in float32.
     """

@@ -15,6 +15,10 @@ from prunepath_vllm.tau import DENSE_TAU
 LIBRARY_TOKENS = 64
 """Above this many tokens the logits are left to cuBLAS, with float32 output."""
 
+THREAD_EXPERTS = 64
+"""Probabilities that a thread of the radix selection holds at most. For 128 it has no registers: one warp for 4,096
+experts spills 396 bytes a thread, for 8,192 3,728."""
+
 
 @dataclass(frozen=True)
 class RouterConfig:
@@ -30,6 +34,7 @@ class RouterConfig:
     """Programs that share an expert's row, each a slice of the hidden size."""
     num_warps: int = 4
     select_warps: int = 8
+    """Radix: at least; thousands of experts take more (``radix_warps``)."""
     select_bits: int = 3
     """Radix: bits of the cut found per pass over the probabilities, 1, 2 or 3: fewer passes, or less work in all."""
     select: str = "radix"
@@ -269,8 +274,10 @@ def route(
     """
     pdl = default_pdl(x.device) if pdl is None else pdl
     if router.down is not None:
+        # In the engine it is float32 already; a weight that is widened here has not been written yet when the logits
+        # kernel, which reads weights before it waits, would start early.
         x, router = library_logits(x, router.down), RouterWeights(router.weight.float(), router.bias)
-        pdl = 0  # the logits kernel would read the widened weight before it waits
+        pdl = 0
     num_tokens, hidden = x.shape
     num_experts = router.weight.shape[0]
     flags = torch.empty(num_experts, dtype=torch.int32, device=x.device) if want_flags else None
@@ -304,14 +311,17 @@ def route(
     options: dict[str, Any] = dict(
         E=num_experts, KEPT=kept, DENSE_TAU=0.0 if every else DENSE_TAU, SPLIT_K=split_k, BIAS=router.bias is not None,
         COUNT=active_counts is not None, THRESHOLD=rule.selection == "threshold", GATE=needed, FLAGS=want_flags,
-        BLOCK_ALL=triton.next_power_of_2(num_experts), PDL=pdl, num_warps=config.select_warps, **launch_options(pdl),
+        BLOCK_ALL=triton.next_power_of_2(num_experts), PDL=pdl, **launch_options(pdl),
     )  # fmt: skip
     if config.select == "pairwise":
         grid = (num_tokens, triton.cdiv(num_experts, config.select_block_e))
-        select_pairwise_kernel[grid](*arguments, **options, BLOCK_E=config.select_block_e)
+        select_pairwise_kernel[grid](
+            *arguments, **options, BLOCK_E=config.select_block_e, num_warps=config.select_warps
+        )
     else:
         assert config.select == "radix", f"unknown selection {config.select!r}; expected pairwise or radix"
-        select_radix_kernel[(num_tokens,)](*arguments, **options, BITS=config.select_bits)
+        warps = radix_warps(num_experts, config.select_warps)
+        select_radix_kernel[(num_tokens,)](*arguments, **options, BITS=config.select_bits, num_warps=warps)
     return Routing(gates, None if flags is None else flags[:kept])
 
 
@@ -333,7 +343,7 @@ def list_experts(routing: Routing, experts_read: Tensor | None = None, resident:
 
 
 def select_mask(logits: Tensor, tau: Tensor) -> Tensor:
-    """Eq. 8-9 for many tokens at once, as training needs it: a warp a token.
+    """Eq. 8-9 for many tokens at once, as training needs it: a warp a token, up to 2,048 experts.
 
     Args:
         logits: float32 [..., E] contiguous, on a GPU.
@@ -348,9 +358,14 @@ def select_mask(logits: Tensor, tau: Tensor) -> Tensor:
     select_radix_kernel[(num_tokens,)](
         logits, None, tau.contiguous(), gates, None, None, num_tokens, 0.0, E=num_experts, KEPT=num_experts,
         DENSE_TAU=DENSE_TAU, SPLIT_K=1, BIAS=False, COUNT=False, THRESHOLD=False, GATE=False, FLAGS=False,
-        BLOCK_ALL=triton.next_power_of_2(num_experts), BITS=1, PDL=0, num_warps=1,
+        BLOCK_ALL=triton.next_power_of_2(num_experts), BITS=1, PDL=0, num_warps=radix_warps(num_experts, 1),
     )  # fmt: skip
     return gates != 0
+
+
+def radix_warps(num_experts: int, warps: int) -> int:
+    """The warps of the radix selection: as many as a configuration has, or what so many experts need."""
+    return max(warps, triton.next_power_of_2(num_experts) // (32 * THREAD_EXPERTS))
 
 
 def library_logits(x: Tensor, router_weight: Tensor) -> Tensor:

@@ -88,6 +88,9 @@ class _ExpertShard:
 class ExpertRouter(nn.Module):
     """Router weights, replicated on every rank. A checkpoint without router biases leaves the bias zero.
 
+    A GPU's kernels read the second factor of a low rank in float32: it is kept so there, in this one copy, rather than
+    widened at every step. The CPU kernel widens what it reads in registers.
+
     Attributes:
         routes_by_attention: whether its input is that of the block's self-attention, not the feed-forward layer's.
     """
@@ -97,7 +100,10 @@ class ExpertRouter(nn.Module):
         self._order = prunepath.order_by_use(layer)
         rank = prunepath.router.rank
         self.routes_by_attention = prunepath.router.input == "attention"
-        self.weight = nn.Parameter(torch.empty(prunepath.num_experts, rank or hidden_size), requires_grad=False)
+        wide = rank is not None and torch.get_default_device().type != "cpu"
+        dtype = torch.float32 if wide else torch.get_default_dtype()
+        weight = torch.empty(prunepath.num_experts, rank or hidden_size, dtype=dtype)
+        self.weight = nn.Parameter(weight, requires_grad=False)
         self.down = None if rank is None else nn.Linear(hidden_size, rank, bias=False).requires_grad_(False)
         self.bias = nn.Parameter(torch.zeros(prunepath.num_experts), requires_grad=False)
         for parameter in (self.weight, self.bias):
