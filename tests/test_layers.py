@@ -15,8 +15,8 @@ ARCHITECTURE = ROOT / "docs" / "architecture.md"
 
 ROOMS = [
     ["errors", "activations", "version", "cpu_wheel"],
-    ["tau", "arguments", "devices", "files", "engine_version"],
-    ["config", "families", "engine_environment"],
+    ["tau", "arguments", "devices", "engine_version"],
+    ["config", "families", "engine_environment", "files"],
     ["fields", "linears"],
     ["checkpoint"],
     ["kernels", "sources"],
