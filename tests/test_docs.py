@@ -17,6 +17,7 @@ from prunepath_vllm.benchmarks import tables
 from prunepath_vllm.engine_version import TESTED_ENGINE
 from prunepath_vllm.entrypoints import reference
 from prunepath_vllm.entrypoints.cli import build_parser
+from prunepath_vllm.errors import UsageError
 
 ROOT = Path(__file__).parents[1]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
@@ -83,6 +84,19 @@ def test_command_lines_of_a_page_are_understood(page):
 
 def test_tables_are_those_of_the_results():
     assert not tables.differences()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ("--at=0,.3 --tau=1,.9", "qwen-continued8-mmlu.json: no point at tau 0.9; expected one of 1.0, 0.875"),
+        ("--at=0,.3 --tau=1", "ValueError"),
+    ],
+)
+def test_a_table_of_taus_that_were_not_measured_is_refused(options, message):
+    request = 'checkpoint "MMLU=accuracy:eval/qwen-continued8-mmlu.json,eval/qwen-dense-mmlu.json" ' + options
+    with pytest.raises(UsageError, match=re.escape(message)):
+        tables.render(request)
 
 
 @pytest.mark.parametrize("name", reference.PAGES)
