@@ -12,6 +12,8 @@ import yaml
 from safetensors.torch import load_file
 
 from prunepath_vllm import arguments
+from prunepath_vllm.benchmarks.options import add_expert_dtype
+from prunepath_vllm.config import EXPERT_DTYPES
 from prunepath_vllm.entrypoints import cli
 from prunepath_vllm.entrypoints.commands import bench
 from prunepath_vllm.entrypoints.commands import serve as serve_command
@@ -362,6 +364,7 @@ READERS = (
     "generate MODEL --prompt a",
     "serve MODEL",
     "train --config RECIPE",
+    "train --config TEACHER",
     "prune MODEL OUT --method wanda --sparsity 0.5 --text TEXT",
     "prune MODEL OUT --method static --sparsity 0.5 --text TEXT",
     "prune MODEL OUT --method cold --max-tau 0.5 --text TEXT",
@@ -380,7 +383,7 @@ READERS = (
 """Every way to name a model or a checkpoint: MODEL."""
 
 
-def training(model: Path, text: str | Path) -> dict:
+def training(model: str | Path, text: str | Path) -> dict:
     """A recipe of one step."""
     return dict(
         output="run",
@@ -403,7 +406,7 @@ def test_every_command_that_reads_a_model_is_listed():
 
 @pytest.mark.parametrize(("there", "code", "named"), [(False, 2, ": no such"), (True, 1, "/config.json: no such file")])
 @pytest.mark.parametrize("line", READERS)
-def test_a_name_at_which_nothing_is_is_wrong_use_and_a_folder_without_a_model_a_failure(
+def test_a_missing_model_is_wrong_use_and_a_folder_without_one_a_failure(
     line, there, code, named, prunepath_checkpoint, tmp_path, monkeypatch, capsys
 ):
     monkeypatch.chdir(tmp_path)
@@ -411,10 +414,13 @@ def test_a_name_at_which_nothing_is_is_wrong_use_and_a_folder_without_a_model_a_
     if there:
         model.mkdir(parents=True)
     Path("text.txt").write_text("words")
-    Path("recipe.yaml").write_text(yaml.safe_dump(training(model, "text.txt")))
-    before = sorted(tmp_path.rglob("*"))
     checkpoint = str(prunepath_checkpoint("llama", default_tau=0.6))
+    Path("recipe.yaml").write_text(yaml.safe_dump(training(model, "text.txt")))
+    distilled = training(checkpoint, "text.txt") | dict(distillation=dict(teacher=str(model)))
+    Path("teacher.yaml").write_text(yaml.safe_dump(distilled))
+    before = sorted(tmp_path.rglob("*"))
     meant = dict(MODEL=model, TEXT="text.txt", OUT="out", RECIPE="recipe.yaml", CHECKPOINT=checkpoint)
+    meant |= dict(TEACHER="teacher.yaml")
     words = re.sub("|".join(meant), lambda word: str(meant[word[0]]), line).split()
     assert cli.main(words) == code
     said = capsys.readouterr().err.splitlines()[-1]
@@ -439,6 +445,23 @@ def test_pickles_are_never_read(line, dense_checkpoint, text, tmp_path, monkeypa
     said = capsys.readouterr().err.splitlines()[-1]
     assert str(pickled) in said
     assert "model.safetensors" in said
+
+
+def test_an_adapter_that_is_not_there_is_named_before_anything_is_made(text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    recipe = training("dense", text)
+    recipe["model"] |= dict(adapter="no/adapter.safetensors")
+    Path("recipe.yaml").write_text(yaml.safe_dump(recipe))
+    assert refused(capsys, "train", "--config", "recipe.yaml") == (
+        2, "prunepath train: model.adapter: no/adapter.safetensors: no such file; expected an adapter"
+    )  # fmt: skip
+    assert not Path("run").exists()
+
+
+def test_the_dtypes_that_help_tells_are_those_there_are():
+    parser = argparse.ArgumentParser()
+    add_expert_dtype(parser)
+    assert parser._actions[-1].choices == EXPERT_DTYPES
 
 
 @pytest.mark.parametrize("name", ["/no/such/folder", "./nothing", "a/b/c"])

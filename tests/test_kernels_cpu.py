@@ -178,6 +178,19 @@ def test_every_stored_value_is_widened_exactly(monkeypatch, stored, dtype):
     assert torch.equal(torch.cat([block for _, block in blocks]), expected)
 
 
+@pytest.mark.parametrize("stored", QUANTISED_DTYPES, ids=str)
+def test_sums_are_float32_whatever_the_default_dtype(stored):
+    """vLLM makes models under another default."""
+    rows = torch.randn(600, 8).clamp(-3, 3).mul(20).to(stored)
+    h, scale = torch.randn(4, 600), torch.rand(600)
+    expected = cpu._product(h, rows, scale)
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        assert torch.equal(cpu._product(h, rows, scale), expected)
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_wrong_scales_are_named():
     spec = LayerSpec(8, 2, 4, torch.float32, glu=False)
     int8, ones = torch.ones(8, 8, dtype=torch.int8), torch.ones(8)

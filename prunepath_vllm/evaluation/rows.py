@@ -9,7 +9,7 @@ from typing import Annotated, Any, Self, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from prunepath_vllm.errors import UsageError
+from prunepath_vllm.errors import PrunePathError, UsageError
 from prunepath_vllm.tau import shown
 
 
@@ -148,11 +148,11 @@ def read_as(expected: str, path: str | Path) -> Iterator[None]:
         path: the file.
 
     Raises:
-        UsageError: names both, for a ValueError raised inside too; a UsageError raised inside, about a number, stays.
+        UsageError: names both, for a ValueError raised inside too. An error of this package raised inside stays.
     """
     try:
         yield
     except (AttributeError, LookupError, TypeError, ValueError) as error:
-        if isinstance(error, UsageError):
+        if isinstance(error, PrunePathError):
             raise
         raise UsageError(f"{path}: expected {expected}") from None

@@ -180,12 +180,14 @@ def _gathered(x: Tensor, scale: Tensor, experts: Tensor, weights: Weights, spec:
 
 
 def _widened(rows: Tensor, scale: Tensor, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Quantised rows [n, H] times their scales, float32 [n], in `dtype`, some at a time.
+    """Quantised rows [n, H] times their scales, float32 [n], in `dtype`, some at a time; without gradients.
+
+    NaN in float8, which no checkpoint holds, is read as 480, as the native kernel does.
 
     Yields:
         which rows, and their values, which the next ones overwrite.
     """
-    wide = torch.empty(min(WIDENED_ROWS, len(rows)), rows.shape[1], device=rows.device)
+    wide = torch.empty(min(WIDENED_ROWS, len(rows)), rows.shape[1], dtype=torch.float32, device=rows.device)
     values = wide if dtype == wide.dtype else torch.empty_like(wide, dtype=dtype)
     float8 = rows.dtype == torch.float8_e4m3fn
     if float8:
@@ -218,7 +220,7 @@ def _product(h: Tensor, rows: Tensor, scale: Tensor | None) -> Tensor:
     """Neurons h [T, F] times rows [F, H], which `scale` [F] belongs to where they are quantised: [T, H]."""
     if scale is None:
         return h @ rows
-    y = torch.zeros(len(h), rows.shape[1], device=h.device)
+    y = torch.zeros(len(h), rows.shape[1], dtype=torch.float32, device=h.device)
     for part, values in _widened(rows, scale, h.dtype):
         y += h[:, part] @ values
     return y.to(h.dtype)

@@ -274,8 +274,8 @@ def route(
     """
     pdl = default_pdl(x.device) if pdl is None else pdl
     if router.down is not None:
-        # In the engine it is float32 already; a weight that is widened here has not been written yet when the logits
-        # kernel, which reads weights before it waits, would start early.
+        # No early start: the logits kernel reads weights before it waits, and a weight that is widened here (in the
+        # engine it is float32 already) is written by the kernel before.
         x, router = library_logits(x, router.down), RouterWeights(router.weight.float(), router.bias)
         pdl = 0
     num_tokens, hidden = x.shape

@@ -117,7 +117,11 @@ def _check_inputs(recipe: Recipe, output: Path, *, resume: bool) -> None:
     if text is not None and not Path(text).is_file():
         raise UsageError(f"model.convert.text: {text}: no such file; expected a text file")
     check_length(recipe)
+    if recipe.distillation is not None:
+        read_config(_directory(recipe.distillation.teacher))
     if recipe.model.adapter is not None:
+        if not Path(recipe.model.adapter).is_file():
+            raise UsageError(f"model.adapter: {recipe.model.adapter}: no such file; expected an adapter")
         read_adapter(recipe.model.adapter, names=())
     if recipe.runtime.tensorboard:
         require_package("tensorboard", "train", "runtime.tensorboard")

@@ -44,7 +44,7 @@ def check_removes(sparsity: float, removed: Callable[[float], int], *, above: fl
 
     Args:
         sparsity: in (0, 1).
-        removed: how many go at a sparsity; 0 below `above`, not just above it.
+        removed: how many go at a sparsity: none below `above`, some above it.
         above: the exact bound, in (0, 1).
         of: what they go of, for the error.
 
