@@ -41,13 +41,15 @@ def layer_output(
     first, second, rounded = float8_inputs
     bias = None if weights.b_in is None else weights.b_in.float()
     if first:
-        from prunepath_vllm.kernels.quantised import UNSCALED_TOKENS
-
         assert weights.scale_in is not None
         values, scale = float8_values(x)
         pre = F.linear(values, weights.w_in.float())
-        before_scales = len(x) <= UNSCALED_TOKENS
-        if rounded and before_scales:
+        before_scales = False
+        if rounded:
+            from prunepath_vllm.kernels.quantised import UNSCALED_TOKENS  # triton, which an emulation does not need
+
+            before_scales = len(x) <= UNSCALED_TOKENS
+        if before_scales:
             pre = pre.bfloat16().float()
         pre = pre * (scale * weights.scale_in)
         pre = pre if bias is None else pre + bias

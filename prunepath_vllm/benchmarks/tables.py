@@ -269,9 +269,34 @@ def exactness(file: str) -> str:
     return markdown(["graphs", "dtype", "attention", *(f"vLLM {engine}" for engine in engines)], rows)
 
 
+def float8_steps(file: str) -> str:
+    """``benchmarks.float8_steps``: a row a kind of step, a column a tau: how far from W8A16, and perplexity."""
+    rows = _read(file)["rows"]
+    table = []
+    for name in rows[0]["perplexity"]:
+        cells = []
+        for row in rows:
+            distance = row["from_w8a16"].get(name)
+            text = "{same_argmax:.1%}, {kl_mean:.2g} ({kl_p99:.2g}), ".format_map(distance) if distance else ""
+            cells.append(f"{text}{row['perplexity'][name]:.2f}")
+        table.append([name, *cells])
+    return markdown(["", *(f"tau {row['tau']:g}" for row in rows)], table)
+
+
 KINDS: Mapping[str, Callable[..., str]] = {
     function.__name__: function
-    for function in (latency, serve, kernel, perplexity, scores, checkpoint, host_experts, unions, exactness)
+    for function in (
+        latency,
+        serve,
+        kernel,
+        perplexity,
+        scores,
+        checkpoint,
+        host_experts,
+        unions,
+        exactness,
+        float8_steps,
+    )
 }
 
 
