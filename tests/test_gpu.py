@@ -24,7 +24,7 @@ from prunepath_vllm.config import EXPERT_DTYPES
 from prunepath_vllm.conversion.quantize import quantize
 from prunepath_vllm.errors import ConfigError
 from prunepath_vllm.kernels import reference
-from prunepath_vllm.kernels.common import readable, widen
+from prunepath_vllm.kernels.common import readable, shared_memory, widen
 from prunepath_vllm.kernels.dense import BIASED_TOKENS, dense_ffn
 from prunepath_vllm.kernels.ffn import Tuning, heuristic_tuning, route_ahead
 from prunepath_vllm.kernels.ffn import routed_ffn as layer_run
@@ -361,7 +361,7 @@ def test_layers_split_between_gpu_and_host_give_the_same_bits(share, stored):
     for tokens in (1, 4, 16, 64, 600, 5000):
         x = torch.randn(tokens, spec.hidden, generator=torch.Generator("cuda").manual_seed(0), device="cuda").bfloat16()
         taus = torch.tensor([0.7, 1.0, 0.5, 0.2], device="cuda").repeat(tokens)[:tokens].contiguous()
-        tuning = heuristic_tuning(spec)
+        tuning = heuristic_tuning(spec, shared_memory(torch.device("cuda")))
         every = tuning.choice(tokens).reads_every_expert
 
         def run(one, weights, spec=split, x=x, taus=taus, tuning=tuning, every=every, host=host):
@@ -439,5 +439,5 @@ def test_kernels_refuse_tensors_of_another_layer():
     with pytest.raises(ConfigError, match="first linear: shape"):
         layer_run(
             x, torch.ones(2, device="cuda"), layer.router, layer.weights, replace(spec, expert_size=4),
-            tuning=heuristic_tuning(spec),
+            tuning=heuristic_tuning(spec, shared_memory(torch.device("cuda"))),
         )  # fmt: skip
