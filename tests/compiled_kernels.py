@@ -19,12 +19,12 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from prunepath_vllm.activations import Activation
-from prunepath_vllm.kernels import common, decode, ffn, float8, quantised
+from prunepath_vllm.kernels import common, decode, ffn, float8, quantised, routing
 from prunepath_vllm.kernels.dense import gated_activation
 from prunepath_vllm.kernels.expand import expand_taus
 from prunepath_vllm.kernels.ffn import Tuning, heuristic_tuning, load_tuning, route_ahead, routed_ffn
 from prunepath_vllm.kernels.layer import LayerSpec, RouterWeights, RoutingRule, Weights
-from prunepath_vllm.kernels.routing import route, select_mask
+from prunepath_vllm.kernels.routing import RouterConfig, route, select_mask
 
 SPECS = (
     LayerSpec(3584, 592, 32, torch.bfloat16),  # Qwen2-7B
@@ -52,6 +52,16 @@ QUANTISED_SIZES = (1, 28)
 
 AHEAD_SIZE = 12
 """The one of them whose kernels are also compiled for a list of experts made before: it changes no tile."""
+
+WIDEST = (
+    LayerSpec(8192, 512, 64, torch.bfloat16),
+    LayerSpec(5120, 256, 32, torch.float32),
+    LayerSpec(8192, 864, 32, torch.bfloat16, expert_dtype=torch.int8),
+)
+"""Layers whose rows, or experts, are the widest."""
+
+SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
+"""Bytes that a program may have, by compute capability; 8.6 and 12.0 have 8.9's."""
 
 PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
@@ -94,6 +104,7 @@ def main(capability: int) -> None:
     ffn.default_pdl = lambda device: int(capability >= 90)
     common.converts_float8 = float8.converts_float8 = lambda device: capability >= 89
     quantised.num_sms = lambda device: 132
+    routing.shared_memory = lambda device: SHARED_MEMORY[capability]
     run = JITFunction.run
 
     def compile_only(self, *args, grid=None, warmup=False, **kwargs):
@@ -106,14 +117,20 @@ def main(capability: int) -> None:
     CUDABackend.make_cubin = lambda self, ptx, *rest: ptx.encode()  # ptxas runs once, for its figures
     knobs.compilation.store_binary_only = True  # nobody reads the stages before
     gc.disable()  # a search of everything imported, time and again; kernels leave little
+    if capability == 89:
+        compile_tight(SHARED_MEMORY[capability])
+        return
     for spec in SPECS:
         compile_layer(spec, load_tuning("NVIDIA H200", spec) if capability == 90 else heuristic_tuning(spec))
     for spec in MANY_EXPERTS:
         compile_routing(spec, load_tuning("NVIDIA H200", spec) if capability == 90 else heuristic_tuning(spec))
     for size, batch in SIZES.items():
         compile_sparse_paths(LayerSpec(256, 8, size, torch.bfloat16), batch)
-    for stored in ("int8", "float8_e4m3fn"):
-        compile_quantised(getattr(torch, stored))
+    for stored in (torch.int8, torch.float8_e4m3fn):
+        compile_quantised(stored)
+    if capability == 90:
+        shipped = replace(SPECS[0], expert_dtype=torch.float8_e4m3fn)
+        compile_layer(shipped, load_tuning("NVIDIA H200", shipped))
     for prompt_lens in (None, torch.empty(5, dtype=torch.int64)):
         expand_taus(
             torch.empty(8), torch.empty(5, dtype=torch.int32), torch.empty(6, dtype=torch.int32),
@@ -121,6 +138,23 @@ def main(capability: int) -> None:
         )  # fmt: skip
     for num_experts in (592, 8192):
         select_mask(torch.empty(64, num_experts), torch.empty(64))
+
+
+def compile_tight(room: int) -> None:
+    """Where shared memory is short: the choices for so much, of what takes most of it."""
+    for stored in (None, torch.float8_e4m3fn):
+        spec = replace(SPECS[0], expert_dtype=stored)
+        compile_layer(spec, heuristic_tuning(spec, room))
+    for spec in WIDEST:
+        for _, choice in heuristic_tuning(spec, room).choices:
+            if choice.path in ("fused", "grouped"):
+                compile_layer(spec, Tuning(((1 if choice.path == "fused" else 5000, choice),)))
+    low_rank = RouterWeights(empty(592, 128, dtype=torch.float32), None, empty(128, 3584))
+    tau = torch.empty(64, device="meta")
+    route(empty(64, 3584), tau, low_rank, RoutingRule(), config=RouterConfig(), want_flags=False, pdl=0)
+    exact = replace(SPECS[0], expert_dtype=torch.int8)
+    quantised.first_linear(empty(65, exact.hidden), layer_of(exact)[1], exact)
+    quantised.second_linear(empty(65, exact.neurons), layer_of(exact)[1], exact)
 
 
 def empty(*sizes: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

@@ -47,6 +47,33 @@ def test_vllms_own_offload_is_the_dense_engines_beside_experts_in_host_memory():
         latency.parse(["--shape", "smollm2", "--hottest-half", "0.8"])
 
 
+@pytest.mark.parametrize("quantization", [None, "fp8_per_channel"])
+@pytest.mark.parametrize("own", [None, "fp8"])
+def test_the_dense_engine_alone_is_quantised_by_vllm(monkeypatch, quantization, own):
+    """--dense-quantization stands before vLLM's own --quantization, which is for both engines."""
+    started: list = []
+
+    class Engine:
+        """Starts nothing."""
+
+        @classmethod
+        def from_engine_args(cls, args):
+            started.append((args.model, args.quantization))
+            return cls()
+
+        def collective_rpc(self, method):
+            return [None]
+
+    monkeypatch.setattr(latency, "LLM", Engine)
+    given = (("--dense-quantization", quantization), ("--quantization", own))
+    more = [word for option, value in given if value is not None for word in (option, value)]
+    args = latency.parse(["quantised", "--dense", "dense", *more])
+    for engine in ("dense", "sparse"):
+        assert latency.start_engine(args, engine)[1]["layer_error"] is None
+    assert started == [("dense", quantization or own), ("quantised", own)]
+    assert args.quantization == own  # the caller's arguments stay
+
+
 @pytest.mark.parametrize("num_experts", [48, 592])
 @pytest.mark.parametrize("share", [0.1, 0.5, 0.9])
 def test_tau_of_share_selects_that_share_of_gaussian_logits(share, num_experts):
@@ -142,6 +169,7 @@ def test_lists():
         (["x", "--use-beam-search"], "--use-beam-search"),
         (["x", "--output-len", "1"], "--output-len"),
         (["x", "--plot", "z.png"], "--dense"),
+        (["x", "--dense-quantization", "fp8_per_channel"], "--dense-quantization: expected with --shape or --dense"),
     ],
 )
 def test_latency_refuses_arguments_that_make_no_sense(argv, said):

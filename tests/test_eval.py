@@ -14,6 +14,7 @@ from naive import load_naive, naive_logits
 from safetensors.torch import load_file, save_file
 from tiny_models import build_tokenizer, save_prunepath
 
+from prunepath_vllm.config import EXPERT_DTYPES
 from prunepath_vllm.conversion.text import read_sequences
 from prunepath_vllm.entrypoints.cli import main
 from prunepath_vllm.errors import UsageError
@@ -46,8 +47,15 @@ def records(output: Path) -> dict:
     return {line["key"]: line["value"] for line in map(json.loads, lines)}
 
 
-def test_choices_are_scored_as_the_naive_model_says(prunepath_checkpoint, arc, tmp_path):
-    checkpoint, output, plot = prunepath_checkpoint("llama"), tmp_path / "out.json", tmp_path / "out.png"
+@pytest.fixture
+def stored_in(prunepath_checkpoint, quantised):
+    """``stored_in(dtype)``: a checkpoint whose experts are quantised, or None for one whose are not."""
+    return lambda dtype: prunepath_checkpoint("llama") if dtype is None else quantised("llama", dtype)
+
+
+@pytest.mark.parametrize("stored", [None, *EXPERT_DTYPES])
+def test_choices_are_scored_as_the_naive_model_says(stored_in, arc, tmp_path, stored):
+    checkpoint, output, plot = stored_in(stored), tmp_path / "out.json", tmp_path / "out.png"
     assert evaluate(checkpoint, arc, output, "--plot", str(plot)) == 0
     assert plot.stat().st_size > 1000
     result, kept = json.loads(output.read_text()), records(output)
@@ -72,8 +80,9 @@ def test_choices_are_scored_as_the_naive_model_says(prunepath_checkpoint, arc, t
     assert dense["ffn_sparsity"] == 0 < sparse["ffn_sparsity"]
 
 
-def test_the_engine_agrees_with_transformers(prunepath_checkpoint, arc, tmp_path):
-    checkpoint, output, other = prunepath_checkpoint("llama"), tmp_path / "out.json", tmp_path / "engine.json"
+@pytest.mark.parametrize("stored", [None, "float8_e4m3fn"])
+def test_the_engine_agrees_with_transformers(stored_in, arc, tmp_path, stored):
+    checkpoint, output, other = stored_in(stored), tmp_path / "out.json", tmp_path / "engine.json"
     assert evaluate(checkpoint, arc, output) == 0
     command = ["eval", checkpoint, "--task", "arc_easy", "--data", arc, "--tau", "1.0,0.4", "--output", other]
     process = warm.run(

@@ -2,17 +2,19 @@
 
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
 from triton.runtime.jit import JITFunction
 
 from prunepath_vllm.benchmarks.tile_search import pick, taus_for, write_table
-from prunepath_vllm.kernels import ffn, quantised, reference
+from prunepath_vllm.errors import ConfigError
+from prunepath_vllm.kernels import common, ffn, quantised, reference
 from prunepath_vllm.kernels.decode import FusedConfig, UpConfig
 from prunepath_vllm.kernels.ffn import Choice, Tuning, heuristic_tuning, load_tuning, tuning_from_json, tuning_to_json
 from prunepath_vllm.kernels.grouped import GroupedConfig
-from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, RoutingRule, Weights
+from prunepath_vllm.kernels.layer import Counters, LayerSpec, RouterWeights, RoutingRule, Weights, dtype_name
 from prunepath_vllm.kernels.routing import RouterConfig
 
 
@@ -144,6 +146,83 @@ def test_a_layer_as_a_string_is_that_layer_again():
 @pytest.mark.parametrize(("hidden", "stages"), [(576, 4), (3584, 4), (5120, 2), (8192, 2)])
 def test_heuristic_fits_shared_memory(hidden, stages):
     assert heuristic_tuning(spec(hidden, 592)).choice(1).fused.num_stages == stages
+
+
+ADA = 99 * 1024
+
+
+@pytest.mark.parametrize(
+    ("layer", "stages"),
+    [
+        (spec(3584, 592), (3, 6, 9, 3)),
+        (spec(3584, 592, dtype=torch.float16), (3, 6, 9, 3)),
+        (spec(5120, 864), (2, 6, 9, 3)),
+        (spec(3584, 592, dtype=torch.float32), (2, 3, 4, 3)),
+        (spec(2048, 256, dtype=torch.float32), (3, 3, 4, 3)),
+        (replace(spec(3584, 592), expert_dtype=torch.float8_e4m3fn), (2, 6, 9, 3)),
+    ],
+)
+def test_heuristic_fits_the_shared_memory_of_the_gpu(layer, stages):
+    """Compiled with this much in test_kernels_compiled.py."""
+    tuning = heuristic_tuning(layer, ADA)
+    one, few, many = tuning.choice(1), tuning.choice(2), tuning.choices[-1][1]
+    got = (one.fused.num_stages, few.up.num_stages, few.down.num_stages, many.grouped.num_stages)
+    assert got[:3] == stages[:3]
+    assert many.path != "grouped" or got[3] == stages[3]
+    name = "A GPU without a table"
+    assert load_tuning(name, layer, ADA) == tuning
+    assert load_tuning(name, layer, 1 << 15).choice(1).fused.num_stages == 1
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=dtype_name)
+@pytest.mark.parametrize("stored", [None, torch.int8, torch.float8_e4m3fn], ids=str)
+@pytest.mark.parametrize("glu", [True, False])
+def test_heuristic_is_the_same_from_an_a100_on(dtype, stored, glu):
+    """Whose shared memory is the least that nothing is cut for, as it was before anything was."""
+    for hidden in (64, 576, 1024, 2048, 3584, 5120, 8192, 16384, 20000):
+        for size in (1, 8, 32, 48, 64):
+            layer = replace(spec(hidden, 128, size, glu=glu, dtype=dtype), expert_dtype=stored)
+            room = 1 << 30
+            uncut = heuristic_tuning(layer, room)
+            assert all(heuristic_tuning(layer, kib * 1024) == uncut for kib in (163, 227))
+            wide = 1 if dtype.itemsize == 2 else 2
+            few = uncut.choice(4)
+            assert (few.up.num_stages, few.down.num_stages) == (6 // wide, 9 // wide)
+
+
+def test_a_gpus_choices_depend_on_its_shared_memory(monkeypatch):
+    def properties(device):
+        return SimpleNamespace(shared_memory_per_block_optin=ADA)
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", properties)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA L40S")
+    common.shared_memory.cache_clear()
+    layer, device = spec(3584, 592), torch.device("cuda")
+    assert ffn.tuning_for(device, layer) == heuristic_tuning(layer, ADA)
+    assert ffn.tuning_for(device, layer) != heuristic_tuning(layer)
+    common.shared_memory.cache_clear()
+
+
+def test_a_table_that_does_not_fit_is_named_at_the_start(monkeypatch):
+    """Of another GPU: the engine's first call of each kernel fails, and says which."""
+    from prunepath_vllm.model_executor.layers import routed_ffn
+
+    class Layer:
+        """An engine's routed layer, whose kernels for one token are too large."""
+
+        spec, dense_step = spec(64, 4), torch.zeros(1)
+        tau = SimpleNamespace(is_cuda=True, device="cpu")
+
+        def __call__(self, x, *_):
+            if len(x) == 1:
+                raise ffn.OutOfResources(147612, ADA, "shared memory")
+
+    layer, router = Layer(), SimpleNamespace(routes_by_attention=False)
+    monkeypatch.setattr(routed_ffn, "first_layer", lambda model: [layer, router, None, None])
+    monkeypatch.setattr(ffn, "tuning_for", lambda device, layer: TABLE)
+    message = "of the fused path at 1 tokens: 147612 of shared memory; expected at most this GPU's 101376: make its"
+    with pytest.raises(ConfigError, match=message):
+        routed_ffn.compile_kernels(None, 8)
 
 
 def test_pick_is_never_much_slower_than_dense():

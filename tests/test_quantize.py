@@ -196,6 +196,45 @@ def test_neurons_of_zeros_and_of_tiny_weights(prunepath_checkpoint, tmp_path, dt
     validate_checkpoint(tmp_path / "out", check_values=True)
 
 
+@pytest.mark.parametrize("dtype", EXPERT_DTYPES)
+def test_a_weight_far_larger_than_the_others_costs_its_own_neuron_alone(
+    prunepath_checkpoint, quantised, tmp_path, dtype
+):
+    """1,000 times the others: it is kept, and its neuron's others are right within a step of its scale."""
+    path = shutil.copytree(prunepath_checkpoint("llama"), tmp_path / "copy")
+    tensors = load_file(path / "model.safetensors")
+    changes = {"model.layers.1.mlp.up_proj": (4, 7), "model.layers.0.mlp.down_proj": (7, 4)}  # neuron 4 of both
+    for name, at in changes.items():
+        weight = tensors[f"{name}.weight"]
+        weight[at] = 1000 * weight.abs().max()
+    save_file(tensors, path / "model.safetensors", {"format": "pt"})
+    quantize(path, tmp_path / "out", dtype)
+    plain, got = (load_file(one / "model.safetensors") for one in (quantised("llama", dtype), tmp_path / "out"))
+    for name, at in changes.items():
+        is_output = "down_proj" in name
+        was, stored, before = (one[f"{name}.weight"].float() for one in (tensors, got, plain))
+        if is_output:
+            was, stored, before = was.T, stored.T, before.T
+        scale = got[f"{name}.weight_scale"]
+        now = stored * scale[:, None]
+        assert now[4, 7] == pytest.approx(was[4, 7].item(), rel=1e-6), at
+        assert scale[4] == pytest.approx(was[4, 7].abs().item() / LARGEST[dtype])
+        # int8's steps are the scale, float8_e4m3fn's 2^-3 of the power of two below, and 2^-9 of the scale at least.
+        half_step = 0.5 * scale[:, None]
+        if dtype == "float8_e4m3fn":
+            half_step = torch.maximum(was.abs() / 16, half_step / 512)
+        assert ((now - was).abs() <= half_step * (1 + 1e-5)).all()
+        others = torch.arange(len(was)) != 4
+        assert torch.equal(scale[others], plain[f"{name}.weight_scale"][others])
+        assert torch.equal(stored[others], before[others])
+        # What is left of the neuron's other weights: nothing in int8, all but a rounding in float8.
+        assert stored[4].count_nonzero() == 1 if dtype == "int8" else stored[4].count_nonzero() > 0.9 * HIDDEN
+    model, naive, ids = load(tmp_path / "out"), load_naive(tmp_path / "out"), tokens(1, 10)
+    with torch.no_grad():
+        logits = model(ids, tau=0.6).logits[0]
+    torch.testing.assert_close(logits, naive_logits(naive, ids[0].tolist(), 0.6), rtol=1e-4, atol=1e-4)
+
+
 @pytest.mark.parametrize(("dtype", "most"), [("int8", 0.01), ("float8_e4m3fn", 0.04)])
 def test_the_command_tells_every_layers_error(prunepath_checkpoint, tmp_path, capsys, dtype, most):
     source, path = prunepath_checkpoint("qwen2"), tmp_path / "out"

@@ -12,6 +12,7 @@ from test_engine import run_engine
 from tiny_models import GLU_MODELS, LAYERS, tokens
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from prunepath_vllm.benchmarks import shapes
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.conversion.quantize import quantize
 from prunepath_vllm.conversion.rewrite import rewrite_checkpoint
@@ -374,3 +375,35 @@ def test_vllms_own_quantisation_is_refused_by_name(prunepath_checkpoint, quantis
     ):
         with pytest.raises(ValueError, match="do not support quantization"):
             EngineArgs(str(path), **options).create_engine_config()
+
+
+# --- how much is stored ----------------------------------------------------------------------------------------------
+
+
+def stored_bytes(path, **options) -> int:
+    """What a checkpoint of a configuration stores, found from a model without memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=torch.bfloat16, **options)
+    return sum(tensor.numel() * tensor.element_size() for tensor in model.state_dict().values())
+
+
+def test_bytes_are_counted_as_a_checkpoint_stores_them(prunepath_checkpoint, tmp_path):
+    quantize(prunepath_checkpoint("llama", dtype=torch.bfloat16), tmp_path / "out", "int8", linears="float8_e4m3fn")
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    config = tmp_path / "config"
+    edited(tmp_path / "out", config, lambda content: content.pop("quantization_config"))
+    expected = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert stored_bytes(config, linear_dtype="float8_e4m3fn") == expected
+
+
+@pytest.mark.parametrize(("expert_size", "both", "experts"), [(32, 0.580, 0.634), (8, 0.603, 0.657)])
+def test_qwen2_7b_in_float8_is_three_fifths_of_the_dense_model(tmp_path, expert_size, both, experts):
+    """Routers, embeddings and lm_head stay in bfloat16."""
+    dense = stored_bytes(shapes.write_config("qwen2-7b", tmp_path / "dense", sparse=False))
+    sparse = shapes.write_config(
+        "qwen2-7b", tmp_path / "sparse", sparse=True, expert_size=expert_size, expert_dtype="float8_e4m3fn"
+    )
+    share = stored_bytes(sparse, linear_dtype="float8_e4m3fn") / dense
+    assert share == pytest.approx(both, abs=5e-4)
+    assert share <= {32: 0.59, 8: 0.61}[expert_size]
+    assert stored_bytes(sparse) / dense == pytest.approx(experts, abs=5e-4)

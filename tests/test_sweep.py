@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import warm
 from runners import TRACED
+from safetensors.torch import load_file, save_file
 
 from prunepath_vllm.checkpoint import validate_checkpoint
 from prunepath_vllm.entrypoints.cli import main
@@ -84,6 +85,41 @@ def test_a_sweep_with_speed_and_what_it_writes(prunepath_checkpoint, text, tmp_p
     # A journal of the same weights goes on after the curve has changed.
     assert run(checkpoint, text, output, "--no-speed") == 0
     assert output.with_suffix(".jsonl").read_text() == journal
+
+
+def widened(checkpoint: Path, destination: Path) -> Path:
+    """A quantised Llama's function, unquantised."""
+    shutil.copytree(checkpoint, destination)
+    tensors = load_file(checkpoint / "model.safetensors")
+    for name in [name for name in tensors if name.endswith("_scale")]:
+        weight, scale = name.removesuffix("_scale"), tensors.pop(name)
+        tensors[weight] = tensors[weight].float() * (scale if "down_proj" in name else scale[:, None])
+    save_file(tensors, destination / "model.safetensors", {"format": "pt"})
+    config = json.loads((destination / "config.json").read_text())
+    del config["prunepath_config"]["expert_dtype"]
+    (destination / "config.json").write_text(json.dumps(config))
+    return destination
+
+
+@pytest.mark.parametrize(("dtype", "more"), [("int8", []), ("float8_e4m3fn", ["--no-speed"])])
+def test_a_quantised_checkpoint_is_swept(quantised, text, tmp_path, monkeypatch, dtype, more):
+    """Its perplexities are those of its weights, widened; what is written leaves weights and scales alone."""
+    for name, value in (TRACED | {"HF_HUB_OFFLINE": "1"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(sweep, "subprocess", warm)
+    checkpoint = shutil.copytree(quantised("llama", dtype), tmp_path / "checkpoint")
+    weights, output, other = (checkpoint / "model.safetensors").read_bytes(), tmp_path / "out.json", tmp_path / "o.json"
+    assert run(checkpoint, text, output, "--write", *more) == 0
+    assert run(widened(checkpoint, tmp_path / "widened"), text, other, "--no-speed") == 0
+    points, expected = (json.loads(file.read_text())["points"] for file in (output, other))
+    for point, wide in zip(points, expected, strict=True):
+        assert point["perplexity"] == pytest.approx(wide["perplexity"], rel=1e-4)
+        assert point["ffn_sparsity"] == pytest.approx(wide["ffn_sparsity"], abs=1e-3)
+        assert ("decode_step_ms" in point) == (not more)
+    assert (checkpoint / "model.safetensors").read_bytes() == weights
+    written = validate_checkpoint(checkpoint, check_values=True).prunepath
+    assert (written.expert_dtype, len(written.tau_curve or [])) == (dtype, len(TAUS))
+    assert "recommends tau" in (checkpoint / "README.md").read_text()
 
 
 def test_a_classifier_is_swept_by_its_accuracy(prunepath_checkpoint, tmp_path):

@@ -12,7 +12,7 @@ from prunepath_vllm.arguments import check_output_file, check_plot
 from prunepath_vllm.benchmarks import layer, report
 from prunepath_vllm.benchmarks.report import BenchmarkError
 from prunepath_vllm.benchmarks.tile_search import Bench
-from prunepath_vllm.kernels.ffn import load_tuning
+from prunepath_vllm.kernels.ffn import tuning_for
 from prunepath_vllm.kernels.layer import LayerSpec
 
 
@@ -54,7 +54,7 @@ def measure(
         BenchmarkError: a choice gives wrong results.
     """
     bench = Bench(spec, args.layers)
-    tuning = load_tuning(torch.cuda.get_device_name(), spec)
+    tuning = tuning_for(torch.device("cuda"), spec)
     checks: list[dict[str, Any]] = []
     for tokens in args.tokens:
         choice = tuning.choice(tokens)

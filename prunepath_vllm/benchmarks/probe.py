@@ -99,5 +99,5 @@ def _float8_inputs(spec: LayerSpec, weights: Weights, num_tokens: int) -> tuple[
     kernels = triton_kernels()
     if kernels is None or not weights.w_in.is_cuda:
         return False, False, False
-    choice = kernels.load_tuning(torch.cuda.get_device_name(weights.w_in.device), spec).choice(num_tokens)
+    choice = kernels.tuning_for(weights.w_in.device, spec).choice(num_tokens)
     return kernels.float8_inputs(spec, weights, num_tokens, choice.path)

@@ -24,6 +24,7 @@ from torch import Tensor
 from prunepath_vllm.conversion.quantize import quantised_weights
 from prunepath_vllm.conversion.rounding import quantise_weight
 from prunepath_vllm.kernels import reference
+from prunepath_vllm.kernels.common import shared_memory
 from prunepath_vllm.kernels.decode import DownConfig, FusedConfig, UpConfig
 from prunepath_vllm.kernels.dense import gated_activation
 from prunepath_vllm.kernels.ffn import (
@@ -258,7 +259,8 @@ def variants(num_tokens: int, path: str, *, quantised: bool = False) -> Iterator
 
 def start_choice(spec: LayerSpec, num_tokens: int, path: str) -> Choice:
     """Where the search on a path begins."""
-    tuning = heuristic_tuning(spec)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # the interpreter
+    tuning = heuristic_tuning(spec, shared_memory(device))
     found = tuning.choice({"fused": 1, "split": min(max(num_tokens, 2), 8), "dense": 256, "grouped": 8192}[path])
     if path == "dense" or (path == "split" and num_tokens == 1):
         found = replace(found, router=dict(variants(num_tokens, path))["router"][0])

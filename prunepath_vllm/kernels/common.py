@@ -2,6 +2,7 @@
 
 import functools
 import math
+from typing import Any
 
 import torch
 import triton
@@ -155,6 +156,31 @@ def rows_per_step(most: int, expert_size: int) -> int:
 def num_sms(device: torch.device) -> int:
     """Multiprocessors of a CUDA device; 1 elsewhere (the interpreter)."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
+
+
+AMPLE_SHARED_MEMORY = 163 * 1024
+"""Bytes of shared memory of a program on an A100: what the kernels' tiles were chosen for, and enough for all."""
+
+SCRATCH = 1024
+"""Bytes of shared memory that a kernel takes besides its tiles, at most: sums over warps and the like."""
+
+
+@functools.cache
+def shared_memory(device: torch.device) -> int:
+    """Bytes of shared memory that a program may have on a CUDA device: 227 KiB on Hopper, 99 on 8.6, 8.9 and 12.0."""
+    if device.type != "cuda":
+        return AMPLE_SHARED_MEMORY
+    properties: Any = torch.cuda.get_device_properties(device)  # PyTorch's stubs lack the field
+    return properties.shared_memory_per_block_optin
+
+
+def stages_that_fit(stages: int, tile_bytes: int, room: int) -> int:
+    """Most stages of a pipelined loop, up to `stages`, whose tiles fit `room` bytes of shared memory.
+
+    The tiles of all stages but one, which is in registers, lie there at a time. One stage is no pipeline; its tiles
+    need no more room than those of two.
+    """
+    return max(1, min(stages, 1 + (room - SCRATCH) // tile_bytes))
 
 
 @functools.cache

@@ -11,13 +11,15 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from prunepath_vllm.errors import ConfigError
-from prunepath_vllm.kernels.common import default_pdl
+from prunepath_vllm.kernels.common import AMPLE_SHARED_MEMORY, default_pdl, shared_memory, stages_that_fit
 from prunepath_vllm.kernels.decode import (
     DownConfig,
     FusedConfig,
     UpConfig,
+    block_t,
     down_partials,
     fused_partials,
     reduce_partials,
@@ -32,8 +34,8 @@ from prunepath_vllm.kernels.quantised import WIDENED_TOKENS, float8_inputs
 from prunepath_vllm.kernels.routing import LIBRARY_TOKENS, RouterConfig, Routing, list_experts, route
 
 __all__ = [
-    "Choice", "Routing", "Tuning", "expand_taus", "float8_inputs", "heuristic_tuning", "load_tuning", "route_ahead",
-    "routed_ffn", "warm_up_tokens",
+    "Choice", "OutOfResources", "Routing", "Tuning", "expand_taus", "float8_inputs", "heuristic_tuning", "load_tuning",
+    "route_ahead", "routed_ffn", "tuning_for", "warm_up_tokens",
 ]  # fmt: skip
 
 PATHS = {
@@ -98,8 +100,13 @@ experts, take longer than every expert: on an H200, 4 tokens, .85x to .96x of de
 and Qwen2.5-32B), .76x with 4 (Qwen2-7B)."""
 
 
-def heuristic_tuning(spec: LayerSpec) -> Tuning:
-    """Choices for a GPU or shape without a table: what was fastest on Qwen2-7B's shape, cut to fit shared memory."""
+def heuristic_tuning(spec: LayerSpec, room: int = AMPLE_SHARED_MEMORY) -> Tuning:
+    """Choices for a GPU or shape without a table: what was fastest on Qwen2-7B's shape, cut to fit shared memory.
+
+    Args:
+        spec: the layer.
+        room: ``common.shared_memory`` of the GPU. From an A100's on choices do not depend on it.
+    """
     element_size = spec.dtype.itemsize
     row = (3 if spec.glu else 2) * triton.next_power_of_2(spec.hidden)
     fused = FusedConfig(2, 16, max(1, min(4, 196608 // (2 * row * element_size))), 1)
@@ -119,6 +126,7 @@ def heuristic_tuning(spec: LayerSpec) -> Tuning:
         if spec.num_experts > 4 * PAIRWISE_UP_TO:
             one = RouterConfig(4, 1, 8, 16)
     grouped = GroupedConfig(128, 64, 4, 3, 8)
+    fused, small, down, grouped = cut_to_fit(spec, room, fused, small, down, grouped)
     choices = (
         (1, Choice("fused", 1, one, fused=fused)),
         (4, Choice("split", 1, few, up=small, down=down)),
@@ -129,6 +137,31 @@ def heuristic_tuning(spec: LayerSpec) -> Tuning:
     )
     fits = spec.dtype != torch.float32 and spec.expert_size in GROUPED
     return Tuning(choices if fits else choices[:-1])
+
+
+def cut_to_fit(
+    spec: LayerSpec, room: int, fused: FusedConfig, up: UpConfig, down: DownConfig, grouped: GroupedConfig
+) -> tuple[FusedConfig, UpConfig, DownConfig, GroupedConfig]:
+    """The heuristic's tiles with as many stages as `room` bytes of shared memory hold: those of up to 8 tokens."""
+    stored, inputs = (spec.expert_dtype or spec.dtype).itemsize, spec.dtype.itemsize
+    matrices = 2 if spec.glu else 1
+    width = triton.next_power_of_2(spec.hidden)
+    fused_bytes = (matrices + 1) * width * fused.rows * stored
+    # Where warps share a row with others, they add up through shared memory.
+    sums = 4 * width * fused.rows if width * stored < 32 * 16 * fused.num_warps else 0
+    # Programs that share a multiprocessor share its memory; else the second would wait for the first to end.
+    fused_stages = stages_that_fit(fused.num_stages, fused_bytes, room // fused.programs_per_sm - sums)
+    up_bytes = (matrices * up.rows * stored + block_t(8) * inputs) * up.block_k
+    down_bytes = (down.block_h * stored + block_t(8) * inputs) * down.block_k
+    down_stages = 2 * stages_that_fit((down.num_stages + 1) // 2, down_bytes, room)  # half of them hold rows
+    columns = matrices * triton.next_power_of_2(spec.expert_size)
+    grouped_bytes = (columns * stored + grouped.block_m * inputs) * grouped.block_k
+    return (
+        replace(fused, num_stages=fused_stages),
+        replace(up, num_stages=stages_that_fit(up.num_stages, up_bytes, room)),
+        replace(down, num_stages=min(down.num_stages, down_stages)),
+        replace(grouped, num_stages=stages_that_fit(grouped.num_stages, grouped_bytes, room)),
+    )
 
 
 SMALL_LAYER = 200_000_000
@@ -152,8 +185,13 @@ def table_name(gpu: str) -> str:
     return gpu.lower().replace(" ", "_") + ".json"
 
 
+def tuning_for(device: torch.device, spec: LayerSpec) -> Tuning:
+    """The choices for a layer on a CUDA device: :func:`load_tuning`."""
+    return load_tuning(torch.cuda.get_device_name(device), spec, shared_memory(device))
+
+
 @functools.cache
-def load_tuning(gpu: str, spec: LayerSpec) -> Tuning:
+def load_tuning(gpu: str, spec: LayerSpec, room: int = AMPLE_SHARED_MEMORY) -> Tuning:
     """The table of this GPU and layer, <gpu>.json in $PRUNEPATH_TUNING_DIR or as shipped, or else the heuristic.
 
     A float16 layer without a table of its own takes bfloat16's: it reads as many bytes. float32, which no table is made
@@ -162,11 +200,12 @@ def load_tuning(gpu: str, spec: LayerSpec) -> Tuning:
     Args:
         gpu: ``torch.cuda.get_device_name()``.
         spec: the layer.
+        room: of :func:`heuristic_tuning`. A table is taken as it is: its choices ran on such a GPU.
     """
     on_host = spec.resident is not None
     spec = replace(spec, kept=None, resident=None)  # all layers of a model alike, however many experts each keeps
     if spec.dtype == torch.float32:
-        return heuristic_tuning(spec)
+        return heuristic_tuning(spec, room)
     keys = [shape_key(spec), shape_key(replace(spec, dtype=torch.bfloat16))]
     folders = [resources.files("prunepath_vllm.kernels") / "configs"]
     if own := os.environ.get(TUNING_DIR):
@@ -179,7 +218,7 @@ def load_tuning(gpu: str, spec: LayerSpec) -> Tuning:
             raise ConfigError(
                 f"{file}: {old}: a table without a dtype in its name; expected one made by this version's bench tune"
             )
-    tuning = heuristic_tuning(spec)
+    tuning = heuristic_tuning(spec, room)
     if on_host:  # what is not read there is what counts
         return tuning
     if spec.weight_bytes < SMALL_LAYER:

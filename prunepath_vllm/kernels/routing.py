@@ -8,7 +8,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from prunepath_vllm.kernels.common import count_reads, default_pdl, flagged, launch_options, wait_for_previous
+from prunepath_vllm.kernels.common import (
+    count_reads,
+    default_pdl,
+    flagged,
+    launch_options,
+    shared_memory,
+    stages_that_fit,
+    wait_for_previous,
+)
 from prunepath_vllm.kernels.layer import RouterWeights, RoutingRule
 from prunepath_vllm.tau import DENSE_TAU
 
@@ -297,10 +305,12 @@ def route(
         block_k = 128
         slice_k = triton.cdiv(triton.cdiv(hidden, block_k), split_k) * block_k
         block_t = max(16, triton.next_power_of_2(num_tokens))
+        tile_bytes = (tile_e * router.weight.dtype.itemsize + block_t * x.dtype.itemsize) * block_k
         router_logits_kernel_dot[(triton.cdiv(num_experts, tile_e), split_k, triton.cdiv(num_tokens, block_t))](
             x, router.weight, logits, flags, tau, num_tokens, num_experts, hidden, DENSE_TAU,
             BLOCK_T=block_t, BLOCK_E=tile_e, BLOCK_K=block_k, SLICE_K=slice_k, NEEDED=needed, FLAGS=want_flags,
-            PDL=pdl, num_warps=config.num_warps, num_stages=4, **launch_options(pdl),
+            PDL=pdl, num_warps=config.num_warps, num_stages=stages_that_fit(4, tile_bytes, shared_memory(x.device)),
+            **launch_options(pdl),
         )  # fmt: skip
     else:
         assert flags is None

@@ -24,7 +24,7 @@ from vllm.utils.torch_utils import direct_register_custom_op
 
 from prunepath_vllm.activations import ACTIVATIONS
 from prunepath_vllm.config import PrunePathConfig
-from prunepath_vllm.errors import UnsupportedFeatureError
+from prunepath_vllm.errors import ConfigError, UnsupportedFeatureError
 from prunepath_vllm.families import family_of
 from prunepath_vllm.kernels import cpu, native
 from prunepath_vllm.kernels.host_experts import HostExperts
@@ -310,7 +310,7 @@ def _routed_ffn_op(
     kernels = triton_kernels()
     if kernels is None:
         return cpu.routed_ffn(*layer, router_input=router_input, gather=False, counters=counters)
-    tuning = kernels.load_tuning(torch.cuda.get_device_name(x.device), layer[-1])
+    tuning = kernels.tuning_for(x.device, layer[-1])
     every = _host_dense(state) or tuning.choice(x.shape[0]).reads_every_expert
     if every and (host := HostExperts.of(layer[3].w_in)) is not None:
         brought = host.bring(layer[3], ahead=_pieces_are_joined())
@@ -359,7 +359,7 @@ def _route_ahead_op(
             state.tau[:tokens],
             RouterWeights(*cast(Any, router)),
             layer,
-            tuning=kernels.load_tuning(torch.cuda.get_device_name(router_input.device), layer),
+            tuning=kernels.tuning_for(router_input.device, layer),
             counters=Counters(state.active_counts[:tokens], state.experts_read),
             host_dense=_host_dense(state),
         )
@@ -413,7 +413,7 @@ def dense_products(num_tokens: int, spec: LayerSpec) -> bool:
     There the size of a batch decides, for all layers alike, and captured graphs run no code that could count.
     """
     kernels = triton_kernels()
-    return kernels is None or kernels.load_tuning(torch.cuda.get_device_name(), spec).choice(num_tokens).path == "dense"
+    return kernels is None or kernels.tuning_for(torch.device("cuda"), spec).choice(num_tokens).path == "dense"
 
 
 def takes_every_expert(num_tokens: int, spec: LayerSpec, *, on_gpu: bool) -> bool:
@@ -440,19 +440,29 @@ def compile_kernels(model: nn.Module, max_tokens: int) -> None:
     """Run a GPU's layer once at every batch size from which on other kernels are compiled, up to `max_tokens`.
 
     Graph capture and profiling see some sizes only; without this the first request of another would wait for Triton.
+
+    Raises:
+        ConfigError: a table of choices was made for a GPU with more shared memory.
     """
     layer, kernels = first_layer(model), triton_kernels()
     if not layer or kernels is None or not layer[0].tau.is_cuda:
         return
     ffn, router, *weights = layer
-    tuning = kernels.load_tuning(torch.cuda.get_device_name(), ffn.spec)
+    tuning = kernels.tuning_for(ffn.tau.device, ffn.spec)
     for tokens in kernels.warm_up_tokens(tuning, max_tokens):
         x = torch.zeros(tokens, ffn.spec.hidden, dtype=ffn.spec.dtype, device=ffn.tau.device)
-        for dense_step in (True, False):
-            ffn.dense_step.fill_(dense_step)
-            ffn(x, router, *weights)
-            if router.routes_by_attention:
-                ffn(x, router, *weights, ffn.route_ahead(x, router))
+        try:
+            for dense_step in (True, False):
+                ffn.dense_step.fill_(dense_step)
+                ffn(x, router, *weights)
+                if router.routes_by_attention:
+                    ffn(x, router, *weights, ffn.route_ahead(x, router))
+        except kernels.OutOfResources as error:
+            path = tuning.choice(tokens).path
+            raise ConfigError(
+                f"kernels of the {path} path at {tokens} tokens: {error.required} of {error.name}; "
+                f"expected at most this GPU's {error.limit}: make its table with `prunepath bench tune`"
+            ) from error
 
 
 def _routed_ffn_fake(x: torch.Tensor, *args: Any, **settings: Any) -> torch.Tensor:
