@@ -55,10 +55,10 @@ AHEAD_SIZE = 12
 
 WIDEST = (
     LayerSpec(8192, 512, 64, torch.bfloat16),
-    LayerSpec(5120, 256, 32, torch.float32),
+    LayerSpec(2048, 256, 32, torch.float32),
     LayerSpec(8192, 864, 32, torch.bfloat16, expert_dtype=torch.int8),
 )
-"""Layers whose rows, or experts, are the widest."""
+"""Layers whose tiles take most shared memory on the fused and grouped paths."""
 
 SHARED_MEMORY = {80: 163 * 1024, 89: 99 * 1024, 90: 227 * 1024}
 """Bytes that a program may have, by compute capability; 8.6 and 12.0 have 8.9's."""
