@@ -1,4 +1,4 @@
-"""SmolLM2-135M-Instruct, converted: at tau 1 it is the dense model, also token for token in the engine."""
+"""SmolLM2-135M-Instruct, converted: the dense model at tau 1, the naive one below, token for token in the engine."""
 
 import subprocess
 import sys
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_engine import run_engine
+from test_engine import assert_naive, run_engine
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import prunepath_vllm
@@ -17,6 +17,8 @@ from prunepath_vllm.training.adapter import merge_adapter
 
 ROOT = Path(__file__).parents[1]
 DENSE = ROOT / ".cache" / "SmolLM2-135M-Instruct"
+TEXT = ROOT / ".cache" / "data" / "wikitext-2" / "valid.txt"
+ADAPTER = ROOT / "models" / "SmolLM2-135M-Instruct-PrunePath-adapter" / "adapter.safetensors"
 SUBJECTS = ["France", "the sun", "a bicycle", "bread", "the sea", "a good story", "winter", "mathematics"]
 QUESTIONS = ["What is {}?", "Write one sentence about {}.", "Name three things about {}.", "Why do people like {}?"]
 PROMPTS = [
@@ -62,16 +64,38 @@ def test_tau_1_gives_the_dense_engines_tokens_on_32_prompts(dense, converted):
     assert "France" in text
 
 
-def test_the_demo_adapter_turns_quality_into_sparsity_gently(dense, tmp_path):
+@pytest.fixture(scope="module")
+def trained(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo: trained, routers at the attention's input."""
+    return merge_adapter(dense, ADAPTER, tmp_path_factory.mktemp("trained") / "prunepath")
+
+
+@pytest.fixture(scope="module")
+def calibrated(dense: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Calibrated on little text, routers at the feed-forward layer's input."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    text = folder / "text.txt"
+    text.write_text(TEXT.read_text(encoding="utf-8")[:10_000], encoding="utf-8")
+    options = dict(expert_size=16, router="calibrated", dense_positions=1, calibration_text=text)
+    return convert(dense, folder / "prunepath", **options)
+
+
+@pytest.mark.parametrize("kind", ["trained", "calibrated"])
+def test_the_engine_computes_a_real_checkpoint_as_the_naive_model_does(kind, request):
+    """Nine prompts at six taus in one batch, and alone."""
+    checkpoint = request.getfixturevalue(kind)
+    result = run_engine("decoder", checkpoint, new_tokens=4)
+    assert_naive(result["mixed"][:6], checkpoint)  # every tau; the naive model takes its time
+    assert [row["tokens"] for row in result["mixed"]] == [row["tokens"] for row in result["lone"]]
+
+
+def test_the_demo_adapter_turns_quality_into_sparsity_gently(dense, trained):
     """The committed adapter on real text: its measured curve, and a model that half of the experts carry."""
-    adapter = ROOT / "models" / "SmolLM2-135M-Instruct-PrunePath-adapter" / "adapter.safetensors"
-    assert adapter.stat().st_size < 24e6
-    merged = merge_adapter(dense, adapter, tmp_path / "merged")
-    curve = dict(validate_checkpoint(merged, check_values=True).prunepath.tau_curve)
-    text = ROOT / ".cache" / "data" / "wikitext-2" / "valid.txt"
-    tokens = read_sequences(AutoTokenizer.from_pretrained(merged), text, length=1024, max_tokens=1024)
+    assert ADAPTER.stat().st_size < 24e6
+    curve = dict(validate_checkpoint(trained, check_values=True).prunepath.tau_curve)
+    tokens = read_sequences(AutoTokenizer.from_pretrained(trained), TEXT, length=1024, max_tokens=1024)
     prunepath_vllm.register()
-    model = AutoModelForCausalLM.from_pretrained(merged, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(trained, dtype=torch.float32)
     plain = AutoModelForCausalLM.from_pretrained(dense, dtype=torch.float32)
     with torch.no_grad():
         untouched = plain(tokens, labels=tokens).loss.exp()
