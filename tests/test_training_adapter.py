@@ -136,7 +136,7 @@ def test_an_adapter_to_go_on_from_is_read_once(recipe, monkeypatch, tmp_path, de
     [
         (dict(convert={}), "model.adapter goes without model.convert"),
         (dict(convert=None, rank=4), "model.adapter goes without model.rank"),
-        (dict(convert=None), "no-such.safetensors: not a readable safetensors file"),
+        (dict(convert=None), "no-such.safetensors: no such file"),
     ],
     ids=str,
 )
