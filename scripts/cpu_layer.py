@@ -10,6 +10,7 @@ import argparse
 import json
 import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,11 +18,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 from prunepath_vllm.arguments import check_output_file, whole
-from prunepath_vllm.benchmarks import options, report
+from prunepath_vllm.benchmarks import options, report, shapes
 from prunepath_vllm.benchmarks.float32 import layer_output
 from prunepath_vllm.benchmarks.layer import spec_of
 from prunepath_vllm.benchmarks.published import SHAPES
-from prunepath_vllm.conversion.rounding import quantise_weight
+from prunepath_vllm.conversion.quantize import quantised_weights
 from prunepath_vllm.kernels import cpu, reference
 from prunepath_vllm.kernels.layer import LayerSpec, RouterWeights, Weights
 from prunepath_vllm.kernels.native import memory
@@ -38,27 +39,14 @@ def pages(values: Tensor) -> Tensor:
 
 def layer(spec: LayerSpec, stored: str | None) -> Weights:
     """Random weights of unit variance over their inputs; the second linear transposed, a scale for each neuron."""
-    linears = [
+    w_in, w_out_t = (
         (torch.randn(rows, spec.hidden) * size**-0.5).to(spec.dtype)
         for rows, size in ((spec.input_rows, spec.hidden), (spec.neurons, spec.neurons))
-    ]
-    if stored is None:
-        return Weights(pages(linears[0]), None, pages(linears[1]), None)
-    (w_in, scale_in), (w_out_t, scale_out) = (quantise_weight(linear.float(), 0, stored) for linear in linears)
-    return Weights(pages(w_in), None, pages(w_out_t), None, scale_in, scale_out)
-
-
-def tau_of(share: float, num_experts: int) -> float:
-    """The tau at which tokens whose router logits are normal take that share of their experts."""
-    if share == 1:
-        return 1.0
-    logits = torch.randn(64, num_experts)
-    low, high = 0.0, 1.0
-    for _ in range(20):
-        tau = (low + high) / 2
-        chosen = reference.select_experts(logits, torch.full((64,), tau), selection="cumulative_mass", threshold=None)
-        low, high = (tau, high) if chosen.float().mean() < share else (low, tau)
-    return high
+    )
+    weights = Weights(w_in, None, w_out_t, None)
+    if stored is not None:
+        weights = quantised_weights(weights, stored)
+    return replace(weights, w_in=pages(weights.w_in), w_out_t=pages(weights.w_out_t))
 
 
 def main() -> None:
@@ -80,7 +68,7 @@ def main() -> None:
     rows = []
     for tokens, share in tqdm([(t, s) for t in args.tokens for s in args.share], unit="case"):
         x = torch.randn(tokens, spec.hidden).to(spec.dtype)
-        tau = torch.full((tokens,), tau_of(share, spec.num_experts))
+        tau = torch.full((tokens,), shapes.tau_of_share(share, spec.num_experts))
         gates = reference.expert_weights(
             reference.router_logits(x, router.weight), tau, selection="cumulative_mass", threshold=None, gate="none"
         )

@@ -44,11 +44,9 @@ def layer_output(
         assert weights.scale_in is not None
         values, scale = float8_values(x)
         pre = F.linear(values, weights.w_in.float())
-        before_scales = False
-        if rounded:
-            from prunepath_vllm.kernels.quantised import UNSCALED_TOKENS  # triton, which an emulation does not need
-
-            before_scales = len(x) <= UNSCALED_TOKENS
+        if rounded:  # by kernels alone: an emulation does without triton
+            from prunepath_vllm.kernels.quantised import UNSCALED_TOKENS
+        before_scales = rounded and len(x) <= UNSCALED_TOKENS
         if before_scales:
             pre = pre.bfloat16().float()
         pre = pre * (scale * weights.scale_in)
